@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// The arithmetic of the format, shared by the C++ and the CUDA codec so that both write the same bytes:
+// quantisation to an absolute bound (after cuSZp: Huang et al., SC'23), zigzag codes, the width of a group, the exponent transform of
+// the lossless coding. Scalar, branch-light, no state. Both compilers must keep IEEE-754 semantics: no contraction of
+// multiply and add, no flush to zero. docs/reference/format.md says why the bound is exact.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "format.h"
+
+#if defined(__CUDACC__)
+#define KVZ_HD __host__ __device__ __forceinline__
+#else
+#define KVZ_HD inline __attribute__((always_inline))
+#endif
+
+namespace kvz {
+
+KVZ_HD uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+#endif
+}
+
+KVZ_HD float float_of(uint32_t u) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(u);
+#else
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+#endif
+}
+
+// Number of bits of z: 0 for 0, 32 for 2^31 and above.
+KVZ_HD int bit_length(uint32_t z) {
+#if defined(__CUDA_ARCH__)
+  return 32 - __clz(static_cast<int>(z));
+#else
+  return z == 0 ? 0 : 32 - __builtin_clz(z);
+#endif
+}
+
+// ---- dtypes -----------------------------------------------------------------------------------------------------------
+
+template <int DTYPE>
+struct Traits;
+
+template <>
+struct Traits<KVZ_BF16> {
+  using word = uint16_t;
+  static constexpr int kBits = 16, kFraction = 7, kExponentBits = 8;
+  static constexpr int kSignificant = 8, kLeastExponent = -133;  // spacing of the subnormals: 2^kLeastExponent
+  static constexpr int kMaxWidth = 14, kMaxCode = 8191;
+  static constexpr uint32_t kInfinity = 0x7f80u, kMaxFinite = 0x7f7fu;
+  KVZ_HD static float to_float(uint32_t v) { return float_of(v << 16); }
+  KVZ_HD static uint32_t from_float(float x) { return bits_of(x) >> 16; }  // toward zero
+};
+
+template <>
+struct Traits<KVZ_FP16> {
+  using word = uint16_t;
+  static constexpr int kBits = 16, kFraction = 10, kExponentBits = 5;
+  static constexpr int kSignificant = 11, kLeastExponent = -24;
+  static constexpr int kMaxWidth = 14, kMaxCode = 8191;
+  static constexpr uint32_t kInfinity = 0x7c00u, kMaxFinite = 0x7bffu;
+  // Exact for finite values: the fraction is placed under a float32 exponent that is 112 too small, then scaled up.
+  KVZ_HD static float to_float(uint32_t v) {
+    return float_of(float_bits(float_of((v & 0x7fffu) << 13) * float_of(0x77800000u)) | ((v & 0x8000u) << 16));
+  }
+  // Toward zero; what exceeds the largest finite value becomes it (only forged records reach that).
+  KVZ_HD static uint32_t from_float(float x) {
+    uint32_t u = bits_of(x);
+    uint32_t magnitude = u & 0x7fffffffu;
+    magnitude = magnitude > 0x477fe000u ? 0x477fe000u : magnitude;
+    return (toward_zero(float_of(magnitude)) & 0x7fffu) | ((u >> 16) & 0x8000u);
+  }
+
+ private:
+  KVZ_HD static uint32_t float_bits(float x) { return bits_of(x); }
+  // Bits of a float16 below a non-negative x: the spacing of float16 at x is at least 2^-24, so subtracting what lies
+  // below it before the exact scaling keeps the scaling exact.
+  KVZ_HD static uint32_t toward_zero(float x) {
+    uint32_t u = bits_of(x);
+    if (u >= 0x38800000u) return (u >> 13) - (112u << 10);  // normal in float16
+    return static_cast<uint32_t>(x * 16777216.0f);          // subnormal: multiples of 2^-24, truncated
+  }
+};
+
+template <>
+struct Traits<KVZ_FP32> {
+  using word = uint32_t;
+  static constexpr int kBits = 32, kFraction = 23, kExponentBits = 8;
+  static constexpr int kSignificant = 24, kLeastExponent = -149;
+  static constexpr int kMaxWidth = 24, kMaxCode = 2097151;
+  static constexpr uint32_t kInfinity = 0x7f800000u, kMaxFinite = 0x7f7fffffu;
+  KVZ_HD static float to_float(uint32_t v) { return float_of(v); }
+  KVZ_HD static uint32_t from_float(float x) { return bits_of(x); }
+};
+
+template <int DTYPE>
+KVZ_HD uint32_t exponent_of(uint32_t v) {
+  using Tr = Traits<DTYPE>;
+  return (v >> Tr::kFraction) & ((1u << Tr::kExponentBits) - 1u);
+}
+
+template <int DTYPE>
+KVZ_HD bool is_finite(uint32_t v) {
+  return (v & Traits<DTYPE>::kInfinity) != Traits<DTYPE>::kInfinity;
+}
+
+// ---- bound and steps ----------------------------------------------------------------------------------------------------
+
+constexpr float kLeastBound = 1.262177448353618889e-29f;    // 2^-96
+constexpr float kLargestBound = 1.329227995784915873e+36f;  // 2^120
+
+// The bound of a page as the format applies it: float64 -> float32 toward zero, at most 2^120. 0 when it is too fine
+// to quantise with (below 2^-96).
+KVZ_HD float applied_bound(double bound) {
+  if (!(bound >= static_cast<double>(kLeastBound))) return 0.0f;
+  if (bound >= static_cast<double>(kLargestBound)) return kLargestBound;
+#if defined(__CUDA_ARCH__)
+  return __double2float_rz(bound);
+#else
+  float nearest = static_cast<float>(bound);
+  return static_cast<double>(nearest) > bound ? float_of(bits_of(nearest) - 1u) : nearest;
+#endif
+}
+
+KVZ_HD float page_bound(uint8_t kind, double bound, float page_min, float page_max) {
+  if (kind == KVZ_BOUND_RELATIVE) {
+    bound *= static_cast<double>(page_max) - static_cast<double>(page_min);
+  }
+  return applied_bound(bound);
+}
+
+// Significant bits that the step of width w keeps of the bound. `coding` decides: only `fixed` has fine steps.
+template <int DTYPE>
+KVZ_HD int step_bits(int coding, int w, float bound) {
+  if (coding != KVZ_FIXED || DTYPE == KVZ_FP32) return 1;
+  int n = Traits<DTYPE>::kSignificant + 1 - w;
+  if (DTYPE == KVZ_FP16) {
+    int k = static_cast<int>(bits_of(bound) >> 23) - 127;
+    int representable = k + 2 - Traits<DTYPE>::kLeastExponent;
+    n = n < representable ? n : representable;
+  }
+  return n < 1 ? 1 : (n > 8 ? 8 : n);
+}
+
+// S = 2 trunc_n(B).
+template <int DTYPE>
+KVZ_HD float step_of(int coding, int w, float bound) {
+  int n = step_bits<DTYPE>(coding, w, bound);
+  return 2.0f * float_of(bits_of(bound) & ~((1u << (24 - n)) - 1u));
+}
+
+KVZ_HD float inverse_step(float step) { return 1.0f / step; }
+
+// ---- codes --------------------------------------------------------------------------------------------------------------
+
+// Round to nearest, ties to even, for |t| <= 2^22: the float32 spacing at 1.5 x 2^23 is 1.
+KVZ_HD int32_t round_code(float t) {
+  const float magic = 12582912.0f;
+  return static_cast<int32_t>(bits_of(t + magic)) - static_cast<int32_t>(bits_of(magic));
+}
+
+KVZ_HD uint32_t zigzag(int32_t q) { return (static_cast<uint32_t>(q) << 1) ^ static_cast<uint32_t>(q >> 31); }
+
+KVZ_HD int32_t unzigzag(uint32_t z) { return static_cast<int32_t>((z >> 1) ^ (0u - (z & 1u))); }
+
+// The widest zigzag code of a group lies at its least or its largest value.
+KVZ_HD uint32_t extreme_code(float low, float high, float inverse) {
+  uint32_t a = zigzag(round_code(low * inverse)), b = zigzag(round_code(high * inverse));
+  return a > b ? a : b;
+}
+
+// Can the group be quantised at all? low and high are its extremes; `inverse` that of the power-of-two step.
+template <int DTYPE>
+KVZ_HD bool quantisable(float low, float high, float bound, float inverse) {
+  using Tr = Traits<DTYPE>;
+  float largest = -low > high ? -low : high;
+  float t = largest * inverse;
+  // Half a code of room: t < kMaxCode + 0.5 rounds to kMaxCode at most, and is false for NaN.
+  return (largest + bound <= Tr::to_float(Tr::kMaxFinite)) && t < static_cast<float>(Tr::kMaxCode) + 0.5f;
+}
+
+// Width of a quantisable group in coding `fixed`. `inverse` and `finer` are 1/S for the power-of-two step and, in
+// `finer[w]`, for every width.
+template <int DTYPE>
+KVZ_HD int fixed_width(float low, float high, float inverse, const float* finer) {
+  int w = bit_length(extreme_code(low, high, inverse));
+  if (DTYPE != KVZ_FP32 && w > 0) {
+    if ((extreme_code(low, high, finer[w - 1]) >> (w - 1)) == 0) return w - 1;
+  }
+  return w;
+}
+
+// ---- lossless -----------------------------------------------------------------------------------------------------------
+
+// v = (E - e) x 2^s + sign x 2^(s-1) + fraction, for e <= E.
+template <int DTYPE>
+KVZ_HD uint32_t lossless_code(uint32_t v, uint32_t base) {
+  using Tr = Traits<DTYPE>;
+  constexpr int s = Tr::kFraction + 1;
+  uint32_t sign = (v >> (Tr::kBits - 1)) & 1u;
+  uint32_t fraction = v & ((1u << Tr::kFraction) - 1u);
+  return ((base - exponent_of<DTYPE>(v)) << s) | (sign << Tr::kFraction) | fraction;
+}
+
+template <int DTYPE>
+KVZ_HD uint32_t lossless_value(uint32_t code, uint32_t base) {
+  using Tr = Traits<DTYPE>;
+  constexpr int s = Tr::kFraction + 1;
+  uint32_t exponent = (base - (code >> s)) & ((1u << Tr::kExponentBits) - 1u);
+  uint32_t sign = (code >> Tr::kFraction) & 1u;
+  uint32_t fraction = code & ((1u << Tr::kFraction) - 1u);
+  return (sign << (Tr::kBits - 1)) | (exponent << Tr::kFraction) | fraction;
+}
+
+}  // namespace kvz

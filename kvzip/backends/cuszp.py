@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The default codec: error-bounded quantisation with fixed-length codes, after cuSZp, made for KV pages.
+
+The algorithm is that of cuSZp (Huang et al., SC'23) in outline: uniform quantisation to the bound, small groups with a rate of
+their own, fixed-length codes, optional delta. What differs, and why, is in ``docs/reference/format.md``. The work is
+done by the native library; this module checks arguments and hands whole batches over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip import _native
+from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
+from kvzip.record import Coding, align
+from kvzip.types import BlockLayout, BlockView, BoundKind
+
+_CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER}
+
+
+class CuszpCodec(Codec):
+    """Error-bounded and lossless coding along tokens: modes ``fixed``, ``plain`` (delta) and ``outlier`` (delta, first value apart)."""
+
+    name: ClassVar[str] = "cuszp"
+    modes: ClassVar[tuple[str, ...]] = tuple(_CODINGS)
+
+    def max_payload_bytes(self, layout: BlockLayout) -> int:
+        """Most bytes of one block's payload: a page never takes more than its raw values."""
+        return sum(align(s.nbytes) for s in layout.segments)
+
+    def encode_blocks(
+        self, blocks: BlockView, request: EncodeRequest, out: Bytes
+    ) -> tuple[Table, npt.NDArray[np.uint64]]:
+        """Encode a batch; see `Codec.encode_blocks`.
+
+        Raises:
+            BackendUnavailableError: the native library cannot be loaded.
+            NativeError: it reported a failure.
+        """
+        lossless = request.bound.kind is BoundKind.LOSSLESS
+        coding = Coding.LOSSLESS if lossless else _CODINGS[self.check_mode(request.mode)]
+        segments = _native.segments_array(blocks, request.bound, coding)
+        return _native.cpu_encode(segments, blocks.block_ids, out, threads=request.threads)
+
+    def validate_blocks(self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]) -> None:
+        """Check classes, sizes and padding of every segment; see `Codec.validate_blocks`."""
+        if payloads:
+            _native.cpu_validate(_native.segments_array(layout), payloads, _stack(tables))
+
+    def decode_blocks(
+        self, blocks: BlockView, payloads: Sequence[Bytes], tables: Sequence[Table], *, threads: int = 0
+    ) -> None:
+        """Decode a batch; see `Codec.decode_blocks`."""
+        if payloads:
+            segments = _native.segments_array(blocks)
+            _native.cpu_decode(segments, blocks.block_ids, payloads, _stack(tables), threads=threads)
+
+
+def _stack(tables: Sequence[Table]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(tables) if not isinstance(tables, np.ndarray) else tables

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Records from blocks and back: the codec's payloads with their headers, and the fallback when a codec fails.
+
+The engine and the top-level `encode` and `decode` share these functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.backends.base import Bytes, Codec, EncodeRequest
+from kvzip.backends.registry import get_codec
+from kvzip.errors import BackendUnavailableError, ConfigError, LayoutError, NativeError
+from kvzip.record import (
+    Buffer,
+    Geometry,
+    Reason,
+    RecordHeader,
+    fallback_reasons,
+    header_nbytes,
+    pack_header,
+    read_record,
+)
+from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout
+
+_log = logging.getLogger("kvzip")
+_logged: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """One encoded block: header and payload, to be written one after the other.
+
+    Attributes:
+        header: the record's header.
+        payload: a view of the scratch that the batch was encoded into.
+        max_error: largest absolute error, or None when it was not measured.
+        violations: values that break the bound; 0 unless the codec has a fault, None when not measured.
+    """
+
+    header: bytes
+    payload: Bytes
+    max_error: float | None = None
+    violations: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the record."""
+        return len(self.header) + self.payload.size
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The records of a batch, and why pages of it fell back (name of the reason -> number of pages)."""
+
+    records: list[EncodedRecord]
+    fallbacks: dict[str, int]
+
+
+def log_once(event: str, detail: str) -> None:
+    """Log a warning the first time that this event happens with this detail."""
+    if (event, detail) not in _logged:
+        _logged.add((event, detail))
+        _log.warning("%s: %s (logged once; the counters have the rest)", event, detail)
+
+
+def max_record_bytes(codec: Codec, layout: BlockLayout) -> int:
+    """Most bytes that the record of one block can take, whatever happens to the codec."""
+    return header_nbytes(layout) + max(codec.max_payload_bytes(layout), get_codec("raw").max_payload_bytes(layout))
+
+
+def encode_records(
+    blocks: BlockView, codec: Codec, request: EncodeRequest, *, measure_error: bool = False
+) -> EncodedBatch:
+    """Encode every block of a view into a record. Blocks the host.
+
+    A codec that fails is replaced by ``raw`` for this batch; the records say so.
+
+    Args:
+        blocks: what to encode, in host memory.
+        codec: the codec to use.
+        request: bound, mode, threads.
+        measure_error: also decode, and compare with what went in.
+    """
+    layout = blocks.layout
+    reason = Reason.AS_ASKED
+    out = np.empty((len(blocks), max_record_bytes(codec, layout)), np.uint8)
+    try:
+        tables, sizes = codec.encode_blocks(blocks, request, out)
+    except (NativeError, BackendUnavailableError, MemoryError) as error:
+        unavailable = isinstance(error, BackendUnavailableError)
+        reason = Reason.CODEC_UNAVAILABLE if unavailable else Reason.ENCODER_FAILED
+        log_once(f"codec {codec.name!r} failed, blocks are stored raw", str(error))
+        codec = get_codec("raw")
+        tables, sizes = codec.encode_blocks(blocks, request, out)
+    payloads = [out[i, : int(n)] for i, n in enumerate(sizes)]
+    errors: list[tuple[float, int]] | None = None
+    if measure_error:
+        errors = _measure(blocks, codec, request.bound, payloads, list(tables))
+    records = [
+        EncodedRecord(
+            pack_header(
+                layout,
+                tables[i],
+                payload,
+                codec=codec.name,
+                mode=request.mode if request.mode in codec.modes else "none",
+                bound=request.bound,
+                reason=reason,
+                max_error=errors[i][0] if errors else None,
+            ),
+            payload,
+            *(errors[i] if errors else ()),
+        )
+        for i, payload in enumerate(payloads)
+    ]
+    fallbacks = fallback_reasons(tables)
+    if reason is not Reason.AS_ASKED:
+        fallbacks = {reason.name.lower(): tables.size}
+    return EncodedBatch(records, fallbacks)
+
+
+def _measure(
+    blocks: BlockView, codec: Codec, bound: ErrorBound, payloads: Sequence[Bytes], tables: Sequence[npt.NDArray[Any]]
+) -> list[tuple[float, int]]:
+    """(largest absolute error, values that break the bound) of every block."""
+    layout = blocks.layout
+    decoded = empty_view(layout, len(blocks))
+    codec.decode_blocks(decoded, payloads, tables)
+    results = []
+    for b in range(len(blocks)):
+        pages = [
+            compare_pages(blocks.page(b, s), decoded.page(b, s), segment.dtype, bound)
+            for s, segment in enumerate(layout.segments)
+        ]
+        results.append((max(p[0] for p in pages), sum(p[1] for p in pages)))
+    return results
+
+
+def compare_pages(
+    before: npt.NDArray[Any], after: npt.NDArray[Any], dtype: DType, bound: ErrorBound
+) -> tuple[float, int, float]:
+    """Compare the bit patterns of a page before and after.
+
+    Args:
+        before: bit patterns of the page that was stored, unsigned.
+        after: what was loaded, the same shape.
+        dtype: what the patterns mean.
+        bound: the bound to check against; `before` gives the page's range.
+
+    Returns:
+        The largest absolute error over the finite values of `before`, formed in float64; the number of values that break the bound (also: a
+        non-finite value whose bits changed); and the absolute bound that this page had.
+    """
+    if dtype is DType.OPAQUE:
+        return 0.0, int(np.count_nonzero(before != after)), 0.0
+    x, y = to_float64(before, dtype), to_float64(after, dtype)
+    finite = np.isfinite(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(np.where(finite, y - x, 0.0))
+    limit = 0.0
+    if bound.kind is BoundKind.ABSOLUTE:
+        limit = bound.value
+    elif bound.kind is BoundKind.RELATIVE and finite.any():
+        limit = bound.value * float(x[finite].max() - x[finite].min())
+    if bound.kind is BoundKind.LOSSLESS:
+        bad = before != after
+    else:
+        bad = np.where(finite, ~(error <= limit), before != after)
+    largest = float(error.max()) if error.size else 0.0
+    return (math.inf if math.isnan(largest) else largest), int(np.count_nonzero(bad)), limit
+
+
+def to_float64(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
+    """Values of bit patterns, exactly.
+
+    Args:
+        bits: unsigned bit patterns.
+        dtype: what they mean; not `DType.OPAQUE`.
+    """
+    if dtype is DType.BFLOAT16:
+        values: npt.NDArray[Any] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        values = np.ascontiguousarray(bits).view(np.float16 if dtype is DType.FLOAT16 else np.float32)
+    return values.astype(np.float64)
+
+
+def empty_view(layout: BlockLayout, num_blocks: int) -> BlockView:
+    """New host memory for blocks of a layout, one contiguous tensor a page."""
+    segments = tuple(
+        replace(
+            s,
+            tensor=i,
+            offset_bytes=0,
+            token_stride_bytes=s.heads * s.head_dim * s.dtype.itemsize,
+            head_stride_bytes=s.head_dim * s.dtype.itemsize,
+        )
+        for i, s in enumerate(layout.segments)
+    )
+    arrays = [np.empty((num_blocks, s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits) for s in segments]
+    return BlockView(arrays, BlockLayout(segments))
+
+
+def check_geometry(header: RecordHeader, layout: BlockLayout) -> BlockLayout:
+    """Check that a record fits the blocks it is to be loaded into.
+
+    Returns:
+        The layout, with the groups that the record was coded in.
+
+    Raises:
+        LayoutError: number of pages, shapes or dtypes differ.
+    """
+    if header.num_segments != len(layout.segments):
+        raise LayoutError(f"the record has {header.num_segments} pages, the blocks to load into have {len(layout.segments)}")
+    segments: list[SegmentLayout] = []
+    changed = False
+    for g in header.geometry:
+        for s in layout.segments[len(segments) : len(segments) + g.count]:
+            if (g.tokens, g.heads * g.head_dim, g.dtype) != (s.tokens, s.heads * s.head_dim, s.dtype) or g.heads != s.heads:
+                raise LayoutError(
+                    f"page {len(segments)} of the record is {_shape(g)}, the page to load into is {_shape(s)}: "
+                    "load into blocks of the layout that was stored"
+                )
+            changed = changed or g.group_tokens != s.group_tokens
+            segments.append(s if g.group_tokens == s.group_tokens else replace(s, group_tokens=g.group_tokens))
+    return BlockLayout(tuple(segments), layout.dims) if changed else layout
+
+
+def _shape(page: Geometry | SegmentLayout) -> str:
+    return f"{page.tokens} tokens x {page.heads} heads x {page.head_dim} {page.dtype.name.lower()}"
+
+
+def encode(
+    x: Any,
+    *,
+    bound: ErrorBound,
+    codec: str | Codec = "cuszp",
+    mode: str | None = None,
+    layout: str | BlockLayout | None = None,
+    dtype: str | DType | None = None,
+    measure_error: bool = False,
+) -> bytes:
+    """Encode one tensor into a record. Blocks the host.
+
+    Args:
+        x: NumPy array or torch tensor in host memory; bfloat16 in NumPy as uint16 with ``dtype="bfloat16"``, or as ml_dtypes.
+        bound: how far a decoded value may be from the given one.
+        codec: name of a codec, or a codec.
+        mode: encoding mode; by default the codec's first (``"fixed"`` for cuszp).
+        layout: order of the axes of x, such as ``"NHD"`` or ``"2HND"`` (see `BlockLayout.from_tensors`), or a `BlockLayout` for
+            ``x[None]``. Without it x is coded in memory order.
+        dtype: element type, when x does not say it.
+        measure_error: decode and compare as well; the record's header then has `max_error`.
+
+    Returns:
+        The record.
+
+    Raises:
+        LayoutError: shape, dtype and layout do not fit.
+        CodecNotFoundError: no such codec.
+        ConfigError: the codec does not know the mode.
+    """
+    chosen = get_codec(codec)
+    tensor = x[None]
+    if layout is None:
+        layout = BlockLayout.opaque([tensor], dtype=dtype)
+    elif isinstance(layout, str):
+        layout = BlockLayout.from_tensors([tensor], layout, dtype=dtype)
+    mode = chosen.modes[0] if mode is None else chosen.check_mode(mode)
+    view = BlockView([tensor], layout)
+    batch = encode_records(view, chosen, EncodeRequest(bound, mode), measure_error=measure_error)
+    record = batch.records[0]
+    return record.header + record.payload.tobytes()
+
+
+def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> Any:
+    """Decode a record. Blocks the host.
+
+    Args:
+        record: exactly one record, in host memory.
+        out: a NumPy array or torch tensor to fill, in the shape and order of axes that was encoded (any shape when the record was coded in memory
+            order), or a list of them for a record of several tensors.
+        max_raw_bytes: refuse to allocate more than this when `out` is not given; a forged record can claim any size.
+
+    Returns:
+        `out`, or a new NumPy array (a list of them for a record of several tensors): bfloat16 comes as uint16 bit patterns, opaque bytes as uint8.
+
+    Raises:
+        CorruptRecordError: the record is damaged; `out` is as it was.
+        FormatVersionError: a newer kvzip wrote it.
+        CodecNotFoundError: its codec is not installed here.
+        LayoutError: `out` does not fit.
+        ConfigError: the record claims more than `max_raw_bytes`.
+    """
+    header, payload = read_record(record)
+    codec = get_codec(header.codec)
+    made = out is None
+    if made:
+        if header.raw_bytes > max_raw_bytes:
+            raise ConfigError(
+                f"the record decodes to {header.raw_bytes} bytes, the limit is {max_raw_bytes}: pass out=, or a larger max_raw_bytes"
+            )
+        out = _allocate(header)
+    tensors = list(out) if isinstance(out, (list, tuple)) else [out]
+    view = _decode_view(header, tensors)
+    if not view.writable:
+        raise LayoutError("out is read-only: pass a writable array")
+    codec.decode_blocks(view, [np.frombuffer(payload, np.uint8)], [header.table])
+    return tensors[0] if made and len(tensors) == 1 else out
+
+
+def _tensors_of(header: RecordHeader) -> tuple[str, list[tuple[int, ...]]]:
+    """Order of axes and shapes of the tensors that a record came from."""
+    flat = [g for g in header.geometry for _ in range(g.count)]
+    dims = header.dims
+    if set(dims) <= {"2", "N", "H", "D"} and {"N", "D"} <= set(dims) and len(dims) == len(set(dims)):
+        step = 2 if "2" in dims else 1
+        pages = flat[::step]
+        whole = len(flat) % step == 0 and all(flat[i] == flat[i - i % step] for i in range(len(flat)))
+        if whole and ("H" in dims or all(g.heads == 1 for g in pages)):
+            shapes = [tuple({"2": 2, "N": g.tokens, "H": g.heads, "D": g.head_dim}[d] for d in dims) for g in pages]
+            return dims, shapes
+    return "", [(g.head_dim,) if g.tokens == g.heads == 1 else (g.tokens, g.heads, g.head_dim) for g in flat]
+
+
+def _allocate(header: RecordHeader) -> list[npt.NDArray[Any]]:
+    flat = [g.dtype.numpy_bits for g in header.geometry for _ in range(g.count)]
+    shapes = _tensors_of(header)[1]
+    types = {DType.FLOAT16: np.dtype(np.float16), DType.FLOAT32: np.dtype(np.float32)}
+    kinds = [g.dtype for g in header.geometry for _ in range(g.count)]
+    step = len(flat) // len(shapes)
+    return [np.empty(shape, types.get(kinds[i * step], flat[i * step])) for i, shape in enumerate(shapes)]
+
+
+def _decode_view(header: RecordHeader, tensors: list[Any]) -> BlockView:
+    dims, shapes = _tensors_of(header)
+    if len(tensors) != len(shapes):
+        raise LayoutError(f"the record came from {len(shapes)} tensors, out has {len(tensors)}")
+    dtypes = {g.dtype for g in header.geometry}
+    if len(dtypes) > 1:
+        raise LayoutError("the record mixes dtypes: load it through a SwapEngine")
+    dtype = dtypes.pop()
+    batched = [t[None] for t in tensors]
+    if dims:
+        layout = BlockLayout.from_tensors(batched, dims, dtype=dtype)
+    elif all(len(shape) == 1 for shape in shapes):
+        layout = BlockLayout.opaque(batched, dtype=dtype)
+    else:
+        layout = BlockLayout.from_tensors(batched, "NHD", dtype=dtype)
+    return BlockView(batched, check_geometry(header, layout))
+
+

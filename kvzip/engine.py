@@ -1,0 +1,657 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""`SwapEngine`: KV blocks stored compressed in a `HostPool`, found by key, evicted by the bytes that they really take."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.backends.base import Codec, EncodeRequest
+from kvzip.backends.registry import get_codec
+from kvzip.coding import EncodedRecord, check_geometry, encode_records, max_record_bytes
+from kvzip.errors import (
+    BlockNotFoundError,
+    ConfigError,
+    CorruptRecordError,
+    KvzipError,
+    LayoutError,
+    PoolExhaustedError,
+    TransferError,
+)
+from kvzip.policy import EvictionPolicy, make_policy
+from kvzip.pool import Allocation, HostPool, PoolStats
+from kvzip.record import RecordHeader, read_record
+from kvzip.types import BlockLayout, BlockView, ErrorBound
+
+_log = logging.getLogger("kvzip")
+
+#: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
+CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """What a finished transfer did.
+
+    Attributes:
+        blocks: number of blocks.
+        raw_bytes: bytes of their values.
+        record_bytes: bytes of their records in the pool.
+        seconds: from the call to its end.
+        evicted: records that had to leave the pool.
+        fallbacks: pages that were not coded as asked, by reason.
+        max_error: largest absolute error of a store with ``measure_error``, else None.
+        violations: values that broke the bound in such a store (0 unless a codec is at fault), else None.
+    """
+
+    blocks: int
+    raw_bytes: int
+    record_bytes: int
+    seconds: float
+    evicted: int = 0
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    max_error: float | None = None
+    violations: int | None = None
+
+
+class Transfer:
+    """A store or a load that was accepted. Thread-safe.
+
+    On the CPU the work is done when `store` or `load` returns, and an error has been raised there.
+    """
+
+    def __init__(self) -> None:
+        self._finished = threading.Event()
+        self._result: TransferResult | None = None
+        self._error: KvzipError | None = None
+
+    def done(self) -> bool:
+        """Whether the transfer has ended, well or not. Never blocks."""
+        return self._finished.is_set()
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Block the host until the transfer has ended.
+
+        Args:
+            timeout_seconds: give up after this long; None waits for ever.
+
+        Returns:
+            Whether it has ended.
+
+        Raises:
+            TransferError: it failed; the pool and the pages are as they were.
+        """
+        if not self._finished.wait(timeout_seconds):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def result(self, timeout_seconds: float | None = None) -> TransferResult:
+        """Wait, and say what was done.
+
+        Raises:
+            TransferError: it failed, or it has not ended within the time.
+        """
+        if not self.wait(timeout_seconds):
+            raise TransferError(f"the transfer has not ended within {timeout_seconds} s: wait longer")
+        assert self._result is not None
+        return self._result
+
+    def _finish(self, result: TransferResult) -> None:
+        self._result = result
+        self._finished.set()
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters of an engine; totals since it was made.
+
+    Attributes:
+        records: records held now.
+        raw_bytes: raw bytes of these.
+        record_bytes: bytes of these in the pool, without the rounding to extents.
+        ratio: raw_bytes / record_bytes of what is held (1.0 when nothing is).
+        pinned: records under a pin now.
+        stored_blocks, loaded_blocks, discarded_blocks, evicted_blocks: totals.
+        stored_raw_bytes, stored_record_bytes, loaded_raw_bytes: totals.
+        store_seconds, load_seconds: host time spent in them.
+        missing_blocks: keys that a load asked for in vain.
+        corrupt_blocks: records that failed their checks at a load.
+        violations: values found outside the bound by stores with ``measure_error``.
+        fallbacks: pages not coded as asked, by reason.
+        pool: the pool's own counters.
+    """
+
+    records: int
+    raw_bytes: int
+    record_bytes: int
+    ratio: float
+    pinned: int
+    stored_blocks: int
+    loaded_blocks: int
+    discarded_blocks: int
+    evicted_blocks: int
+    stored_raw_bytes: int
+    stored_record_bytes: int
+    loaded_raw_bytes: int
+    store_seconds: float
+    load_seconds: float
+    missing_blocks: int
+    corrupt_blocks: int
+    violations: int
+    fallbacks: Mapping[str, int]
+    pool: PoolStats
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A record in the pool."""
+
+    allocation: Allocation
+    raw_bytes: int
+    loads: int = 0  # loads in flight
+    pins: int = 0
+    dropped: bool = False  # out of the index; freed when the last load ends
+
+    @property
+    def protected(self) -> bool:
+        return self.loads > 0 or self.pins > 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What new records are coded with; records that are held keep what they were coded with."""
+
+    codec: Codec
+    bound: ErrorBound
+    mode: str
+
+
+class SwapEngine:
+    """Moves KV blocks between page memory and a pool of compressed records. All methods are thread-safe.
+
+    A store either keeps all of its blocks or changes nothing; so does a load. A block that the codec cannot make smaller is stored
+    lossless or raw, with the reason in its record and in the statistics. When the pool is full, the records that the policy
+    calls coldest leave it, counted in the bytes that they really take; records that are pinned or being loaded stay.
+
+    Args:
+        pool: a `HostPool` (shared with others, if you like), or the bytes of a new one that the engine closes with itself.
+        codec: name of a codec, or a codec.
+        bound: how far a loaded value may be from the stored one.
+        mode: encoding mode; by default the codec's first.
+        policy: name of an eviction policy (``"lru"``), or a policy object of its own.
+        threads: most host threads for coding; 0 = all cores that the process may use.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        CodecNotFoundError: no such codec.
+        BackendUnavailableError: the codec cannot run here.
+    """
+
+    def __init__(
+        self,
+        pool: HostPool | int,
+        *,
+        codec: str | Codec = "cuszp",
+        bound: ErrorBound | None = None,
+        mode: str | None = None,
+        policy: str | EvictionPolicy = "lru",
+        threads: int = 0,
+    ) -> None:
+        if threads < 0:
+            raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
+        self._settings = _settings(get_codec(codec), bound or ErrorBound.relative(1e-3), mode)
+        self._policy = make_policy(policy)
+        self._threads = threads
+        self._owns_pool = isinstance(pool, int)
+        self.pool = HostPool(pool) if isinstance(pool, int) else pool
+        self._index: dict[bytes, _Entry] = {}
+        self._lock = threading.RLock()
+        self._loads_ended = threading.Condition(self._lock)
+        self._store_lock = threading.Lock()  # one store at a time: what it was promised cannot be taken by another
+        self._totals: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._seconds = {"store": 0.0, "load": 0.0}
+        self._loads_in_flight = 0
+        self._closed = False
+
+    # ---- settings -----------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """Codec, bound and mode of the next store."""
+        return self._settings
+
+    def configure(
+        self, *, codec: str | Codec | None = None, bound: ErrorBound | None = None, mode: str | None = None
+    ) -> Settings:
+        """Change what the next stores are coded with; what is None stays. Records that are held still load.
+
+        Raises:
+            ConfigError: the codec does not know the mode; nothing was changed.
+            CodecNotFoundError: no such codec; nothing was changed.
+        """
+        with self._lock:
+            now = self._settings
+            chosen = now.codec if codec is None else get_codec(codec)
+            if mode is None and now.mode in chosen.modes:
+                mode = now.mode
+            self._settings = _settings(chosen, now.bound if bound is None else bound, mode)
+            return self._settings
+
+    # ---- store --------------------------------------------------------------------------------------------------------
+
+    def store(self, keys: Iterable[bytes], blocks: BlockView, *, measure_error: bool = False) -> Transfer:
+        """Encode blocks and keep their records. A key that is held gets the new record. Blocks the host on the CPU.
+
+        Args:
+            keys: one opaque name a block.
+            blocks: the blocks, in the same order.
+            measure_error: decode and compare as well; slower. See `TransferResult`.
+
+        Returns:
+            A transfer that is done.
+
+        Raises:
+            ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks.
+            PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed.
+        """
+        start = time.perf_counter()
+        names = _check_keys(keys, blocks)
+        settings = self._settings
+        with self._store_lock:
+            self._check_open()
+            result = self._store(names, blocks, settings, measure_error)
+        seconds = time.perf_counter() - start
+        with self._lock:
+            self._seconds["store"] += seconds
+        transfer = Transfer()
+        transfer._finish(replace(result, seconds=seconds))
+        return transfer
+
+    def _store(
+        self, keys: Sequence[bytes], blocks: BlockView, settings: Settings, measure_error: bool
+    ) -> TransferResult:
+        layout = blocks.layout
+        request = EncodeRequest(settings.bound, settings.mode, self._threads)
+        extents = self.pool.round_up
+        worst = len(keys) * extents(max_record_bytes(settings.codec, layout))
+        # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
+        # everything is encoded first, so that a refusal comes before anything was changed.
+        streaming = worst <= self.pool.stats().free_bytes or worst <= self._room(keys)
+        fresh: dict[bytes, _Entry] = {}
+        pending: list[tuple[bytes, EncodedRecord]] = []
+        pending_bytes = record_bytes = evicted = 0
+        fallbacks: Counter[str] = Counter()
+        max_error = 0.0
+        violations = 0
+        try:
+            for first, last in _chunks(len(keys), layout):
+                batch = encode_records(
+                    blocks[blocks.block_ids[first:last]], settings.codec, request, measure_error=measure_error
+                )
+                fallbacks.update(batch.fallbacks)
+                for key, record in zip(keys[first:last], batch.records, strict=True):
+                    max_error = max(max_error, record.max_error or 0.0)
+                    violations += record.violations or 0
+                    record_bytes += record.nbytes
+                    pending_bytes += extents(record.nbytes)
+                    if not streaming:  # the scratch is used again; keep just the encoded bytes
+                        record = replace(record, payload=record.payload.copy())
+                    pending.append((key, record))
+                if streaming:
+                    evicted += self._keep(pending, fresh, layout.nbytes, keys)
+                    pending = []
+                elif pending_bytes > self._room(keys, replacing=True):
+                    self._refuse(pending_bytes, len(pending), len(keys), keys)
+            if pending:
+                evicted += self._keep(pending, fresh, layout.nbytes, keys, replacing=True)
+        except BaseException:
+            with self._lock:
+                for entry in fresh.values():
+                    self.pool.free(entry.allocation)
+            raise
+        with self._lock:
+            for key, entry in fresh.items():
+                old = self._index.pop(key, None)
+                if old is not None:
+                    entry.pins = old.pins
+                    self._policy.remove(key, evicted=False)
+                    self._drop(old)
+                self._index[key] = entry
+                self._policy.insert(key, entry.allocation.nbytes)
+            self._totals["stored_blocks"] += len(keys)
+            self._totals["stored_raw_bytes"] += blocks.nbytes
+            self._totals["stored_record_bytes"] += record_bytes
+            self._totals["violations"] += violations
+            self._fallbacks.update(fallbacks)
+        return TransferResult(
+            blocks=len(keys),
+            raw_bytes=blocks.nbytes,
+            record_bytes=record_bytes,
+            seconds=0.0,
+            evicted=evicted,
+            fallbacks=dict(fallbacks),
+            max_error=max_error if measure_error else None,
+            violations=violations if measure_error else None,
+        )
+
+    def _room(self, keys: Sequence[bytes], *, replacing: bool = False) -> int:
+        """Bytes of extents that a store of `keys` may use: free ones, and those of records that may leave.
+
+        With `replacing`, the records that the store replaces count too: they leave in the same step.
+        """
+        own = set(keys)
+        with self._lock:
+            leaving = sum(
+                entry.allocation.extent_nbytes
+                for key, entry in self._index.items()
+                if (entry.loads == 0 if key in own and replacing else key not in own and not entry.protected)
+            )
+            return self.pool.stats().free_bytes + leaving
+
+    def _refuse(self, needed: int, encoded: int, total: int, keys: Sequence[bytes]) -> None:
+        room = self._room(keys, replacing=True)
+        raise PoolExhaustedError(
+            f"{encoded} of {total} blocks need {needed} bytes already, the pool can give {room} of {self.pool.capacity_bytes}: "
+            "store fewer blocks at once, release pins, or make the pool larger",
+            requested=needed,
+            free=room,
+        )
+
+    def _keep(
+        self,
+        records: Sequence[tuple[bytes, EncodedRecord]],
+        fresh: dict[bytes, _Entry],
+        raw_bytes: int,
+        keys: Sequence[bytes],
+        *,
+        replacing: bool = False,
+    ) -> int:
+        """Put encoded records into the pool, evicting as needed; they are not visible yet. Returns the number evicted."""
+        evicted = 0
+        own = set(keys)
+        with self._lock:
+            needed = sum(self.pool.round_up(record.nbytes) for _, record in records)
+            while needed > self.pool.stats().free_bytes:
+                if self._evict(needed - self.pool.stats().free_bytes, own, replacing):
+                    evicted += 1
+                elif not self._loads_ended.wait_for(lambda: self._can_free(own, replacing), timeout=60.0):
+                    self._refuse(needed, len(records), len(keys), keys)
+            for key, record in records:
+                allocation = self.pool.allocate(record.nbytes)
+                fresh[key] = _Entry(allocation, raw_bytes)
+                self.pool.write(allocation, record.header)
+                self.pool.write(allocation, record.payload, offset_bytes=len(record.header))
+        return evicted
+
+    def _can_free(self, own: set[bytes], replacing: bool) -> bool:
+        return next(self._leaving(own, replacing), None) is not None
+
+    def _leaving(self, own: set[bytes], replacing: bool) -> Iterator[bytes]:
+        """Keys whose records may leave, in the order in which they should."""
+        if replacing:
+            yield from (k for k in own if k in self._index and self._index[k].loads == 0)
+        for key in self._policy.victims():
+            if key not in own and not self._index[key].protected:
+                yield key
+
+    def _evict(self, needed: int, own: set[bytes], replacing: bool) -> bool:
+        """Let the coldest record leave; False when none may."""
+        victim = next(self._leaving(own, replacing), None)
+        if victim is None:
+            return False
+        entry = self._index.pop(victim)
+        self._policy.remove(victim, evicted=True)
+        self._drop(entry)
+        self._totals["evicted_blocks"] += victim not in own
+        return True
+
+    def _drop(self, entry: _Entry) -> None:
+        """Free a record that has left the index, now or when its last load ends."""
+        entry.dropped = True
+        if entry.loads == 0:
+            self.pool.free(entry.allocation)
+
+    # ---- load ---------------------------------------------------------------------------------------------------------
+
+    def load(self, keys: Iterable[bytes], out: BlockView) -> Transfer:
+        """Decode records into blocks. Blocks the host on the CPU.
+
+        Every record is verified (lengths, checksum, codes) before the first page is written.
+
+        Args:
+            keys: names of the records.
+            out: where they go, in the same order; the page geometry must be the one that was stored, memory strides and block numbers may differ.
+
+        Returns:
+            A transfer that is done.
+
+        Raises:
+            BlockNotFoundError: a key is not held; nothing was changed.
+            LayoutError: a record does not fit the blocks; nothing was changed.
+            CorruptRecordError: a record is damaged; no page was written. The record stays until it is discarded.
+        """
+        start = time.perf_counter()
+        names = _check_keys(keys, out, repeats=True)
+        if not out.writable:
+            raise LayoutError("the blocks to load into are read-only: pass writable tensors")
+        if len(np.unique(out.block_ids)) != len(out):
+            raise LayoutError("a block number repeats in the blocks to load into: give each block once")
+        with self._lock:
+            self._check_open()
+            missing = tuple(key for key in names if key not in self._index)
+            if missing:
+                self._totals["missing_blocks"] += len(missing)
+                raise BlockNotFoundError(
+                    f"{len(missing)} of {len(names)} keys are not held (the first is {missing[0]!r}): check with contains()",
+                    keys=missing,
+                )
+            entries = [self._index[key] for key in names]
+            for key, entry in zip(names, entries, strict=True):
+                entry.loads += 1
+                self._policy.touch(key)
+            self._loads_in_flight += 1
+        try:
+            self._decode(entries, out)
+        except CorruptRecordError:
+            with self._lock:
+                self._totals["corrupt_blocks"] += 1
+            raise
+        finally:
+            with self._lock:
+                for entry in entries:
+                    entry.loads -= 1
+                    if entry.dropped and entry.loads == 0:
+                        self.pool.free(entry.allocation)
+                self._loads_in_flight -= 1
+                self._loads_ended.notify_all()
+        seconds = time.perf_counter() - start
+        with self._lock:
+            self._totals["loaded_blocks"] += len(names)
+            self._totals["loaded_raw_bytes"] += out.nbytes
+            self._seconds["load"] += seconds
+        transfer = Transfer()
+        record_bytes = sum(entry.allocation.nbytes for entry in entries)
+        transfer._finish(TransferResult(len(names), out.nbytes, record_bytes, seconds))
+        return transfer
+
+    def _decode(self, entries: Sequence[_Entry], out: BlockView) -> None:
+        groups: dict[tuple[str, BlockLayout], list[int]] = {}
+        headers: list[RecordHeader] = []
+        payloads: list[npt.NDArray[np.uint8]] = []
+        for i, entry in enumerate(entries):
+            header, payload = read_record(self.pool.read(entry.allocation))
+            layout = check_geometry(header, out.layout)
+            headers.append(header)
+            payloads.append(np.frombuffer(payload, np.uint8))
+            groups.setdefault((header.codec, layout), []).append(i)
+        # A codec validates its own batch before it writes; with several, all must be valid before the first writes.
+        if len(groups) > 1:
+            for (name, layout), members in groups.items():
+                get_codec(name).validate_blocks(
+                    layout, [payloads[i] for i in members], [headers[i].table for i in members]
+                )
+        for (name, layout), members in groups.items():
+            view = BlockView(out.tensors, layout, out.block_ids[members])
+            get_codec(name).decode_blocks(
+                view,
+                [payloads[i] for i in members],
+                [headers[i].table for i in members],
+                threads=self._threads,
+            )
+
+    # ---- the rest -----------------------------------------------------------------------------------------------------
+
+    def contains(self, key: bytes) -> bool:
+        """Whether a record is held under this key. Does not count as a use."""
+        with self._lock:
+            return key in self._index
+
+    def discard(self, keys: Iterable[bytes]) -> int:
+        """Forget records; keys that are not held are passed over.
+
+        A record that is being loaded is forgotten at once and freed when the load ends. A pin does not stop a discard.
+
+        Returns:
+            How many were held.
+        """
+        found = 0
+        with self._lock:
+            for key in keys:
+                entry = self._index.pop(key, None)
+                if entry is not None:
+                    self._policy.remove(key, evicted=False)
+                    self._drop(entry)
+                    found += 1
+            self._totals["discarded_blocks"] += found
+        return found
+
+    @contextmanager
+    def pin(self, keys: Iterable[bytes]) -> Iterator[None]:
+        """Keep records from being evicted while the ``with`` block runs. Waits for a store that is under way.
+
+        Raises:
+            BlockNotFoundError: a key is not held; nothing was pinned.
+        """
+        names = list(keys)
+        with self._store_lock, self._lock:
+            missing = tuple(key for key in names if key not in self._index)
+            if missing:
+                raise BlockNotFoundError(
+                    f"{len(missing)} of {len(names)} keys are not held (the first is {missing[0]!r}): check with contains()",
+                    keys=missing,
+                )
+            for key in names:
+                self._index[key].pins += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                for key in names:
+                    entry = self._index.get(key)  # a discarded record took its pin with it
+                    if entry is not None and entry.pins:
+                        entry.pins -= 1
+
+    def read_record(self, key: bytes) -> bytes:
+        """A copy of the record under a key: what `kvzip.decode`, `kvzip.read_header` and ``kvzip inspect`` take.
+
+        Raises:
+            BlockNotFoundError: the key is not held.
+        """
+        with self._lock:
+            if key not in self._index:
+                raise BlockNotFoundError(f"key {key!r} is not held: check with contains()", keys=(key,))
+            return self.pool.read(self._index[key].allocation).tobytes()
+
+    def stats(self) -> EngineStats:
+        """Counters at this moment."""
+        with self._lock:
+            entries = self._index.values()
+            raw = sum(e.raw_bytes for e in entries)
+            stored = sum(e.allocation.nbytes for e in entries)
+            totals = self._totals
+            return EngineStats(
+                records=len(self._index),
+                raw_bytes=raw,
+                record_bytes=stored,
+                ratio=raw / stored if stored else 1.0,
+                pinned=sum(e.pins > 0 for e in entries),
+                stored_blocks=totals["stored_blocks"],
+                loaded_blocks=totals["loaded_blocks"],
+                discarded_blocks=totals["discarded_blocks"],
+                evicted_blocks=totals["evicted_blocks"],
+                stored_raw_bytes=totals["stored_raw_bytes"],
+                stored_record_bytes=totals["stored_record_bytes"],
+                loaded_raw_bytes=totals["loaded_raw_bytes"],
+                store_seconds=self._seconds["store"],
+                load_seconds=self._seconds["load"],
+                missing_blocks=totals["missing_blocks"],
+                corrupt_blocks=totals["corrupt_blocks"],
+                violations=totals["violations"],
+                fallbacks=dict(self._fallbacks),
+                pool=self.pool.stats(),
+            )
+
+    def close(self) -> None:
+        """Forget all records, and close the pool if the engine made it. Waits for transfers under way; may be called twice."""
+        with self._store_lock, self._lock:
+            if self._closed:
+                return
+            self._closed = True  # no load begins from here on
+            self._loads_ended.wait_for(lambda: self._loads_in_flight == 0)
+            for key, entry in self._index.items():
+                self._policy.remove(key, evicted=False)
+                self.pool.free(entry.allocation)
+            self._index.clear()
+            if self._owns_pool:
+                self.pool.close()
+
+    def __enter__(self) -> SwapEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the engine is closed: make a new one")
+
+
+def _settings(codec: Codec, bound: ErrorBound, mode: str | None) -> Settings:
+    if not isinstance(bound, ErrorBound):
+        raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
+    return Settings(codec, bound, codec.modes[0] if mode is None else codec.check_mode(mode))
+
+
+def _check_keys(keys: Iterable[bytes], blocks: BlockView, *, repeats: bool = False) -> list[bytes]:
+    if isinstance(keys, (bytes, str)):
+        raise ConfigError("keys is a single key: give a list of keys, one a block")
+    names = list(keys)
+    if len(names) != len(blocks):
+        raise ConfigError(f"{len(names)} keys for {len(blocks)} blocks: give one key a block")
+    for name in names:
+        if not isinstance(name, bytes):
+            raise ConfigError(f"key {name!r} is of type {type(name).__name__}: keys are bytes")
+    if not repeats and len(set(names)) != len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ConfigError(f"key {twice!r} is given twice: each block needs its own key")
+    return names
+
+
+def _chunks(blocks: int, layout: BlockLayout) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_BYTES // layout.nbytes)
+    return ((first, min(first + step, blocks)) for first in range(0, blocks, step))

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The record format, version 1: pack, parse and verify headers and segment tables.
+
+``docs/reference/format.md`` is normative. Everything here treats bytes as hostile: lengths are checked before use.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import crc32c as _crc32c
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.errors import CorruptRecordError, FormatError, FormatVersionError
+from kvzip.types import BlockLayout, BoundKind, DType, ErrorBound, SegmentLayout
+
+FORMAT_VERSION = 1
+MAGIC = b"KVZP"
+ALIGNMENT = 16
+MAX_SEGMENTS = 65_536
+
+Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+_FIXED = struct.Struct("<4sHHIIQQIIHBBB3xdd16s8s8x")
+_GEOMETRY = struct.Struct("<IIIIBB6x")
+_CRC_AT = 12
+
+#: One entry of the segment table, as it stands in a record.
+ENTRY_DTYPE = np.dtype(
+    [
+        ("offset", "<u4"),
+        ("size", "<u4"),
+        ("bound", "<f4"),
+        ("coding", "u1"),
+        ("kind", "u1"),
+        ("param", "u1"),
+        ("reason", "u1"),
+    ]
+)
+
+MODES = ("none", "fixed", "plain", "outlier")
+KINDS = ("", "k", "v")
+
+
+class Coding(enum.IntEnum):
+    """How the codec `cuszp` (and, for `RAW`, `raw`) wrote a segment."""
+
+    RAW = 0
+    CONSTANT = 1
+    FIXED = 2
+    PLAIN = 3
+    OUTLIER = 4
+    LOSSLESS = 5
+
+
+class Reason(enum.IntEnum):
+    """Why a segment, or a whole record, is not coded as asked."""
+
+    AS_ASKED = 0
+    BOUND_TOO_FINE = 1
+    LOSSLESS_SMALLER = 2
+    INCOMPRESSIBLE = 3
+    OPAQUE_DTYPE = 4
+    ENCODER_FAILED = 5
+    CODEC_UNAVAILABLE = 6
+
+
+assert _FIXED.size == 96 and _GEOMETRY.size == 24 and ENTRY_DTYPE.itemsize == 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Logical shape of the pages of a run of segments."""
+
+    count: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: DType
+    group_tokens: int
+
+    @property
+    def values(self) -> int:
+        """Values of one page."""
+        return self.tokens * self.heads * self.head_dim
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of one page."""
+        return self.values * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RecordHeader:
+    """What a record says about itself.
+
+    Attributes:
+        version: format version.
+        codec: name of the codec that wrote the payload.
+        mode: encoding mode that was asked for.
+        bound: error bound that was asked for; ``table["bound"]`` has the absolute bound applied to each segment.
+        reason: why the whole record fell back, or `Reason.AS_ASKED`.
+        max_error: largest absolute error reached, or None when it was not measured.
+        dims: order of the axes of the source tensors, or ``""``.
+        raw_bytes: bytes of the values before encoding.
+        header_bytes: bytes of header, geometry and segment table.
+        payload_bytes: bytes of the payload.
+        payload_crc32c: checksum of the payload.
+        geometry: shapes of the pages, run-length coded.
+        table: one entry a segment, dtype `ENTRY_DTYPE`.
+    """
+
+    version: int
+    codec: str
+    mode: str
+    bound: ErrorBound
+    reason: Reason
+    max_error: float | None
+    dims: str
+    raw_bytes: int
+    header_bytes: int
+    payload_bytes: int
+    payload_crc32c: int
+    geometry: tuple[Geometry, ...]
+    table: npt.NDArray[Any]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the whole record."""
+        return self.header_bytes + self.payload_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Raw bytes over record bytes."""
+        return self.raw_bytes / self.record_bytes
+
+    @property
+    def num_segments(self) -> int:
+        """Number of pages in the record."""
+        return len(self.table)
+
+    def layout(self) -> BlockLayout:
+        """Layout of one block, each page contiguous in a tensor of its own, shape ``[blocks, tokens, heads, head_dim]``."""
+        return _contiguous_layout(self.geometry, self.table["kind"].tobytes())
+
+
+@lru_cache(maxsize=64)
+def _contiguous_layout(geometry: tuple[Geometry, ...], kinds: bytes) -> BlockLayout:
+    segments: list[SegmentLayout] = []
+    for g in geometry:
+        for _ in range(g.count):
+            size = g.dtype.itemsize
+            segments.append(
+                SegmentLayout(
+                    tensor=len(segments),
+                    dtype=g.dtype,
+                    tokens=g.tokens,
+                    heads=g.heads,
+                    head_dim=g.head_dim,
+                    token_stride_bytes=g.heads * g.head_dim * size,
+                    head_stride_bytes=g.head_dim * size,
+                    kind=KINDS[kinds[len(segments)]],
+                    group_tokens=g.group_tokens,
+                )
+            )
+    return BlockLayout(tuple(segments), "")
+
+
+def crc32c(data: Buffer, value: int = 0) -> int:
+    """CRC32C (Castagnoli) of bytes, continued from `value`."""
+    return int(_crc32c.crc32c(data, value))
+
+
+def align(nbytes: int) -> int:
+    """Round up to the alignment of segments, 16 bytes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@lru_cache(maxsize=256)
+def _geometry_runs(layout: BlockLayout) -> tuple[int, bytes, bytes]:
+    """(number of runs, their bytes, the kinds column) of a layout."""
+    runs: list[list[int]] = []
+    for segment in layout.segments:
+        if runs and tuple(runs[-1][1:]) == segment.geometry:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, *segment.geometry])
+    packed = b"".join(_GEOMETRY.pack(*run) for run in runs)
+    return len(runs), packed, bytes(KINDS.index(s.kind) for s in layout.segments)
+
+
+def header_nbytes(layout: BlockLayout) -> int:
+    """Bytes of the header of a record of this layout.
+
+    Raises:
+        FormatError: the layout has more pages than a record can hold.
+    """
+    if len(layout.segments) > MAX_SEGMENTS:
+        raise FormatError(f"{len(layout.segments)} pages in a block: a record holds at most {MAX_SEGMENTS}; split the block")
+    return align(_FIXED.size + len(_geometry_runs(layout)[1]) + ENTRY_DTYPE.itemsize * len(layout.segments))
+
+
+def pack_header(
+    layout: BlockLayout,
+    table: npt.NDArray[Any],
+    payload: Buffer,
+    *,
+    codec: str,
+    mode: str,
+    bound: ErrorBound,
+    reason: Reason = Reason.AS_ASKED,
+    max_error: float | None = None,
+) -> bytes:
+    """Make the header of a record.
+
+    Args:
+        layout: layout of the block.
+        table: segment table, shape ``[pages]``, dtype `ENTRY_DTYPE`.
+        payload: the payload, a multiple of 16 bytes.
+        codec: name of the codec, at most 16 ASCII characters.
+        mode: one of `MODES`.
+        bound: error bound that was asked for.
+        reason: why the whole record fell back.
+        max_error: largest error reached, if it was measured.
+
+    Returns:
+        ``header_nbytes(layout)`` bytes.
+    """
+    runs, geometry, _ = _geometry_runs(layout)
+    size = header_nbytes(layout)
+    fixed = _FIXED.pack(
+        MAGIC,
+        FORMAT_VERSION,
+        0,
+        size,
+        0,
+        len(payload),
+        layout.nbytes,
+        crc32c(payload),
+        len(layout.segments),
+        runs,
+        MODES.index(mode),
+        int(bound.kind),
+        int(reason),
+        bound.value,
+        math.nan if max_error is None else max_error,
+        codec.encode("ascii"),
+        layout.dims.encode("ascii"),
+    )
+    header = bytearray(size)
+    header[: len(fixed)] = fixed
+    at = len(fixed)
+    header[at : at + len(geometry)] = geometry
+    at += len(geometry)
+    entries = table.tobytes()
+    header[at : at + len(entries)] = entries
+    struct.pack_into("<I", header, _CRC_AT, crc32c(header))
+    return bytes(header)
+
+
+def read_header(record: Buffer) -> RecordHeader:
+    """Parse and check the header of a record; the payload is not looked at, and need not be there.
+
+    Args:
+        record: bytes that begin with a record.
+
+    Raises:
+        FormatVersionError: the format version is not known here.
+        CorruptRecordError: the bytes contradict the format.
+    """
+    data = memoryview(record).cast("B")
+    if len(data) < _FIXED.size:
+        raise CorruptRecordError(f"{len(data)} bytes are no record: its fixed part alone has {_FIXED.size}")
+    if bytes(data[:4]) != MAGIC:
+        raise CorruptRecordError(f"magic {bytes(data[:4])!r} is not {MAGIC!r}: these bytes are no kvzip record")
+    version = int.from_bytes(data[4:6], "little")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(f"record of format version {version}: this kvzip reads version {FORMAT_VERSION}; upgrade it")
+    (
+        _,
+        _,
+        flags,
+        header_bytes,
+        header_crc,
+        payload_bytes,
+        raw_bytes,
+        payload_crc,
+        num_segments,
+        num_runs,
+        mode,
+        bound_kind,
+        reason,
+        bound,
+        max_error,
+        codec,
+        dims,
+    ) = _FIXED.unpack_from(data)
+    if not 1 <= num_segments <= MAX_SEGMENTS or not 1 <= num_runs <= num_segments:
+        raise CorruptRecordError(f"{num_segments} segments in {num_runs} geometry runs: at most {MAX_SEGMENTS} and as many runs")
+    expected = align(_FIXED.size + _GEOMETRY.size * num_runs + ENTRY_DTYPE.itemsize * num_segments)
+    if header_bytes != expected or len(data) < expected:
+        raise CorruptRecordError(f"header of {header_bytes} bytes in {len(data)}: {num_segments} segments need {expected}")
+    blank = crc32c(bytes(4), crc32c(data[:_CRC_AT]))
+    if crc32c(data[_CRC_AT + 4 : header_bytes], blank) != header_crc:
+        raise CorruptRecordError("the header's checksum does not match: the record is damaged")
+    # What follows is only reached by intact or deliberately forged headers.
+    _require(flags == 0 and not any(data[45:48]) and not any(data[88:96]), "reserved bits are set")
+    _require(mode < len(MODES), f"mode {mode} is unknown")
+    _require(bound_kind in (0, 1, 2), f"bound kind {bound_kind} is unknown")
+    _require(reason in Reason._value2member_map_, f"reason {reason} is unknown")
+    kind = BoundKind(bound_kind)
+    _require(
+        bound == 0 if kind is BoundKind.LOSSLESS else math.isfinite(bound) and bound > 0, f"bound {bound} is out of range"
+    )
+    _require(math.isnan(max_error) or (max_error >= 0 and math.isfinite(max_error)), f"max_error {max_error} is out of range")
+    geometry = _parse_geometry(data[_FIXED.size :], num_runs, num_segments)
+    _require(raw_bytes == sum(g.count * g.nbytes for g in geometry), f"raw_bytes {raw_bytes} is not what the geometry says")
+    at = _FIXED.size + _GEOMETRY.size * num_runs
+    table = np.frombuffer(data, ENTRY_DTYPE, num_segments, at).copy()
+    table.flags.writeable = False
+    _require(not any(data[at + ENTRY_DTYPE.itemsize * num_segments : header_bytes]), "the header's padding is not zero")
+    _check_table(table, payload_bytes)
+    return RecordHeader(
+        version=version,
+        codec=_text(codec, "codec"),
+        mode=MODES[mode],
+        bound=ErrorBound(kind, bound),
+        reason=Reason(reason),
+        max_error=None if math.isnan(max_error) else max_error,
+        dims=_text(dims, "dims"),
+        raw_bytes=raw_bytes,
+        header_bytes=header_bytes,
+        payload_bytes=payload_bytes,
+        payload_crc32c=payload_crc,
+        geometry=geometry,
+        table=table,
+    )
+
+
+def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
+    """Parse and check a whole record: header, lengths and the payload's checksum.
+
+    Returns:
+        The header, and the payload as a view of `record`.
+
+    Raises:
+        FormatVersionError: the format version is not known here.
+        CorruptRecordError: the bytes are damaged, or longer or shorter than the record.
+    """
+    header = read_header(record)
+    data = memoryview(record).cast("B")
+    if len(data) != header.record_bytes:
+        raise CorruptRecordError(f"{len(data)} bytes, but the record has {header.record_bytes}: it is cut or has a tail")
+    payload = data[header.header_bytes :]
+    if crc32c(payload) != header.payload_crc32c:
+        raise CorruptRecordError("the payload's checksum does not match: the record is damaged")
+    return header, payload
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise CorruptRecordError(f"{what}: the record is damaged or was written by a newer kvzip")
+
+
+def _text(raw: bytes, field: str) -> str:
+    text = raw.rstrip(b"\0")
+    _require(text.isascii() and b"\0" not in text and text.decode("ascii", "replace").isprintable(), f"{field} {raw!r} is no name")
+    return text.decode("ascii")
+
+
+def _parse_geometry(data: memoryview, runs: int, segments: int) -> tuple[Geometry, ...]:
+    geometry = []
+    for i in range(runs):
+        count, tokens, heads, head_dim, dtype, group = _GEOMETRY.unpack_from(data, i * _GEOMETRY.size)
+        _require(not any(data[i * _GEOMETRY.size + 18 : (i + 1) * _GEOMETRY.size]), "reserved bits are set")
+        _require(min(count, tokens, heads, head_dim) >= 1, "a geometry run is empty")
+        _require(tokens * heads * head_dim < 2**31, f"a page of {tokens} x {heads} x {head_dim} values is too large")
+        _require(dtype <= 3, f"dtype {dtype} is unknown")
+        _require(group in (1, 2, 4, 8, 16), f"group_tokens {group} is unknown")
+        geometry.append(Geometry(count, tokens, heads, head_dim, DType(dtype), group))
+    _require(sum(g.count for g in geometry) == segments, "the geometry runs do not cover the segments")
+    return tuple(geometry)
+
+
+def _check_table(table: npt.NDArray[Any], payload_bytes: int) -> None:
+    sizes = table["size"].astype(np.int64)
+    _require(int(sizes.min()) >= 1, "a segment is empty")
+    ends = np.cumsum(-(-sizes // ALIGNMENT))
+    starts = ends - (-(-sizes // ALIGNMENT))
+    _require(np.array_equal(starts, table["offset"]), "the segments do not follow one another")
+    _require(int(ends[-1]) * ALIGNMENT == payload_bytes, f"payload_bytes {payload_bytes} is not what the segments say")
+    _require(int(table["kind"].max()) < len(KINDS), "a page kind is unknown")
+    _require(int(table["reason"].max()) <= max(Reason), "a segment's reason is unknown")
+
+
+def fallback_reasons(tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, int]:
+    """Count the pages that were not coded as asked, by the name of their reason in lower case."""
+    reasons = np.concatenate([np.atleast_1d(t["reason"]).ravel() for t in tables]) if len(tables) else np.empty(0, np.uint8)
+    counts = np.bincount(reasons, minlength=len(Reason))
+    return {r.name.lower(): int(counts[r]) for r in Reason if r and counts[r]}

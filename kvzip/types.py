@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""What is moved and how exactly: dtypes, error bounds, the layout of a block, and a view of blocks in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.errors import ConfigError, LayoutError
+
+__all__ = ["BlockLayout", "BlockView", "DType", "ErrorBound", "SegmentLayout"]
+
+_MAX_VALUES = 2**31 - 1  # of one page (docs/reference/format.md)
+
+
+class DType(enum.IntEnum):
+    """Element types of KV pages; the values are those of the record format."""
+
+    BFLOAT16 = 0
+    FLOAT16 = 1
+    FLOAT32 = 2
+    OPAQUE = 3  # bytes of unknown meaning: stored exactly
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return (2, 2, 4, 1)[self]
+
+    @property
+    def numpy_bits(self) -> np.dtype[Any]:
+        """The unsigned NumPy dtype that holds the bit pattern of one element."""
+        return np.dtype(("<u2", "<u2", "<u4", "u1")[self])
+
+    @classmethod
+    def parse(cls, name: str | DType) -> DType:
+        """Look a dtype up by its usual name.
+
+        Args:
+            name: ``"bfloat16"`` / ``"bf16"``, ``"float16"`` / ``"fp16"``, ``"float32"`` / ``"fp32"`` or ``"opaque"``.
+
+        Raises:
+            ConfigError: the name is none of these.
+        """
+        if isinstance(name, DType):
+            return name
+        found = _DTYPE_NAMES.get(name.removeprefix("torch."))
+        if found is None:
+            raise ConfigError(f"unknown dtype {name!r}: use one of {', '.join(sorted(_DTYPE_NAMES))}")
+        return found
+
+
+_DTYPE_NAMES = {
+    "bfloat16": DType.BFLOAT16,
+    "bf16": DType.BFLOAT16,
+    "float16": DType.FLOAT16,
+    "fp16": DType.FLOAT16,
+    "float32": DType.FLOAT32,
+    "fp32": DType.FLOAT32,
+    "opaque": DType.OPAQUE,
+    "uint8": DType.OPAQUE,
+    "int8": DType.OPAQUE,
+}
+
+
+class BoundKind(enum.IntEnum):
+    """Kinds of error bound; the values are those of the record format."""
+
+    LOSSLESS = 0
+    ABSOLUTE = 1
+    RELATIVE = 2
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """How far a loaded value may be from the stored one. Make one with a class method.
+
+    The bound holds exactly in the output dtype, for every finite value; NaN and infinities come back bit for bit.
+    """
+
+    kind: BoundKind
+    value: float
+
+    @classmethod
+    def absolute(cls, value: float) -> ErrorBound:
+        """``|out - in| <= value``, in the unit of the values.
+
+        Raises:
+            ConfigError: the value is not finite and positive.
+        """
+        return cls(BoundKind.ABSOLUTE, _positive("absolute error bound", value))
+
+    @classmethod
+    def relative(cls, value: float) -> ErrorBound:
+        """``|out - in| <= value * (max - min)``, the range taken over the finite values of each page, K and V apart.
+
+        Raises:
+            ConfigError: the value is not in (0, 1].
+        """
+        if _positive("relative error bound", value) > 1:
+            raise ConfigError(f"relative error bound {value!r} is above 1: use a fraction of the page's range such as 1e-3")
+        return cls(BoundKind.RELATIVE, float(value))
+
+    @classmethod
+    def lossless(cls) -> ErrorBound:
+        """``out`` equals ``in``, bit for bit."""
+        return cls(BoundKind.LOSSLESS, 0.0)
+
+    @classmethod
+    def parse(cls, text: str) -> ErrorBound:
+        """Read the command line's form: ``1e-3`` or ``rel:1e-3`` (relative), ``abs:1e-2``, ``lossless``.
+
+        Raises:
+            ConfigError: the text has none of these forms.
+        """
+        if text == "lossless":
+            return cls.lossless()
+        prefix, _, number = text.rpartition(":")
+        if prefix not in ("", "rel", "abs"):
+            raise ConfigError(f"error bound {text!r}: use a number such as 1e-3 (relative), abs:1e-2 or lossless")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ConfigError(
+                f"error bound {text!r}: use a number such as 1e-3 (relative), abs:1e-2 or lossless"
+            ) from None
+        return cls.absolute(value) if prefix == "abs" else cls.relative(value)
+
+    def __str__(self) -> str:
+        if self.kind is BoundKind.LOSSLESS:
+            return "lossless"
+        prefix = "abs" if self.kind is BoundKind.ABSOLUTE else "rel"
+        return f"{prefix}:{self.value:g}"
+
+
+def _positive(what: str, value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ConfigError(f"{what} {value!r} is not a finite positive number: use a value such as 1e-3")
+    return float(value)
+
+
+def _group_tokens(tokens: int) -> int:
+    """Tokens of one coding group: the most that wastes at most an eighth on padding."""
+    return next(g for g in (16, 8, 4, 2, 1) if -(-tokens // g) * g * 8 <= tokens * 9)
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """One page (K or V of one layer) within a block: where its values lie.
+
+    Attributes:
+        tensor: index of the tensor that holds it.
+        dtype: element type.
+        tokens: tokens of the page, T.
+        heads: KV heads, H.
+        head_dim: values of one head of one token, D; they are contiguous in memory.
+        offset_bytes: from the start of the block to the first value.
+        token_stride_bytes: from one token to the next.
+        head_stride_bytes: from one head to the next.
+        kind: ``"k"``, ``"v"`` or ``""`` when it is not known.
+        group_tokens: tokens of one coding group, 16, 8, 4, 2 or 1; 0 takes the most that wastes at most an eighth.
+    """
+
+    tensor: int
+    dtype: DType
+    tokens: int
+    heads: int
+    head_dim: int
+    offset_bytes: int = 0
+    token_stride_bytes: int = 0
+    head_stride_bytes: int = 0
+    kind: str = ""
+    group_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("", "k", "v"):
+            raise LayoutError(f"kind {self.kind!r}: use 'k', 'v' or ''")
+        if min(self.tokens, self.heads, self.head_dim) < 1:
+            raise LayoutError(
+                f"page of {self.tokens} tokens x {self.heads} heads x {self.head_dim} values: every one must be at least 1"
+            )
+        if self.values > _MAX_VALUES:
+            raise LayoutError(f"page of {self.values} values: at most {_MAX_VALUES}; split it into several pages")
+        if self.group_tokens == 0:
+            object.__setattr__(self, "group_tokens", _group_tokens(self.tokens))
+        elif self.group_tokens not in (16, 8, 4, 2, 1):
+            raise LayoutError(f"group_tokens {self.group_tokens}: use 16, 8, 4, 2 or 1, or 0 for the default")
+
+    @property
+    def values(self) -> int:
+        """Number of values in the page."""
+        return self.tokens * self.heads * self.head_dim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the page's values."""
+        return self.values * self.dtype.itemsize
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, int]:
+        """What a record keeps of it: (tokens, heads, head_dim, dtype, group_tokens)."""
+        return (self.tokens, self.heads, self.head_dim, int(self.dtype), self.group_tokens)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The pages of one block, in the order in which a record keeps them.
+
+    Attributes:
+        segments: one entry a page.
+        dims: order of the axes within each tensor's block, such as ``"2NHD"``; ``""`` when the geometry is not known or is
+            given by hand.
+    """
+
+    segments: tuple[SegmentLayout, ...]
+    dims: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise LayoutError("a block needs at least one page: give at least one tensor")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one block's values."""
+        return sum(s.nbytes for s in self.segments)
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors that the layout speaks of."""
+        return max(s.tensor for s in self.segments) + 1
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Sequence[Any],
+        dims: str = "NHD",
+        *,
+        dtype: str | DType | None = None,
+        kinds: str = "",
+    ) -> BlockLayout:
+        """Describe KV tensors by the order of their axes after the leading block axis.
+
+        Args:
+            tensors: NumPy arrays or torch tensors, shape ``[num_blocks, *dims]``.
+            dims: one letter an axis: ``N`` tokens, ``H`` heads, ``D`` head_dim, ``2`` K and V. ``N`` and ``D`` are required, ``D`` is
+                contiguous. ``"NHD"``, ``"HND"``, ``"2NHD"``, ``"2HND"``, ``"HN2D"`` and ``"ND"`` are usual.
+            dtype: element type; needed when the tensors hold bit patterns (bfloat16 in NumPy's uint16).
+            kinds: for dims without ``2``: ``"k"``, ``"v"`` or the cycle ``"kv"`` of the tensors in turn; ``""`` = not known.
+
+        Raises:
+            LayoutError: axes, shapes or strides do not fit.
+            ConfigError: the dtype is not known.
+        """
+        if sorted(dims) != sorted(set(dims)) or not {"N", "D"} <= set(dims) <= {"2", "N", "H", "D"}:
+            raise LayoutError(f"dims {dims!r}: give N and D, and H and 2 where there are, each once, as in '2NHD'")
+        segments: list[SegmentLayout] = []
+        for index, tensor in enumerate(tensors):
+            memory = TensorMemory.of(tensor, dtype)
+            if len(memory.shape) != len(dims) + 1:
+                raise LayoutError(
+                    f"tensor {index} has shape {memory.shape}: dims {dims!r} need {len(dims) + 1} axes, blocks first"
+                )
+            size = dict(zip(dims, memory.shape[1:], strict=True))
+            stride = dict(zip(dims, memory.strides_bytes[1:], strict=True))
+            itemsize = memory.dtype.itemsize
+            if size["D"] > 1 and stride["D"] != itemsize:
+                raise LayoutError(
+                    f"tensor {index}: head_dim has a stride of {stride['D']} bytes, {itemsize} is needed: make D contiguous, or "
+                    "use BlockLayout.opaque"
+                )
+            if size.get("2", 2) != 2:
+                raise LayoutError(f"tensor {index}: axis '2' of dims {dims!r} has size {size['2']}, not 2 (K and V)")
+            pair = (("k", 0), ("v", stride["2"])) if "2" in size else ((kinds[index % len(kinds)] if kinds else "", 0),)
+            for kind, offset in pair:
+                segments.append(
+                    SegmentLayout(
+                        tensor=index,
+                        dtype=memory.dtype,
+                        tokens=size["N"],
+                        heads=size.get("H", 1),
+                        head_dim=size["D"],
+                        offset_bytes=offset,
+                        token_stride_bytes=stride["N"],
+                        head_stride_bytes=stride.get("H", size["D"] * itemsize),
+                        kind=kind,
+                    )
+                )
+        return cls(tuple(segments), dims)
+
+    @classmethod
+    def opaque(cls, tensors: Sequence[Any], *, dtype: str | DType | None = None) -> BlockLayout:
+        """Describe tensors whose page geometry is not known: each block is coded in memory order.
+
+        Args:
+            tensors: NumPy arrays or torch tensors, shape ``[num_blocks, ...]``, each block contiguous.
+            dtype: element type; ``"opaque"`` treats any tensor as bytes.
+
+        Raises:
+            LayoutError: a block is not contiguous.
+        """
+        segments = []
+        for index, tensor in enumerate(tensors):
+            memory = TensorMemory.of(tensor, dtype)
+            expected = memory.dtype.itemsize
+            for size, stride in reversed(list(zip(memory.shape[1:], memory.strides_bytes[1:], strict=True))):
+                if size > 1 and stride != expected:
+                    raise LayoutError(f"tensor {index}: its blocks are not contiguous: give the page geometry (dims) instead")
+                expected *= size
+            segments.append(SegmentLayout(index, memory.dtype, 1, 1, math.prod(memory.shape[1:])))
+        return cls(tuple(segments), "")
+
+
+@dataclass(frozen=True)
+class TensorMemory:
+    """What the core needs to know of a NumPy array or torch tensor: address, shape, strides, dtype, device."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides_bytes: tuple[int, ...]
+    dtype: DType
+    device: str  # "cpu" or "cuda:N"
+    writable: bool
+
+    @classmethod
+    def of(cls, tensor: Any, dtype: str | DType | None = None) -> TensorMemory:
+        """Describe a tensor without copying it.
+
+        Args:
+            tensor: a NumPy array, or anything with torch's tensor attributes.
+            dtype: what its elements mean; by default what the tensor says.
+
+        Raises:
+            LayoutError: it is neither, it is no KV dtype, or `dtype` has another element size.
+        """
+        if isinstance(tensor, np.ndarray):
+            address, shape, strides = int(tensor.ctypes.data), tensor.shape, tensor.strides
+            own, itemsize, device, writable = tensor.dtype.name, tensor.itemsize, "cpu", bool(tensor.flags.writeable)
+        elif hasattr(tensor, "data_ptr") and hasattr(tensor, "stride"):
+            address, shape, itemsize = int(tensor.data_ptr()), tuple(tensor.shape), int(tensor.element_size())
+            strides = tuple(int(s) * itemsize for s in tensor.stride())
+            own, writable = str(tensor.dtype).removeprefix("torch."), True
+            device = "cpu" if tensor.device.type == "cpu" else f"{tensor.device.type}:{tensor.device.index or 0}"
+        else:
+            raise LayoutError(f"{type(tensor).__name__} is no NumPy array and no torch tensor: pass one of these")
+        if dtype is None and own not in _DTYPE_NAMES:
+            raise LayoutError(f"elements of type {own}: say what they are with dtype=, for instance dtype='bfloat16'")
+        meaning = DType.parse(own if dtype is None else dtype)
+        if meaning is DType.OPAQUE and itemsize > 1:  # any tensor may be read as bytes
+            shape, strides = (*shape, itemsize), (*strides, 1)
+        elif meaning.itemsize != itemsize:
+            raise LayoutError(
+                f"dtype {meaning.name.lower()} has {meaning.itemsize} bytes, the tensor's {own} has {itemsize}: "
+                "view the tensor as the right type"
+            )
+        return cls(address, tuple(int(n) for n in shape), tuple(int(s) for s in strides), meaning, device, writable)
+
+
+class BlockView:
+    """Blocks of KV tensors in memory: tensors, their layout, and the numbers of the blocks that are meant.
+
+    ``view[[3, 1]]`` is a view of blocks 3 and 1 of the same tensors. The view keeps the tensors alive; it copies nothing.
+
+    Args:
+        tensors: NumPy arrays or torch tensors with a leading block axis, all on one device.
+        layout: a `BlockLayout`, or the order of the axes after the block axis, such as ``"NHD"`` (see
+            `BlockLayout.from_tensors`).
+        block_ids: numbers of the blocks; all of them by default.
+        dtype: element type; needed when NumPy's uint16 holds bfloat16 or float16.
+
+    Raises:
+        LayoutError: tensors, layout and block numbers do not fit together.
+    """
+
+    __slots__ = ("_memory", "block_ids", "device", "layout", "num_blocks", "tensors")
+
+    def __init__(
+        self,
+        tensors: Sequence[Any],
+        layout: BlockLayout | str = "NHD",
+        block_ids: Iterable[int] | npt.NDArray[np.int64] | None = None,
+        *,
+        dtype: str | DType | None = None,
+    ) -> None:
+        self.tensors = tuple(tensors)
+        if isinstance(layout, str):
+            layout = BlockLayout.from_tensors(self.tensors, layout, dtype=dtype)
+        self.layout = layout
+        if layout.num_tensors != len(self.tensors):
+            raise LayoutError(f"the layout speaks of {layout.num_tensors} tensors, {len(self.tensors)} were given")
+        by_tensor = {s.tensor: s.dtype for s in layout.segments}
+        self._memory = tuple(
+            TensorMemory.of(t, DType.OPAQUE if _item_bytes(t) != by_tensor[i].itemsize else by_tensor[i])
+            for i, t in enumerate(self.tensors)
+        )
+        devices = {m.device for m in self._memory}
+        if len(devices) != 1:
+            raise LayoutError(f"tensors on {', '.join(sorted(devices))}: a view needs all of them on one device")
+        self.device = devices.pop()
+        self.num_blocks = min(m.shape[0] for m in self._memory)
+        self._check_segments()
+        if block_ids is None:
+            block_ids = np.arange(self.num_blocks, dtype=np.int64)
+        elif not isinstance(block_ids, np.ndarray):
+            block_ids = np.asarray(list(block_ids), dtype=np.int64)
+        ids = np.ascontiguousarray(block_ids, dtype=np.int64)
+        if ids.ndim != 1:
+            raise LayoutError(f"block numbers of shape {ids.shape}: give a flat list")
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.num_blocks):
+            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise LayoutError(f"block number {bad}: the tensors have blocks 0 to {self.num_blocks - 1}")
+        self.block_ids: npt.NDArray[np.int64] = ids
+
+    def _check_segments(self) -> None:
+        for number, s in enumerate(self.layout.segments):
+            memory = self._memory[s.tensor]
+            extent = sum((n - 1) * st for n, st in zip(memory.shape[1:], memory.strides_bytes[1:], strict=True))
+            extent += memory.dtype.itemsize
+            last = (s.tokens - 1) * s.token_stride_bytes + (s.heads - 1) * s.head_stride_bytes
+            end = s.offset_bytes + last + s.head_dim * s.dtype.itemsize
+            if min(s.offset_bytes, s.token_stride_bytes, s.head_stride_bytes, *memory.strides_bytes) < 0:
+                raise LayoutError(f"page {number} has a negative offset or stride: make the tensor's strides positive")
+            if end > extent:
+                raise LayoutError(f"page {number} ends {end} bytes into its block, the block has {extent}: check the layout")
+
+    def __len__(self) -> int:
+        return int(self.block_ids.size)
+
+    def __getitem__(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> BlockView:
+        return BlockView(self.tensors, self.layout, block_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values of all selected blocks."""
+        return len(self) * self.layout.nbytes
+
+    @property
+    def writable(self) -> bool:
+        """Whether every tensor may be written to."""
+        return all(m.writable for m in self._memory)
+
+    def page(self, block: int, segment: int) -> npt.NDArray[Any]:
+        """Bit patterns of one page in host memory, without a copy.
+
+        Args:
+            block: position in this view, 0 to ``len(view) - 1``.
+            segment: index of the page in the layout.
+
+        Returns:
+            Shape ``[tokens, heads, head_dim]``, unsigned, strided as the tensor is.
+
+        Raises:
+            LayoutError: the tensors are not in host memory.
+        """
+        if self.device != "cpu":
+            raise LayoutError(f"pages on {self.device} cannot be read from the host: copy the tensor to the CPU first")
+        s = self.layout.segments[segment]
+        memory = self._memory[s.tensor]
+        start = memory.address + int(self.block_ids[block]) * memory.strides_bytes[0] + s.offset_bytes
+        strides = (s.token_stride_bytes, s.head_stride_bytes, s.dtype.itemsize)
+        span = sum((n - 1) * st for n, st in zip((s.tokens, s.heads, s.head_dim), strides, strict=True)) + s.dtype.itemsize
+        buffer = (ctypes.c_uint8 * span).from_address(start)
+        return np.ndarray((s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits, buffer, 0, strides)
+
+    def address(self, tensor: int) -> int:
+        """Address of block 0 of a tensor, in bytes."""
+        return self._memory[tensor].address
+
+    def block_stride_bytes(self, tensor: int) -> int:
+        """Bytes from one block of a tensor to the next."""
+        return self._memory[tensor].strides_bytes[0]
+
+
+def _item_bytes(tensor: Any) -> int:
+    return int(tensor.itemsize if isinstance(tensor, np.ndarray) else tensor.element_size())
