@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """Compressed KV-cache swap: store KV blocks in host memory at a fraction of their size, within a stated error bound.
 
-``SwapEngine`` moves blocks, ``encode`` and ``decode`` handle single tensors. Importing kvzip starts nothing: no threads, no
-CUDA context, no native library.
+``SwapEngine`` moves blocks, ``encode`` and ``decode`` handle single tensors. Importing kvzip starts nothing: no
+threads, no CUDA context, no native library.
 """
 
 from kvzip.backends.base import Codec

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """The command line: ``kvzip demo``, ``kvzip info``, ``kvzip inspect``.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated, 2 = unusable arguments or input.
+Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated, 2 = unusable
+arguments or input.
 """
 
 from __future__ import annotations
@@ -51,13 +52,20 @@ def _parser() -> argparse.ArgumentParser:
         help="uint16 views of bf16, shape [layers, 2, tokens, kv_heads, head_dim]; default: a small real sample",
     )
     demo.add_argument(
-        "--bound", type=_bound, default="1e-3", help="1e-3 (relative to each page's range), abs:1e-2 or lossless; default 1e-3"
+        "--bound",
+        type=_bound,
+        default="1e-3",
+        help="1e-3 (relative to each page's range), abs:1e-2 or lossless; default 1e-3",
     )
     demo.add_argument("--mode", help="encoding mode: fixed, plain or outlier; default: the codec's first")
     demo.add_argument("--codec", default="cuszp", help="name of the codec; default cuszp")
     demo.add_argument("--block-tokens", type=int, default=16, metavar="N", help="tokens of one block; default 16")
-    demo.add_argument("--budget", type=_bytes, metavar="BYTES", help="bytes of the host pool, such as 64MiB; default: all fits")
-    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the pages lie; default auto")
+    demo.add_argument(
+        "--budget", type=_bytes, metavar="BYTES", help="bytes of the host pool, such as 64MiB; default: all fits"
+    )
+    demo.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the pages lie; default auto"
+    )
     demo.add_argument("--threads", type=int, default=0, metavar="N", help="most host threads; default 0, all cores")
     demo.add_argument("--json", action="store_true", help="print one JSON object")
     demo.set_defaults(run=_demo)
@@ -81,7 +89,17 @@ def _bound(text: str) -> ErrorBound:
 
 
 def _bytes(text: str) -> int:
-    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units = {
+        "": 1,
+        "B": 1,
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+        "TIB": 1 << 40,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+    }
     number = text.rstrip("kKmMgGtTiIbB")
     unit = text[len(number) :].upper()
     try:
@@ -186,7 +204,8 @@ def _header_dict(header: RecordHeader) -> dict[str, Any]:
         "dims": header.dims,
         "pages": header.num_segments,
         "geometry": [
-            f"{g.count} x ({g.tokens} tokens, {g.heads} heads, {g.head_dim}) {g.dtype.name.lower()}, groups of {g.group_tokens} tokens"
+            f"{g.count} x ({g.tokens} tokens, {g.heads} heads, {g.head_dim}) {g.dtype.name.lower()}, "
+            f"groups of {g.group_tokens} tokens"
             for g in header.geometry
         ],
         "codings": {names.get(k, str(k)): n for k, n in sorted(coding.items())},

@@ -157,8 +157,8 @@ def compare_pages(
         bound: the bound to check against; `before` gives the page's range.
 
     Returns:
-        The largest absolute error over the finite values of `before`, formed in float64; the number of values that break the bound (also: a
-        non-finite value whose bits changed); and the absolute bound that this page had.
+        The largest absolute error over the finite values of `before`, formed in float64; the number of values that
+        break the bound (also: a non-finite value whose bits changed); and the absolute bound that this page had.
     """
     if dtype is DType.OPAQUE:
         return 0.0, int(np.count_nonzero(before != after)), 0.0
@@ -171,10 +171,8 @@ def compare_pages(
         limit = bound.value
     elif bound.kind is BoundKind.RELATIVE and finite.any():
         limit = bound.value * float(x[finite].max() - x[finite].min())
-    if bound.kind is BoundKind.LOSSLESS:
-        bad = before != after
-    else:
-        bad = np.where(finite, ~(error <= limit), before != after)
+    inexact = bound.kind is not BoundKind.LOSSLESS
+    bad = np.where(finite & inexact, ~(error <= limit), before != after)
     largest = float(error.max()) if error.size else 0.0
     return (math.inf if math.isnan(largest) else largest), int(np.count_nonzero(bad)), limit
 
@@ -219,12 +217,14 @@ def check_geometry(header: RecordHeader, layout: BlockLayout) -> BlockLayout:
         LayoutError: number of pages, shapes or dtypes differ.
     """
     if header.num_segments != len(layout.segments):
-        raise LayoutError(f"the record has {header.num_segments} pages, the blocks to load into have {len(layout.segments)}")
+        raise LayoutError(
+            f"the record has {header.num_segments} pages, the blocks to load into have {len(layout.segments)}"
+        )
     segments: list[SegmentLayout] = []
     changed = False
     for g in header.geometry:
         for s in layout.segments[len(segments) : len(segments) + g.count]:
-            if (g.tokens, g.heads * g.head_dim, g.dtype) != (s.tokens, s.heads * s.head_dim, s.dtype) or g.heads != s.heads:
+            if (g.tokens, g.heads, g.head_dim, g.dtype) != (s.tokens, s.heads, s.head_dim, s.dtype):
                 raise LayoutError(
                     f"page {len(segments)} of the record is {_shape(g)}, the page to load into is {_shape(s)}: "
                     "load into blocks of the layout that was stored"
@@ -251,12 +251,13 @@ def encode(
     """Encode one tensor into a record. Blocks the host.
 
     Args:
-        x: NumPy array or torch tensor in host memory; bfloat16 in NumPy as uint16 with ``dtype="bfloat16"``, or as ml_dtypes.
+        x: NumPy array or torch tensor in host memory; bfloat16 in NumPy as uint16 with ``dtype="bfloat16"``, or as
+            ml_dtypes.
         bound: how far a decoded value may be from the given one.
         codec: name of a codec, or a codec.
         mode: encoding mode; by default the codec's first (``"fixed"`` for cuszp).
-        layout: order of the axes of x, such as ``"NHD"`` or ``"2HND"`` (see `BlockLayout.from_tensors`), or a `BlockLayout` for
-            ``x[None]``. Without it x is coded in memory order.
+        layout: order of the axes of x, such as ``"NHD"`` or ``"2HND"`` (see `BlockLayout.from_tensors`), or a
+            `BlockLayout` for ``x[None]``. Without it x is coded in memory order.
         dtype: element type, when x does not say it.
         measure_error: decode and compare as well; the record's header then has `max_error`.
 
@@ -286,12 +287,13 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
 
     Args:
         record: exactly one record, in host memory.
-        out: a NumPy array or torch tensor to fill, in the shape and order of axes that was encoded (any shape when the record was coded in memory
-            order), or a list of them for a record of several tensors.
+        out: a NumPy array or torch tensor to fill, in the shape and order of axes that was encoded (any shape when the
+            record was coded in memory order), or a list of them for a record of several tensors.
         max_raw_bytes: refuse to allocate more than this when `out` is not given; a forged record can claim any size.
 
     Returns:
-        `out`, or a new NumPy array (a list of them for a record of several tensors): bfloat16 comes as uint16 bit patterns, opaque bytes as uint8.
+        `out`, or a new NumPy array (a list of them for a record of several tensors): bfloat16 comes as uint16 bit
+        patterns, opaque bytes as uint8.
 
     Raises:
         CorruptRecordError: the record is damaged; `out` is as it was.
@@ -306,7 +308,8 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
     if made:
         if header.raw_bytes > max_raw_bytes:
             raise ConfigError(
-                f"the record decodes to {header.raw_bytes} bytes, the limit is {max_raw_bytes}: pass out=, or a larger max_raw_bytes"
+                f"the record decodes to {header.raw_bytes} bytes, the limit is {max_raw_bytes}: "
+                "pass out=, or a larger max_raw_bytes"
             )
         out = _allocate(header)
     tensors = list(out) if isinstance(out, (list, tuple)) else [out]
@@ -356,5 +359,3 @@ def _decode_view(header: RecordHeader, tensors: list[Any]) -> BlockView:
     else:
         layout = BlockLayout.from_tensors(batched, "NHD", dtype=dtype)
     return BlockView(batched, check_geometry(header, layout))
-
-

@@ -53,8 +53,8 @@ def read_input(path: Path | None) -> tuple[npt.NDArray[Any], DType]:
     """Read a KV cache.
 
     Args:
-        path: a ``.npy`` file of shape ``[layers, 2, tokens, kv_heads, head_dim]``, uint16 (bit patterns of bfloat16), float16 or
-            float32; None takes the sample that ships with kvzip.
+        path: a ``.npy`` file of shape ``[layers, 2, tokens, kv_heads, head_dim]``, uint16 (bit patterns of bfloat16),
+            float16 or float32; None takes the sample that ships with kvzip.
 
     Raises:
         ConfigError: the file cannot be used.
@@ -164,7 +164,9 @@ def run(
         original = BlockView(before, layout)
         for done, (source, place) in enumerate(zip(held, target, strict=True), 1):
             for s, segment in enumerate(layout.segments):
-                error, bad, limit = compare_pages(original.page(source, s), view.page(int(place), s), segment.dtype, bound)
+                error, bad, limit = compare_pages(
+                    original.page(source, s), view.page(int(place), s), segment.dtype, bound
+                )
                 max_error = max(max_error, error)
                 over_bound = max(over_bound, error / limit if limit else (math.inf if error else 0.0))
                 violations += bad

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""`SwapEngine`: KV blocks stored compressed in a `HostPool`, found by key, evicted by the bytes that they really take."""
+"""`SwapEngine`: KV blocks stored compressed in a `HostPool`, found by key, evicted by the bytes they really take."""
 
 from __future__ import annotations
 
@@ -181,12 +181,14 @@ class Settings:
 class SwapEngine:
     """Moves KV blocks between page memory and a pool of compressed records. All methods are thread-safe.
 
-    A store either keeps all of its blocks or changes nothing; so does a load. A block that the codec cannot make smaller is stored
-    lossless or raw, with the reason in its record and in the statistics. When the pool is full, the records that the policy
-    calls coldest leave it, counted in the bytes that they really take; records that are pinned or being loaded stay.
+    A store either keeps all of its blocks or changes nothing; so does a load. A block that the codec cannot make
+    smaller is stored lossless or raw, with the reason in its record and in the statistics. When the pool is full, the
+    records that the policy calls coldest leave it, counted in the bytes that they really take; records that are pinned
+    or being loaded stay.
 
     Args:
-        pool: a `HostPool` (shared with others, if you like), or the bytes of a new one that the engine closes with itself.
+        pool: a `HostPool` (shared with others, if you like), or the bytes of a new one that the engine closes with
+            itself.
         codec: name of a codec, or a codec.
         bound: how far a loaded value may be from the stored one.
         mode: encoding mode; by default the codec's first.
@@ -226,7 +228,7 @@ class SwapEngine:
         self._loads_in_flight = 0
         self._closed = False
 
-    # ---- settings -----------------------------------------------------------------------------------------------------
+    # ---- settings
 
     @property
     def settings(self) -> Settings:
@@ -250,7 +252,7 @@ class SwapEngine:
             self._settings = _settings(chosen, now.bound if bound is None else bound, mode)
             return self._settings
 
-    # ---- store --------------------------------------------------------------------------------------------------------
+    # ---- store
 
     def store(self, keys: Iterable[bytes], blocks: BlockView, *, measure_error: bool = False) -> Transfer:
         """Encode blocks and keep their records. A key that is held gets the new record. Blocks the host on the CPU.
@@ -364,7 +366,8 @@ class SwapEngine:
     def _refuse(self, needed: int, encoded: int, total: int, keys: Sequence[bytes]) -> None:
         room = self._room(keys, replacing=True)
         raise PoolExhaustedError(
-            f"{encoded} of {total} blocks need {needed} bytes already, the pool can give {room} of {self.pool.capacity_bytes}: "
+            f"{encoded} of {total} blocks need {needed} bytes already, "
+            f"the pool can give {room} of {self.pool.capacity_bytes}: "
             "store fewer blocks at once, release pins, or make the pool larger",
             requested=needed,
             free=room,
@@ -379,7 +382,7 @@ class SwapEngine:
         *,
         replacing: bool = False,
     ) -> int:
-        """Put encoded records into the pool, evicting as needed; they are not visible yet. Returns the number evicted."""
+        """Put encoded records into the pool, evicting as needed; they are not visible yet. Returns how many left."""
         evicted = 0
         own = set(keys)
         with self._lock:
@@ -424,7 +427,7 @@ class SwapEngine:
         if entry.loads == 0:
             self.pool.free(entry.allocation)
 
-    # ---- load ---------------------------------------------------------------------------------------------------------
+    # ---- load
 
     def load(self, keys: Iterable[bytes], out: BlockView) -> Transfer:
         """Decode records into blocks. Blocks the host on the CPU.
@@ -433,7 +436,8 @@ class SwapEngine:
 
         Args:
             keys: names of the records.
-            out: where they go, in the same order; the page geometry must be the one that was stored, memory strides and block numbers may differ.
+            out: where they go, in the same order; the page geometry must be the one that was stored, memory strides
+                and block numbers may differ.
 
         Returns:
             A transfer that is done.
@@ -451,14 +455,7 @@ class SwapEngine:
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         with self._lock:
             self._check_open()
-            missing = tuple(key for key in names if key not in self._index)
-            if missing:
-                self._totals["missing_blocks"] += len(missing)
-                raise BlockNotFoundError(
-                    f"{len(missing)} of {len(names)} keys are not held (the first is {missing[0]!r}): check with contains()",
-                    keys=missing,
-                )
-            entries = [self._index[key] for key in names]
+            entries = self._find(names)
             for key, entry in zip(names, entries, strict=True):
                 entry.loads += 1
                 self._policy.touch(key)
@@ -512,7 +509,18 @@ class SwapEngine:
                 threads=self._threads,
             )
 
-    # ---- the rest -----------------------------------------------------------------------------------------------------
+    # ---- the rest
+
+    def _find(self, keys: Sequence[bytes]) -> list[_Entry]:
+        """Entries of keys; `BlockNotFoundError` when one is not held."""
+        missing = tuple(key for key in keys if key not in self._index)
+        if missing:
+            self._totals["missing_blocks"] += len(missing)
+            raise BlockNotFoundError(
+                f"{len(missing)} of {len(keys)} keys are not held (the first is {missing[0]!r}): check with contains()",
+                keys=missing,
+            )
+        return [self._index[key] for key in keys]
 
     def contains(self, key: bytes) -> bool:
         """Whether a record is held under this key. Does not count as a use."""
@@ -547,14 +555,8 @@ class SwapEngine:
         """
         names = list(keys)
         with self._store_lock, self._lock:
-            missing = tuple(key for key in names if key not in self._index)
-            if missing:
-                raise BlockNotFoundError(
-                    f"{len(missing)} of {len(names)} keys are not held (the first is {missing[0]!r}): check with contains()",
-                    keys=missing,
-                )
-            for key in names:
-                self._index[key].pins += 1
+            for entry in self._find(names):
+                entry.pins += 1
         try:
             yield
         finally:
@@ -571,9 +573,7 @@ class SwapEngine:
             BlockNotFoundError: the key is not held.
         """
         with self._lock:
-            if key not in self._index:
-                raise BlockNotFoundError(f"key {key!r} is not held: check with contains()", keys=(key,))
-            return self.pool.read(self._index[key].allocation).tobytes()
+            return self.pool.read(self._find([key])[0].allocation).tobytes()
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
@@ -605,7 +605,8 @@ class SwapEngine:
             )
 
     def close(self) -> None:
-        """Forget all records, and close the pool if the engine made it. Waits for transfers under way; may be called twice."""
+        """Forget all records, and close the pool if the engine made it. Waits for transfers under way; may be called
+        twice."""
         with self._store_lock, self._lock:
             if self._closed:
                 return

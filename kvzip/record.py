@@ -148,7 +148,8 @@ class RecordHeader:
         return len(self.table)
 
     def layout(self) -> BlockLayout:
-        """Layout of one block, each page contiguous in a tensor of its own, shape ``[blocks, tokens, heads, head_dim]``."""
+        """Layout of one block, each page contiguous in a tensor of its own, shape ``[blocks, tokens, heads,
+        head_dim]``."""
         return _contiguous_layout(self.geometry, self.table["kind"].tobytes())
 
 
@@ -204,7 +205,9 @@ def header_nbytes(layout: BlockLayout) -> int:
         FormatError: the layout has more pages than a record can hold.
     """
     if len(layout.segments) > MAX_SEGMENTS:
-        raise FormatError(f"{len(layout.segments)} pages in a block: a record holds at most {MAX_SEGMENTS}; split the block")
+        raise FormatError(
+            f"{len(layout.segments)} pages in a block: a record holds at most {MAX_SEGMENTS}; split the block"
+        )
     return align(_FIXED.size + len(_geometry_runs(layout)[1]) + ENTRY_DTYPE.itemsize * len(layout.segments))
 
 
@@ -283,7 +286,9 @@ def read_header(record: Buffer) -> RecordHeader:
         raise CorruptRecordError(f"magic {bytes(data[:4])!r} is not {MAGIC!r}: these bytes are no kvzip record")
     version = int.from_bytes(data[4:6], "little")
     if version != FORMAT_VERSION:
-        raise FormatVersionError(f"record of format version {version}: this kvzip reads version {FORMAT_VERSION}; upgrade it")
+        raise FormatVersionError(
+            f"record of format version {version}: this kvzip reads version {FORMAT_VERSION}; upgrade it"
+        )
     (
         _,
         _,
@@ -304,10 +309,14 @@ def read_header(record: Buffer) -> RecordHeader:
         dims,
     ) = _FIXED.unpack_from(data)
     if not 1 <= num_segments <= MAX_SEGMENTS or not 1 <= num_runs <= num_segments:
-        raise CorruptRecordError(f"{num_segments} segments in {num_runs} geometry runs: at most {MAX_SEGMENTS} and as many runs")
+        raise CorruptRecordError(
+            f"{num_segments} segments in {num_runs} geometry runs: at most {MAX_SEGMENTS} and as many runs"
+        )
     expected = align(_FIXED.size + _GEOMETRY.size * num_runs + ENTRY_DTYPE.itemsize * num_segments)
     if header_bytes != expected or len(data) < expected:
-        raise CorruptRecordError(f"header of {header_bytes} bytes in {len(data)}: {num_segments} segments need {expected}")
+        raise CorruptRecordError(
+            f"header of {header_bytes} bytes in {len(data)}: {num_segments} segments need {expected}"
+        )
     blank = crc32c(bytes(4), crc32c(data[:_CRC_AT]))
     if crc32c(data[_CRC_AT + 4 : header_bytes], blank) != header_crc:
         raise CorruptRecordError("the header's checksum does not match: the record is damaged")
@@ -318,11 +327,16 @@ def read_header(record: Buffer) -> RecordHeader:
     _require(reason in Reason._value2member_map_, f"reason {reason} is unknown")
     kind = BoundKind(bound_kind)
     _require(
-        bound == 0 if kind is BoundKind.LOSSLESS else math.isfinite(bound) and bound > 0, f"bound {bound} is out of range"
+        bound == 0 if kind is BoundKind.LOSSLESS else math.isfinite(bound) and bound > 0,
+        f"bound {bound} is out of range",
     )
-    _require(math.isnan(max_error) or (max_error >= 0 and math.isfinite(max_error)), f"max_error {max_error} is out of range")
+    _require(
+        math.isnan(max_error) or (max_error >= 0 and math.isfinite(max_error)), f"max_error {max_error} is out of range"
+    )
     geometry = _parse_geometry(data[_FIXED.size :], num_runs, num_segments)
-    _require(raw_bytes == sum(g.count * g.nbytes for g in geometry), f"raw_bytes {raw_bytes} is not what the geometry says")
+    _require(
+        raw_bytes == sum(g.count * g.nbytes for g in geometry), f"raw_bytes {raw_bytes} is not what the geometry says"
+    )
     at = _FIXED.size + _GEOMETRY.size * num_runs
     table = np.frombuffer(data, ENTRY_DTYPE, num_segments, at).copy()
     table.flags.writeable = False
@@ -358,7 +372,9 @@ def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
     header = read_header(record)
     data = memoryview(record).cast("B")
     if len(data) != header.record_bytes:
-        raise CorruptRecordError(f"{len(data)} bytes, but the record has {header.record_bytes}: it is cut or has a tail")
+        raise CorruptRecordError(
+            f"{len(data)} bytes, but the record has {header.record_bytes}: it is cut or has a tail"
+        )
     payload = data[header.header_bytes :]
     if crc32c(payload) != header.payload_crc32c:
         raise CorruptRecordError("the payload's checksum does not match: the record is damaged")
@@ -372,7 +388,10 @@ def _require(condition: bool, what: str) -> None:
 
 def _text(raw: bytes, field: str) -> str:
     text = raw.rstrip(b"\0")
-    _require(text.isascii() and b"\0" not in text and text.decode("ascii", "replace").isprintable(), f"{field} {raw!r} is no name")
+    _require(
+        text.isascii() and b"\0" not in text and text.decode("ascii", "replace").isprintable(),
+        f"{field} {raw!r} is no name",
+    )
     return text.decode("ascii")
 
 
@@ -403,6 +422,8 @@ def _check_table(table: npt.NDArray[Any], payload_bytes: int) -> None:
 
 def fallback_reasons(tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, int]:
     """Count the pages that were not coded as asked, by the name of their reason in lower case."""
-    reasons = np.concatenate([np.atleast_1d(t["reason"]).ravel() for t in tables]) if len(tables) else np.empty(0, np.uint8)
+    reasons = (
+        np.concatenate([np.atleast_1d(t["reason"]).ravel() for t in tables]) if len(tables) else np.empty(0, np.uint8)
+    )
     counts = np.bincount(reasons, minlength=len(Reason))
     return {r.name.lower(): int(counts[r]) for r in Reason if r and counts[r]}

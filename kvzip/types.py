@@ -105,7 +105,9 @@ class ErrorBound:
             ConfigError: the value is not in (0, 1].
         """
         if _positive("relative error bound", value) > 1:
-            raise ConfigError(f"relative error bound {value!r} is above 1: use a fraction of the page's range such as 1e-3")
+            raise ConfigError(
+                f"relative error bound {value!r} is above 1: use a fraction of the page's range such as 1e-3"
+            )
         return cls(BoundKind.RELATIVE, float(value))
 
     @classmethod
@@ -184,7 +186,8 @@ class SegmentLayout:
             raise LayoutError(f"kind {self.kind!r}: use 'k', 'v' or ''")
         if min(self.tokens, self.heads, self.head_dim) < 1:
             raise LayoutError(
-                f"page of {self.tokens} tokens x {self.heads} heads x {self.head_dim} values: every one must be at least 1"
+                f"page of {self.tokens} tokens x {self.heads} heads x {self.head_dim} values: "
+                "every one must be at least 1"
             )
         if self.values > _MAX_VALUES:
             raise LayoutError(f"page of {self.values} values: at most {_MAX_VALUES}; split it into several pages")
@@ -215,8 +218,8 @@ class BlockLayout:
 
     Attributes:
         segments: one entry a page.
-        dims: order of the axes within each tensor's block, such as ``"2NHD"``; ``""`` when the geometry is not known or is
-            given by hand.
+        dims: order of the axes within each tensor's block, such as ``"2NHD"``; ``""`` when the geometry is not known
+            or is given by hand.
     """
 
     segments: tuple[SegmentLayout, ...]
@@ -249,10 +252,12 @@ class BlockLayout:
 
         Args:
             tensors: NumPy arrays or torch tensors, shape ``[num_blocks, *dims]``.
-            dims: one letter an axis: ``N`` tokens, ``H`` heads, ``D`` head_dim, ``2`` K and V. ``N`` and ``D`` are required, ``D`` is
-                contiguous. ``"NHD"``, ``"HND"``, ``"2NHD"``, ``"2HND"``, ``"HN2D"`` and ``"ND"`` are usual.
+            dims: one letter an axis: ``N`` tokens, ``H`` heads, ``D`` head_dim, ``2`` K and V. ``N`` and ``D`` are
+                required, ``D`` is contiguous. ``"NHD"``, ``"HND"``, ``"2NHD"``, ``"2HND"``, ``"HN2D"`` and ``"ND"``
+                are usual.
             dtype: element type; needed when the tensors hold bit patterns (bfloat16 in NumPy's uint16).
-            kinds: for dims without ``2``: ``"k"``, ``"v"`` or the cycle ``"kv"`` of the tensors in turn; ``""`` = not known.
+            kinds: for dims without ``2``: ``"k"``, ``"v"`` or the cycle ``"kv"`` of the tensors in turn; ``""`` = not
+                known.
 
         Raises:
             LayoutError: axes, shapes or strides do not fit.
@@ -272,8 +277,8 @@ class BlockLayout:
             itemsize = memory.dtype.itemsize
             if size["D"] > 1 and stride["D"] != itemsize:
                 raise LayoutError(
-                    f"tensor {index}: head_dim has a stride of {stride['D']} bytes, {itemsize} is needed: make D contiguous, or "
-                    "use BlockLayout.opaque"
+                    f"tensor {index}: head_dim has a stride of {stride['D']} bytes, {itemsize} is needed: "
+                    "make D contiguous, or use BlockLayout.opaque"
                 )
             if size.get("2", 2) != 2:
                 raise LayoutError(f"tensor {index}: axis '2' of dims {dims!r} has size {size['2']}, not 2 (K and V)")
@@ -311,7 +316,9 @@ class BlockLayout:
             expected = memory.dtype.itemsize
             for size, stride in reversed(list(zip(memory.shape[1:], memory.strides_bytes[1:], strict=True))):
                 if size > 1 and stride != expected:
-                    raise LayoutError(f"tensor {index}: its blocks are not contiguous: give the page geometry (dims) instead")
+                    raise LayoutError(
+                        f"tensor {index}: its blocks are not contiguous: give the page geometry (dims) instead"
+                    )
                 expected *= size
             segments.append(SegmentLayout(index, memory.dtype, 1, 1, math.prod(memory.shape[1:])))
         return cls(tuple(segments), "")
@@ -365,7 +372,8 @@ class TensorMemory:
 class BlockView:
     """Blocks of KV tensors in memory: tensors, their layout, and the numbers of the blocks that are meant.
 
-    ``view[[3, 1]]`` is a view of blocks 3 and 1 of the same tensors. The view keeps the tensors alive; it copies nothing.
+    ``view[[3, 1]]`` is a view of blocks 3 and 1 of the same tensors. The view keeps the tensors alive; it copies
+    nothing.
 
     Args:
         tensors: NumPy arrays or torch tensors with a leading block axis, all on one device.
@@ -427,7 +435,9 @@ class BlockView:
             if min(s.offset_bytes, s.token_stride_bytes, s.head_stride_bytes, *memory.strides_bytes) < 0:
                 raise LayoutError(f"page {number} has a negative offset or stride: make the tensor's strides positive")
             if end > extent:
-                raise LayoutError(f"page {number} ends {end} bytes into its block, the block has {extent}: check the layout")
+                raise LayoutError(
+                    f"page {number} ends {end} bytes into its block, the block has {extent}: check the layout"
+                )
 
     def __len__(self) -> int:
         return int(self.block_ids.size)
@@ -464,7 +474,9 @@ class BlockView:
         memory = self._memory[s.tensor]
         start = memory.address + int(self.block_ids[block]) * memory.strides_bytes[0] + s.offset_bytes
         strides = (s.token_stride_bytes, s.head_stride_bytes, s.dtype.itemsize)
-        span = sum((n - 1) * st for n, st in zip((s.tokens, s.heads, s.head_dim), strides, strict=True)) + s.dtype.itemsize
+        span = (
+            sum((n - 1) * st for n, st in zip((s.tokens, s.heads, s.head_dim), strides, strict=True)) + s.dtype.itemsize
+        )
         buffer = (ctypes.c_uint8 * span).from_address(start)
         return np.ndarray((s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits, buffer, 0, strides)
 

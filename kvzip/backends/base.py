@@ -5,8 +5,10 @@
 A codec turns the pages of blocks into payloads and back. It sees a batch of blocks at a time (`Codec`), or, when it is
 simple and lives on the host, a page at a time (`PageCodec`). What every codec promises:
 
-1. **Bound.** With `ErrorBound.absolute` or `.relative`, every finite value that comes back differs from what went in by at most the
-   bound, exactly, in the output dtype; other values come back bit for bit. With `.lossless()`, or if `lossless_only` is set, all do.
+1. **Bound.** With `ErrorBound.absolute` or `.relative`, every finite value that comes back differs from what went in
+by at most the
+   bound, exactly, in the output dtype; other values come back bit for bit. With `.lossless()`, or if `lossless_only`
+   is set, all do.
 2. **Size.** No payload is larger than `max_payload_bytes`, for any bytes that go in.
 3. **Determinism.** The same pages, bound and mode give the same bytes, on every device, with any number of threads.
 4. **Completeness.** Decoding writes every value of every page, and nothing else.
@@ -84,11 +86,12 @@ class Codec(abc.ABC):
         Args:
             blocks: what to encode.
             request: how.
-            out: shape ``[len(blocks), stride]``, uint8, stride at least `max_payload_bytes`, rows contiguous. The payload of block
-                i is written to the start of row i; what follows it is unspecified.
+            out: shape ``[len(blocks), stride]``, uint8, stride at least `max_payload_bytes`, rows contiguous. The
+                payload of block i is written to the start of row i; what follows it is unspecified.
 
         Returns:
-            The segment tables, shape ``[len(blocks), pages]``, dtype `ENTRY_DTYPE`, and the sizes of the payloads in bytes.
+            The segment tables, shape ``[len(blocks), pages]``, dtype `ENTRY_DTYPE`, and the sizes of the payloads in
+            bytes.
         """
 
     @abc.abstractmethod
@@ -146,10 +149,10 @@ class PageCodec(Codec):
     #: value of the table's `coding` for pages that this codec encoded; 0 is raw
     _ENCODED: ClassVar[int] = 128
 
-    def max_payload_bytes(self, layout: BlockLayout) -> int:  # noqa: D102
+    def max_payload_bytes(self, layout: BlockLayout) -> int:
         return sum(align(s.nbytes) for s in layout.segments)
 
-    def encode_blocks(  # noqa: D102
+    def encode_blocks(
         self, blocks: BlockView, request: EncodeRequest, out: Bytes
     ) -> tuple[Table, npt.NDArray[np.uint64]]:
         segments = blocks.layout.segments
@@ -192,20 +195,24 @@ class PageCodec(Codec):
         except Exception as error:
             raise CorruptRecordError(f"codec {self.name!r} cannot decode a segment: {error}") from error
         if values.nbytes != segment.nbytes:
-            raise CorruptRecordError(f"codec {self.name!r} decoded {values.nbytes} bytes, the page has {segment.nbytes}")
+            raise CorruptRecordError(
+                f"codec {self.name!r} decoded {values.nbytes} bytes, the page has {segment.nbytes}"
+            )
         return values
 
-    def _decode(self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]) -> list[npt.NDArray[Any]]:
+    def _decode(
+        self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]
+    ) -> list[npt.NDArray[Any]]:
         return [
             self._decode_segment(segment, payload, entry)
             for payload, table in zip(payloads, tables, strict=True)
             for segment, entry in zip(layout.segments, table, strict=True)
         ]
 
-    def validate_blocks(self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]) -> None:  # noqa: D102
+    def validate_blocks(self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]) -> None:
         self._decode(layout, payloads, tables)
 
-    def decode_blocks(  # noqa: D102
+    def decode_blocks(
         self, blocks: BlockView, payloads: Sequence[Bytes], tables: Sequence[Table], *, threads: int = 0
     ) -> None:
         pages = iter(self._decode(blocks.layout, payloads, tables))

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """The default codec: error-bounded quantisation with fixed-length codes, after cuSZp, made for KV pages.
 
-The algorithm is that of cuSZp (Huang et al., SC'23) in outline: uniform quantisation to the bound, small groups with a rate of
-their own, fixed-length codes, optional delta. What differs, and why, is in ``docs/reference/format.md``. The work is
-done by the native library; this module checks arguments and hands whole batches over.
+The algorithm is that of cuSZp (Huang et al., SC'23) in outline: uniform quantisation to the bound, small groups with a
+rate of their own, fixed-length codes, optional delta. What differs, and why, is in ``docs/reference/format.md``. The
+work is done by the native library; this module checks arguments and hands whole batches over.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTL
 
 
 class CuszpCodec(Codec):
-    """Error-bounded and lossless coding along tokens: modes ``fixed``, ``plain`` (delta) and ``outlier`` (delta, first value apart)."""
+    """Error-bounded and lossless coding along tokens: modes ``fixed``, ``plain`` (delta) and ``outlier`` (delta, first
+    value apart)."""
 
     name: ClassVar[str] = "cuszp"
     modes: ClassVar[tuple[str, ...]] = tuple(_CODINGS)
