@@ -1,0 +1,708 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""`HostPool`: compressed records of any size in host memory, under one budget of real bytes.
+
+Design
+    The pool's memory is cut into *extents* (256 bytes by default). An allocation is a list of *runs* of adjacent
+    extents. It is one run whenever a free run is large enough; otherwise it takes the largest free runs first, which
+    gives the fewest runs there can be. So what fits by bytes is accepted, however fragmented the pool is: eviction,
+    capacity and metrics can all count bytes and nothing else. Nothing is ever moved, because a device may be copying.
+
+    Free runs are kept in segregated lists, one per size class (a class per size below 64 extents, 32 classes per power
+    of two above), with a bitmap of the lists that are not empty, after TLSF: M. Masmano, I. Ripoll, A. Crespo and
+    J. Real, "TLSF: a new dynamic memory allocator for real-time systems", ECRTS 2004. Unlike TLSF each list is sorted,
+    so the search is an exact best fit (lowest address among equals): one bitmap scan and one bisection, independent of
+    the pool's size. Runs that become free merge with free neighbours at once.
+
+Fragmentation
+    Evicting in the order of storing merges neighbours by itself. Evicting at random does not: a pool that is kept at
+    99.8 % payload then needs some 7 to 15 runs per record. `HostPool.headroom_bytes`, 2 % of the capacity by default,
+    is what an evictor should leave free to bring that down to about 1.5 at 97.8 % payload (figures:
+    ``bench/results/pool.json``). It is advice, through `HostPool.shortfall_bytes`; the pool itself refuses nothing
+    that fits.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.errors import ConfigError, PoolExhaustedError
+from kvzip.memory import MemoryResource, PageableMemory
+
+__all__ = ["Allocation", "HostPool", "PoolStats", "Reservation"]
+
+Bytes = npt.NDArray[np.uint8]
+
+_MIN_EXTENT_BYTES = 16  # records are aligned to this (docs/reference/format.md)
+_MAX_EXTENT_BYTES = 2 << 20  # divides every Region.piece_bytes
+_START_BITS = 48  # a free run is kept as (length << 48 | start), so that integer order is (length, address)
+_START_MASK = (1 << _START_BITS) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocation:
+    """Where the bytes of one record lie in a pool. Made by the pool only; two allocations are never equal.
+
+    Attributes:
+        runs: ``((offset_bytes, nbytes), ...)`` within the pool, in the order of the record's bytes, the longest
+            first. Their bytes add up to `nbytes`; every offset is a multiple of the pool's extent.
+        nbytes: payload bytes, as asked for.
+        extent_nbytes: bytes of the budget that it takes: `nbytes` rounded up to extents.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    nbytes: int
+    extent_nbytes: int
+    _pool: object = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counters of a pool at one moment: current, peak and total.
+
+    Attributes:
+        capacity_bytes: the budget, a whole number of extents.
+        extent_bytes: bytes of one extent.
+        payload_bytes: bytes that the live allocations asked for.
+        extent_bytes_used: bytes that they take, rounding to extents included.
+        reserved_bytes: bytes promised to reservations and not yet committed.
+        free_bytes: what can still be reserved: capacity less used less reserved.
+        allocations: live allocations.
+        runs: their runs.
+        free_runs: runs of free extents (those behind reservations included).
+        largest_free_run_bytes: the longest of them.
+        peak_payload_bytes: highest `payload_bytes` so far.
+        peak_extent_bytes_used: highest `extent_bytes_used` so far.
+        peak_occupied_bytes: highest sum of used and reserved bytes so far.
+        peak_allocations: highest `allocations` so far.
+        total_allocations: allocations ever made.
+        total_frees: allocations ever freed.
+        total_payload_bytes: payload bytes ever allocated.
+        total_runs: runs ever allocated; over `total_allocations` it is the mean number of runs.
+        total_refusals: times that the pool was exhausted.
+    """
+
+    capacity_bytes: int
+    extent_bytes: int
+    payload_bytes: int
+    extent_bytes_used: int
+    reserved_bytes: int
+    free_bytes: int
+    allocations: int
+    runs: int
+    free_runs: int
+    largest_free_run_bytes: int
+    peak_payload_bytes: int
+    peak_extent_bytes_used: int
+    peak_occupied_bytes: int
+    peak_allocations: int
+    total_allocations: int
+    total_frees: int
+    total_payload_bytes: int
+    total_runs: int
+    total_refusals: int
+
+    @property
+    def payload_fraction(self) -> float:
+        """Payload bytes over capacity."""
+        return self.payload_bytes / self.capacity_bytes
+
+
+class Reservation:
+    """Bytes of a pool's budget that are promised: a later `commit` cannot fail for want of space.
+
+    It reserves bytes, not places, so that holding one does not fragment the pool. A context manager that calls
+    `close`. Thread-safe.
+    """
+
+    def __init__(self, pool: HostPool, extents: int) -> None:
+        self._pool = pool
+        self._extents = extents  # guarded by the pool's lock, as is _closed
+        self._closed = False
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Bytes that can still be committed, a whole number of extents."""
+        return self._extents * self._pool.extent_bytes
+
+    @property
+    def closed(self) -> bool:
+        """Whether what was left went back to the pool."""
+        return self._closed
+
+    def commit(self, nbytes: SupportsIndex, *, close: bool = False) -> Allocation:
+        """Turn reserved bytes into an allocation.
+
+        May be called until the reservation is used up. Each allocation takes whole extents, so a reservation for
+        several is the sum of `HostPool.round_up` of each.
+
+        Args:
+            nbytes: payload bytes, at least 1; rounded up to extents, not more than `remaining_bytes`.
+            close: return what is left to the pool in the same step.
+
+        Raises:
+            ConfigError: ``nbytes`` is out of range, or the reservation or the pool is closed. Nothing was changed.
+        """
+        return self._pool._commit(self, _positive(nbytes, "nbytes"), close)
+
+    def close(self) -> None:
+        """Return what was not committed. Calling it again, or after the pool was closed, has no effect."""
+        self._pool._close_reservation(self)
+
+    def cancel(self) -> None:
+        """The same as `close`: what was committed stays."""
+        self.close()
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Reservation({self.remaining_bytes} bytes left{', closed' if self._closed else ''})"
+
+
+class HostPool:
+    """Holds records of any size in one region of host memory; see the module's text for the design.
+
+    All methods are thread-safe; one lock guards the accounting, and bytes are copied outside it. Whoever frees an
+    allocation sees to it that nobody still reads or writes it.
+
+    Args:
+        capacity_bytes: the budget. Rounded down to whole extents; that is what is allocated, and what the property
+            `capacity_bytes` says. At least one extent.
+        extent_bytes: the granule, a power of two from 16 to 2,097,152. Half of it is lost per record on average.
+        resource: where the memory comes from; `PageableMemory` where it is None.
+        headroom: the fraction of the capacity that `shortfall_bytes` counts as needed besides, to keep records in few
+            runs. From 0 to less than 1.
+
+    Raises:
+        ConfigError: an argument is out of range, or the resource cannot give that much memory.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: SupportsIndex,
+        *,
+        extent_bytes: SupportsIndex = 256,
+        resource: MemoryResource | None = None,
+        headroom: float = 0.02,
+    ) -> None:
+        extent = _positive(extent_bytes, "extent_bytes")
+        if extent & (extent - 1) or not _MIN_EXTENT_BYTES <= extent <= _MAX_EXTENT_BYTES:
+            raise ConfigError(
+                f"extent_bytes={extent} must be a power of two from {_MIN_EXTENT_BYTES} to {_MAX_EXTENT_BYTES}"
+            )
+        extents = _positive(capacity_bytes, "capacity_bytes") // extent
+        if not 1 <= extents <= _START_MASK:
+            raise ConfigError(
+                f"capacity_bytes={operator.index(capacity_bytes)} must be from one to {_START_MASK} extents of "
+                f"{extent} bytes: give a larger capacity or smaller extents"
+            )
+        if not 0 <= headroom < 1:
+            raise ConfigError(f"headroom={headroom} must be a fraction of the capacity, from 0 to less than 1")
+        self._extent = extent
+        self._extents = extents
+        self._headroom = int(extents * headroom)
+        self._region = (PageableMemory() if resource is None else resource).allocate(extents * extent)
+        if self._region.nbytes != extents * extent or self._region.piece_bytes % extent:
+            self._region.close()
+            raise ConfigError(
+                f"{resource!r} gave {self._region.nbytes} bytes in pieces of {self._region.piece_bytes}, not "
+                f"{extents * extent} bytes in pieces of a multiple of {extent}: see MemoryResource for the contract"
+            )
+        self._bytes: Bytes | None = self._region.array
+        self._lock = threading.Lock()
+        self._free = _FreeRuns(extents, self._region.piece_bytes // extent)
+        self._live: set[Allocation] = set()
+        self._token = object()  # says whose an allocation is, without a reference cycle
+        self._reserved = 0  # extents, as _used and _peak_occupied
+        self._used = 0
+        self._payload = 0
+        self._runs = 0
+        self._peak_payload = self._peak_used = self._peak_occupied = self._peak_allocations = 0
+        self._total_allocations = self._total_payload = self._total_runs = self._total_refusals = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The budget: bytes of memory that the pool has, a whole number of extents."""
+        return self._extents * self._extent
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes of one extent."""
+        return self._extent
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that can still be reserved or allocated, at this moment."""
+        with self._lock:
+            return self._free_bytes()
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes that an evictor should leave free, to keep records in few runs."""
+        return self._headroom * self._extent
+
+    @property
+    def address(self) -> int:
+        """Address of the pool's first byte; a run lies at this plus its offset.
+
+        Raises:
+            ConfigError: the pool is closed.
+        """
+        self._memory()
+        return self._region.address
+
+    @property
+    def pinned(self) -> bool:
+        """Whether devices can copy from and to the pool directly and asynchronously."""
+        return self._region.pinned
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._bytes is None
+
+    def round_up(self, nbytes: SupportsIndex) -> int:
+        """Bytes of the budget that an allocation of ``nbytes`` bytes takes."""
+        return -(-operator.index(nbytes) // self._extent) * self._extent
+
+    def shortfall_bytes(self, nbytes: SupportsIndex) -> int:
+        """Bytes that an evictor should free before ``nbytes`` bytes are reserved, the headroom included.
+
+        The headroom gives way where the capacity cannot hold both. More than 0 does not mean that a reservation would
+        fail: compare with `free_bytes` for that.
+        """
+        wanted = min(self.round_up(nbytes) + self.headroom_bytes, max(self.round_up(nbytes), self.capacity_bytes))
+        return max(0, wanted - self.free_bytes)
+
+    def reserve(self, nbytes: SupportsIndex) -> Reservation:
+        """Promise ``nbytes`` bytes, rounded up to extents.
+
+        Args:
+            nbytes: 0 or more. For several allocations: the sum of `round_up` of each.
+
+        Raises:
+            PoolExhaustedError: fewer bytes are free. Nothing was changed.
+            ConfigError: ``nbytes`` is negative, or the pool is closed.
+        """
+        wanted = operator.index(nbytes)
+        if wanted < 0:
+            raise ConfigError(f"nbytes={wanted} must not be negative")
+        with self._lock:
+            self._memory()
+            return Reservation(self, self._reserve(wanted))
+
+    def allocate(self, nbytes: SupportsIndex) -> Allocation:
+        """Allocate ``nbytes`` bytes. Their contents are whatever was there before.
+
+        Args:
+            nbytes: payload bytes, at least 1.
+
+        Raises:
+            PoolExhaustedError: fewer bytes are free. Nothing was changed.
+            ConfigError: ``nbytes`` is not positive, or the pool is closed.
+        """
+        wanted = _positive(nbytes, "nbytes")
+        with self._lock:
+            self._memory()
+            extents = self._reserve(wanted)
+            return self._place(wanted, extents)
+
+    def free(self, allocation: Allocation) -> None:
+        """Return an allocation's extents to the pool. The caller sees to it that no copy of it is under way.
+
+        Raises:
+            ConfigError: it was freed before or belongs to another pool, or the pool is closed. Nothing was changed.
+        """
+        with self._lock:
+            self._check_live(allocation)
+            self._live.remove(allocation)
+            for offset, nbytes in allocation.runs:
+                self._free.release(offset // self._extent, -(-nbytes // self._extent))
+            self._used -= allocation.extent_nbytes // self._extent
+            self._payload -= allocation.nbytes
+            self._runs -= len(allocation.runs)
+
+    def write(self, allocation: Allocation, data: Any, offset_bytes: SupportsIndex = 0) -> None:
+        """Copy bytes into an allocation.
+
+        Args:
+            allocation: where to.
+            data: bytes-like, or a NumPy array of any dtype (its bytes in C order). All of it is written.
+            offset_bytes: the first byte of the allocation that is written.
+
+        Raises:
+            ConfigError: ``data`` does not fit, or is no buffer; or the allocation is not live in this pool. Nothing
+                was written.
+        """
+        source = _as_bytes(data)
+        at = operator.index(offset_bytes)
+        if at < 0 or at + source.nbytes > allocation.nbytes:
+            raise ConfigError(
+                f"{source.nbytes} bytes at offset {at} do not fit into an allocation of {allocation.nbytes} bytes"
+            )
+        done = 0
+        for view in self.views(allocation):
+            if at < view.nbytes:
+                part = min(view.nbytes - at, source.nbytes - done)
+                view[at : at + part] = source[done : done + part]
+                done += part
+                at = 0
+                if done == source.nbytes:
+                    break
+            else:
+                at -= view.nbytes
+
+    def read(self, allocation: Allocation) -> Bytes:
+        """The allocation's bytes as a read-only uint8 array of `Allocation.nbytes` values.
+
+        It is a view of the pool, without a copy, if the allocation is one run: valid until the allocation is freed.
+        Otherwise the runs are gathered into a copy.
+
+        Raises:
+            ConfigError: the allocation is not live in this pool, or the pool is closed.
+        """
+        views = self.views(allocation)
+        array = views[0] if len(views) == 1 else np.concatenate(views)
+        array.flags.writeable = False
+        return array
+
+    def views(self, allocation: Allocation) -> list[Bytes]:
+        """The allocation's runs as writable uint8 views of the pool, in order, for scatter and gather.
+
+        They are valid until the allocation is freed. None crosses a multiple of `Region.piece_bytes`.
+
+        Raises:
+            ConfigError: the allocation is not live in this pool, or the pool is closed.
+        """
+        with self._lock:
+            self._check_live(allocation)
+            memory = self._memory()
+        return [memory[offset : offset + nbytes] for offset, nbytes in allocation.runs]
+
+    def stats(self) -> PoolStats:
+        """The counters at this moment.
+
+        Raises:
+            ConfigError: the pool is closed.
+        """
+        with self._lock:
+            self._memory()
+            return PoolStats(
+                capacity_bytes=self.capacity_bytes,
+                extent_bytes=self._extent,
+                payload_bytes=self._payload,
+                extent_bytes_used=self._used * self._extent,
+                reserved_bytes=self._reserved * self._extent,
+                free_bytes=self._free_bytes(),
+                allocations=len(self._live),
+                runs=self._runs,
+                free_runs=len(self._free),
+                largest_free_run_bytes=self._free.largest() * self._extent,
+                peak_payload_bytes=self._peak_payload,
+                peak_extent_bytes_used=self._peak_used * self._extent,
+                peak_occupied_bytes=self._peak_occupied * self._extent,
+                peak_allocations=self._peak_allocations,
+                total_allocations=self._total_allocations,
+                total_frees=self._total_allocations - len(self._live),
+                total_payload_bytes=self._total_payload,
+                total_runs=self._total_runs,
+                total_refusals=self._total_refusals,
+            )
+
+    def check(self) -> None:
+        """Verify every invariant, for tests and for debugging. Takes time proportional to the number of runs.
+
+        Free and allocated runs tile the pool without gap or overlap, free neighbours are merged, the index of free
+        runs agrees with itself, and every counter agrees with the runs.
+
+        Raises:
+            AssertionError: an invariant is broken; the message says which.
+            ConfigError: the pool is closed.
+        """
+        with self._lock:
+            self._memory()
+            free = sorted(self._free)
+            taken = [
+                (offset // self._extent, -(-nbytes // self._extent)) for a in self._live for offset, nbytes in a.runs
+            ]
+            position = 0
+            for start, length in sorted(free + taken):
+                _require(length > 0, f"the run at extent {start} is empty")
+                _require(start >= position, f"the run at extent {start} overlaps the one before it")
+                _require(start == position, f"extents {position} to {start} are neither free nor allocated")
+                position = start + length
+            _require(position == self._extents, f"the runs end at extent {position} of {self._extents}")
+            self._free.check()
+            for allocation in self._live:
+                sizes = [nbytes for _, nbytes in allocation.runs]
+                _require(sum(sizes) == allocation.nbytes, f"the runs of {allocation} do not add up")
+                _require(sizes == sorted(sizes, reverse=True), f"the runs of {allocation} are not the longest first")
+                _require(all(n % self._extent == 0 for n in sizes[:-1]), f"a run of {allocation} ends within an extent")
+                _require(
+                    self.round_up(allocation.nbytes) == allocation.extent_nbytes, f"{allocation} is not rounded up"
+                )
+            _require(self._payload == sum(a.nbytes for a in self._live), "payload_bytes is wrong")
+            _require(self._used == sum(length for _, length in taken), "extent_bytes_used is wrong")
+            _require(self._runs == len(taken), "runs is wrong")
+            _require(0 <= self._reserved <= self._extents - self._used, "more is reserved than there is")
+            _require(self._free.extents == self._extents - self._used, "the free extents do not add up")
+
+    def close(self) -> None:
+        """Give the memory back, whatever is still allocated. Any further use is an error.
+
+        Views that are still alive stay readable. The caller sees to it that no device copy is under way. Calling it
+        again has no effect.
+        """
+        with self._lock:
+            self._bytes = None
+            self._live.clear()
+        self._region.close()
+
+    def __enter__(self) -> HostPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.free_bytes} free"
+        return f"HostPool({self.capacity_bytes} bytes, {state}, {'pinned' if self.pinned else 'pageable'})"
+
+    # Everything below expects the lock to be held, but _commit and _close_reservation, which take it.
+
+    def _free_bytes(self) -> int:
+        return (self._extents - self._used - self._reserved) * self._extent
+
+    def _memory(self) -> Bytes:
+        memory = self._bytes
+        if memory is None:
+            raise ConfigError(f"this pool of {self.capacity_bytes} bytes is closed: make a new one")
+        return memory
+
+    def _check_live(self, allocation: Allocation) -> None:
+        self._memory()
+        if allocation not in self._live:
+            if allocation._pool is not self._token:
+                raise ConfigError(f"the allocation of {allocation.nbytes} bytes belongs to another pool: use that one")
+            raise ConfigError(f"the allocation of {allocation.nbytes} bytes was freed before: drop it when freeing it")
+
+    def _reserve(self, nbytes: int) -> int:
+        extents = -(-nbytes // self._extent)
+        if extents > self._extents - self._used - self._reserved:
+            self._total_refusals += 1
+            free = self._free_bytes()
+            raise PoolExhaustedError(
+                f"{nbytes} bytes do not fit: {free} of the pool's {self.capacity_bytes} bytes are free; free or evict "
+                "records, or make the pool larger",
+                requested=nbytes,
+                free=free,
+            )
+        self._reserved += extents
+        self._peak_occupied = max(self._peak_occupied, self._used + self._reserved)
+        return extents
+
+    def _place(self, nbytes: int, extents: int) -> Allocation:
+        """Allocate extents that are reserved, which cannot fail: free runs hold all that is reserved, and more."""
+        taken = self._free.take(extents)
+        runs = [(start * self._extent, length * self._extent) for start, length in taken]
+        offset, last = runs[-1]
+        runs[-1] = (offset, last - (extents * self._extent - nbytes))
+        allocation = Allocation(tuple(runs), nbytes, extents * self._extent, self._token)
+        self._live.add(allocation)
+        self._reserved -= extents
+        self._used += extents
+        self._payload += nbytes
+        self._runs += len(runs)
+        self._peak_payload = max(self._peak_payload, self._payload)
+        self._peak_used = max(self._peak_used, self._used)
+        self._peak_allocations = max(self._peak_allocations, len(self._live))
+        self._total_allocations += 1
+        self._total_payload += nbytes
+        self._total_runs += len(runs)
+        return allocation
+
+    def _commit(self, reservation: Reservation, nbytes: int, close: bool) -> Allocation:
+        with self._lock:
+            self._memory()
+            if reservation._closed:
+                raise ConfigError("this reservation is closed: reserve again")
+            extents = -(-nbytes // self._extent)
+            if extents > reservation._extents:
+                raise ConfigError(
+                    f"{nbytes} bytes are more than the {reservation.remaining_bytes} bytes that are left of this "
+                    "reservation: reserve the sum of round_up() of all that is to be committed"
+                )
+            reservation._extents -= extents
+            allocation = self._place(nbytes, extents)
+            if close:
+                self._return(reservation)
+            return allocation
+
+    def _close_reservation(self, reservation: Reservation) -> None:
+        with self._lock:
+            self._return(reservation)
+
+    def _return(self, reservation: Reservation) -> None:
+        self._reserved -= reservation._extents
+        reservation._extents = 0
+        reservation._closed = True
+
+
+class _FreeRuns:
+    """The free runs of a pool, in extents: found by size, merged by address. Not thread-safe.
+
+    Args:
+        extents: size of the pool, all of it free.
+        piece: runs never cross a multiple of this; 0 where they may.
+    """
+
+    def __init__(self, extents: int, piece: int = 0) -> None:
+        self.extents = 0
+        self._piece = piece
+        self._length_at: dict[int, int] = {}  # start -> length
+        self._start_of: dict[int, int] = {}  # end -> start
+        self._classes: list[list[int]] = [[] for _ in range(_size_class(min(extents, piece or extents)) + 1)]
+        self._occupied = 0  # bit c: class c is not empty
+        for start in range(0, extents, piece or extents):
+            self._add(start, min(piece or extents, extents - start))
+
+    def __len__(self) -> int:
+        return len(self._length_at)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._length_at.items())
+
+    def largest(self) -> int:
+        """Length of the longest run; 0 if there is none."""
+        return self._classes[self._occupied.bit_length() - 1][-1] >> _START_BITS if self._occupied else 0
+
+    def take(self, extents: int) -> list[tuple[int, int]]:
+        """Take ``extents`` extents, not more than there are, as the fewest (start, length) runs, the longest first."""
+        taken = []
+        while True:
+            key = self._best_fit(extents)
+            if key is None:  # no run is long enough: use the longest up
+                key = self._classes[self._occupied.bit_length() - 1][-1]
+            start, length = key & _START_MASK, key >> _START_BITS
+            self._remove(start, length)
+            if length >= extents:
+                if length > extents:
+                    self._add(start + extents, length - extents)
+                taken.append((start, extents))
+                return taken
+            taken.append((start, length))
+            extents -= length
+
+    def release(self, start: int, length: int) -> None:
+        """Give a run back, and merge it with its free neighbours."""
+        end = start + length
+        if not (self._piece and start % self._piece == 0):
+            before = self._start_of.get(start)
+            if before is not None:
+                self._remove(before, start - before)
+                start = before
+        if not (self._piece and end % self._piece == 0):
+            after = self._length_at.get(end)
+            if after is not None:
+                self._remove(end, after)
+                end += after
+        self._add(start, end - start)
+
+    def check(self) -> None:
+        """Verify the index against itself (`HostPool.check`)."""
+        keys = [key for keys in self._classes for key in keys]
+        _require(keys == sorted(keys), "the size classes are not sorted")
+        _require(
+            sorted(keys) == sorted(length << _START_BITS | start for start, length in self), "the classes miss a run"
+        )
+        _require(self._start_of == {start + length: start for start, length in self}, "the ends disagree")
+        _require(self.extents == sum(length for _, length in self), "the number of free extents is wrong")
+        for number, members in enumerate(self._classes):
+            _require(bool(members) == bool(self._occupied >> number & 1), f"the bitmap is wrong for class {number}")
+            _require(all(_size_class(key >> _START_BITS) == number for key in members), f"class {number} is wrong")
+        for start, length in self:
+            end = start + length
+            at_boundary = self._piece and end % self._piece == 0
+            _require(at_boundary or end not in self._length_at, f"free runs at {start} and {end} are not merged")
+            _require(
+                not self._piece or start // self._piece == (end - 1) // self._piece,
+                f"the run at {start} crosses a piece",
+            )
+
+    def _best_fit(self, extents: int) -> int | None:
+        number = _size_class(extents)
+        if number >= len(self._classes):
+            return None
+        members = self._classes[number]
+        if members:
+            at = bisect_left(members, extents << _START_BITS)
+            if at < len(members):
+                return members[at]
+        larger = self._occupied >> (number + 1)
+        if not larger:
+            return None
+        return self._classes[number + (larger & -larger).bit_length()][0]
+
+    def _add(self, start: int, length: int) -> None:
+        self._length_at[start] = length
+        self._start_of[start + length] = start
+        number = _size_class(length)
+        insort(self._classes[number], length << _START_BITS | start)
+        self._occupied |= 1 << number
+        self.extents += length
+
+    def _remove(self, start: int, length: int) -> None:
+        del self._length_at[start]
+        del self._start_of[start + length]
+        number = _size_class(length)
+        members = self._classes[number]
+        del members[bisect_left(members, length << _START_BITS | start)]
+        if not members:
+            self._occupied ^= 1 << number
+        self.extents -= length
+
+
+def _size_class(length: int) -> int:
+    """One class per length below 64, 32 per power of two from there on; monotonous in ``length``."""
+    if length < 64:
+        return length
+    shift = length.bit_length() - 6
+    return (shift << 5) + (length >> shift)
+
+
+def _positive(value: SupportsIndex, name: str) -> int:
+    number = operator.index(value)
+    if number < 1:
+        raise ConfigError(f"{name}={number} must be at least 1")
+    return number
+
+
+def _as_bytes(data: Any) -> Bytes:
+    """The bytes of a buffer or an array, without a copy where it is contiguous."""
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    try:
+        view = memoryview(data)
+        return np.frombuffer(view if view.nbytes else b"", dtype=np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise ConfigError(
+            f"cannot copy from {type(data).__name__} ({error}): give contiguous bytes or an array"
+        ) from None
+
+
+def _require(holds: object, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
