@@ -1,0 +1,712 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""A second implementation of docs/reference/format.md in plain NumPy, written from that page alone.
+
+It shares no code with kvzip: constants are repeated on purpose, so that a wrong constant in either shows as a
+difference.
+It favours the order and the words of the page over speed (a few MB/s).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+Bits = npt.NDArray[Any]  # unsigned bit patterns
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint16]
+Mask = npt.NDArray[np.bool_]
+
+BF16, FP16, FP32, OPAQUE = 0, 1, 2, 3
+RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS = range(6)
+BOUND_LOSSLESS, BOUND_ABSOLUTE, BOUND_RELATIVE = range(3)
+MODE_NONE, MODE_FIXED, MODE_PLAIN, MODE_OUTLIER = range(4)
+AS_ASKED, TOO_FINE, LOSSLESS_SMALLER, INCOMPRESSIBLE, OPAQUE_DTYPE, ENCODER_FAILED, CODEC_UNAVAILABLE = range(7)
+
+MIN_BOUND = 2.0**-96
+MAX_BOUND = 2.0**120
+
+
+class Refused(ValueError):
+    """The bytes contradict the format."""
+
+
+@dataclass(frozen=True)
+class TypeConstants:
+    """One column of the table in "Codings of the codecs"."""
+
+    bits: int
+    unsigned: Any  # NumPy dtype of the bit pattern
+    sign_and_mantissa: int = 0  # s
+    exponent: int = 0  # x
+    widest: int = 0  # W
+    largest_q: int = 0
+    largest_finite: float = 0.0
+
+
+TYPES = {
+    BF16: TypeConstants(16, np.dtype("<u2"), 8, 8, 14, 8191, (2 - 2.0**-7) * 2.0**127),
+    FP16: TypeConstants(16, np.dtype("<u2"), 11, 5, 14, 8191, 65504.0),
+    FP32: TypeConstants(32, np.dtype("<u4"), 24, 8, 24, 2097151, (2 - 2.0**-23) * 2.0**127),
+    OPAQUE: TypeConstants(8, np.dtype("u1")),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a record knows of a page."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: int
+    group_tokens: int
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.tokens * self.channels * TYPES[self.dtype].bits // 8
+
+    @property
+    def groups(self) -> int:
+        group_channels = 16 // self.group_tokens
+        return -(-self.tokens // self.group_tokens) * -(-self.channels // group_channels)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment's bytes (without padding) and its table entry (without offset and kind)."""
+
+    data: bytes
+    coding: int
+    bound: float = 0.0
+    param: int = 0
+    reason: int = AS_ASKED
+
+
+# ---- values, groups, words -------------------------------------------------------------------------------------------
+
+
+def to_float32(bits: Bits, dtype: int) -> Floats:
+    """The values of bit patterns; every value of the three dtypes is a float32."""
+    if dtype == BF16:
+        values: Floats = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif dtype == FP16:
+        values = bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    else:
+        values = bits.astype(np.uint32).view(np.float32)
+    return values
+
+
+def exponent_field(bits: Bits, dtype: int) -> Ints:
+    """The exponent fields of bit patterns."""
+    constants = TYPES[dtype]
+    mantissa_bits = constants.sign_and_mantissa - 1
+    return (bits.astype(np.int64) >> mantissa_bits) & ((1 << constants.exponent) - 1)
+
+
+def is_finite(bits: Bits, dtype: int) -> Mask:
+    """True where the exponent field is not all ones."""
+    finite: Mask = np.not_equal(exponent_field(bits, dtype), (1 << TYPES[dtype].exponent) - 1)
+    return finite
+
+
+def to_groups(page: npt.NDArray[Any], group_tokens: int) -> npt.NDArray[Any]:
+    """[T, C] -> [groups, 16]; places outside the page become 0."""
+    tokens, channels = page.shape
+    group_channels = 16 // group_tokens
+    rows, columns = -(-tokens // group_tokens), -(-channels // group_channels)
+    padded = np.zeros((rows * group_tokens, columns * group_channels), page.dtype)
+    padded[:tokens, :channels] = page
+    # value i of a group is token i mod G, channel floor(i / G)
+    grid = padded.reshape(rows, group_tokens, columns, group_channels).transpose(0, 2, 3, 1)
+    groups: npt.NDArray[Any] = grid.reshape(rows * columns, 16)
+    return groups
+
+
+def from_groups(groups: npt.NDArray[Any], tokens: int, channels: int, group_tokens: int) -> npt.NDArray[Any]:
+    """[groups, 16] -> [T, C]; what stands outside the page is dropped."""
+    group_channels = 16 // group_tokens
+    rows, columns = -(-tokens // group_tokens), -(-channels // group_channels)
+    grid = groups.reshape(rows, columns, group_channels, group_tokens).transpose(0, 3, 1, 2)
+    page = grid.reshape(rows * group_tokens, columns * group_channels)[:tokens, :channels]
+    return np.ascontiguousarray(page)
+
+
+def inside(geometry: Geometry) -> Mask:
+    """[groups, 16]: which places are values of the page."""
+    return to_groups(np.ones((geometry.tokens, geometry.channels), np.bool_), geometry.group_tokens)
+
+
+def bit_planes(codes: Ints, count: int) -> Words:
+    """[groups, 16] codes -> [groups, count] words: bit i of word b is bit b of code i."""
+    planes = np.zeros((codes.shape[0], count), np.int64)
+    for b in range(count):
+        planes[:, b] = ((codes >> b) & 1) @ (1 << np.arange(16))
+    return planes.astype(np.uint16)
+
+
+def from_bit_planes(planes: npt.NDArray[Any]) -> Ints:
+    """[groups, count] words -> [groups, 16] codes."""
+    words = planes.astype(np.int64)
+    codes = np.zeros((words.shape[0], 16), np.int64)
+    for b in range(words.shape[1]):
+        codes |= ((words[:, b : b + 1] >> np.arange(16)) & 1) << b
+    return codes
+
+
+def zigzag(q: Ints) -> Ints:
+    return np.where(q >= 0, 2 * q, -2 * q - 1)
+
+
+def from_zigzag(z: Ints) -> Ints:
+    return np.where(z & 1 == 0, z >> 1, -(z >> 1) - 1)
+
+
+def wrap32(q: Ints) -> Ints:
+    """Wrap modulo 2^32 into the signed range."""
+    return ((q + 2**31) & 0xFFFFFFFF) - 2**31
+
+
+def width_of(codes: Ints) -> Ints:
+    """Smallest width that holds all codes of a group: [groups, n] -> [groups]."""
+    largest = codes.max(axis=1)
+    width = np.zeros(largest.shape, np.int64)
+    for b in range(34):
+        width += largest >= (1 << b)
+    return width
+
+
+def nibbles(classes: Ints) -> bytes:
+    """Two classes a byte, the first in the low half, zero-padded to a multiple of 4 bytes."""
+    even = np.zeros((classes.size + 1) // 2 * 2, np.uint8)
+    even[: classes.size] = classes
+    return padded((even[0::2] | (even[1::2] << 4)).astype(np.uint8).tobytes(), 4)
+
+
+def padded(data: bytes, multiple: int) -> bytes:
+    return data + bytes(-len(data) % multiple)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def truncate_significand(bound: np.float32, n: int) -> np.float32:
+    """trunc_n(B): keep the n most significant bits of the significand, the leading one included."""
+    keep = (0xFFFFFFFF << (24 - n)) & 0xFFFFFFFF
+    bits = int(np.array(bound, np.float32).view(np.uint32)) & keep
+    truncated: np.float32 = np.array([bits], np.uint32).view(np.float32)[0]
+    return truncated
+
+
+def floor_log2(bound: np.float32) -> int:
+    return math.frexp(float(bound))[1] - 1
+
+
+def step_bits(bound: np.float32, dtype: int, coding: int, width: int) -> int:
+    """n of trunc_n for a group of this width."""
+    if coding == FIXED and dtype == BF16:
+        return min(max(9 - width, 1), 8)
+    if coding == FIXED and dtype == FP16:
+        return min(max(min(12 - width, floor_log2(bound) + 26), 1), 8)
+    return 1
+
+
+def step(bound: np.float32, dtype: int, coding: int, width: int) -> np.float32:
+    """S of a group of this width."""
+    size: np.float32 = np.float32(2) * truncate_significand(bound, step_bits(bound, dtype, coding, width))
+    return size
+
+
+def quantise(x: Floats, size: np.float32) -> Floats:
+    """q = round-half-to-even(fl(x * fl(1 / S))), still as float32 (it may be beyond an integer's range)."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        q: Floats = np.rint(x * (np.float32(1) / size))
+    return q
+
+
+# ---- the encoder -----------------------------------------------------------------------------------------------------
+
+
+def round_toward_zero(value: float) -> np.float32:
+    """float64 to float32, rounded toward zero."""
+    with np.errstate(over="ignore", under="ignore"):
+        nearest: np.float32 = np.float32(value)
+    if abs(float(nearest)) > abs(value):
+        nearest = np.nextafter(nearest, np.float32(0))
+    return nearest
+
+
+def applied_bound(bits: Bits, dtype: int, bound_kind: int, bound: float) -> np.float32 | None:
+    """B of rule 2, or None when there is no quantised candidate."""
+    finite = to_float32(bits[is_finite(bits, dtype)], dtype).astype(np.float64)
+    if finite.size == 0:
+        return None
+    wanted = bound if bound_kind == BOUND_ABSOLUTE else bound * float(finite.max() - finite.min())
+    applied = round_toward_zero(min(wanted, MAX_BOUND))
+    return None if float(applied) < MIN_BOUND else applied
+
+
+def deltas(q: Ints, group_tokens: int) -> Ints:
+    """q_i - q_{i-1} along runs of L values, the value before a run taken as 0."""
+    run = 16 if group_tokens == 1 else group_tokens
+    runs = q.reshape(-1, run)
+    return np.diff(runs, axis=1, prepend=0).reshape(q.shape)
+
+
+def quantised_candidate(bits: Bits, geometry: Geometry, coding: int, bound: np.float32) -> bytes:
+    """Rule 3: the segment in coding `fixed`, `plain` or `outlier`."""
+    dtype, constants = geometry.dtype, TYPES[geometry.dtype]
+    groups = to_groups(bits, geometry.group_tokens)
+    place = inside(geometry)
+    x = to_float32(groups, dtype)
+
+    raw: Mask = np.any(~is_finite(groups, dtype) & place, axis=1)
+    x = np.where(raw[:, None], np.float32(0), x)
+    with np.errstate(over="ignore"):
+        raw |= np.abs(x).max(axis=1) + bound > np.float32(constants.largest_finite)
+    power_of_two = step(bound, dtype, PLAIN, 0)
+    coarse = quantise(x, power_of_two)
+    raw |= (np.abs(coarse) > constants.largest_q).any(axis=1)
+    x = np.where(raw[:, None], np.float32(0), x)
+    q = np.where(raw[:, None], np.float32(0), coarse).astype(np.int64)
+
+    first_words = np.zeros((len(groups), 2), np.uint16)
+    apart = np.zeros(len(groups), np.bool_)
+    if coding == FIXED:
+        widest_of_group = width_of(zigzag(q))
+        width = widest_of_group.copy()
+        for w1 in range(1, constants.widest + 1):  # one bit less, if the step of that width allows it
+            finer = quantise(x, step(bound, dtype, coding, w1 - 1)).astype(np.int64)
+            width[(widest_of_group == w1) & (width_of(zigzag(finer)) <= w1 - 1)] = w1 - 1
+        codes = np.zeros(q.shape, np.int64)
+        for w in range(constants.widest + 1):
+            chosen = width == w
+            codes[chosen] = zigzag(quantise(x[chosen], step(bound, dtype, coding, w)).astype(np.int64))
+        assert (width_of(codes) <= width).all(), "a code does not fit into the width that the rules choose"
+    else:
+        codes = np.where(place, zigzag(deltas(q, geometry.group_tokens)), 0)
+        width = width_of(codes)
+        if coding == OUTLIER:
+            rest = codes.copy()
+            rest[:, 0] = 0
+            rest_width = width_of(rest)
+            first_count = constants.bits // 16
+            apart = (first_count + rest_width < width) & ~raw
+            first = q[:, 0] & 0xFFFFFFFF
+            first_words[:, 0] = first & 0xFFFF
+            first_words[:, 1] = first >> 16
+            codes = np.where(apart[:, None], rest, codes)
+            width = np.where(apart, rest_width, width)
+    raw |= width > constants.widest
+    apart &= ~raw
+
+    planes = bit_planes(np.where(raw[:, None], groups.astype(np.int64), codes), constants.bits)
+    count = np.where(raw, constants.bits, width)
+    words = np.concatenate([first_words, planes], axis=1)
+    keep = np.concatenate(
+        [apart[:, None], apart[:, None] & (constants.bits == 32), columns_below(count, planes)], axis=1
+    )
+    if coding == OUTLIER or dtype == FP32:
+        classes = padded((np.where(raw, 63, width) | (apart.astype(np.int64) << 6)).astype(np.uint8).tobytes(), 4)
+    else:
+        classes = nibbles(np.where(raw, 15, width))
+    return bytes(classes + words[keep].astype("<u2").tobytes())
+
+
+def columns_below(count: Ints, planes: npt.NDArray[Any]) -> Mask:
+    """[groups, columns]: which of the words are written; in row order they are the words of the segment."""
+    return np.arange(planes.shape[1]) < count[:, None]
+
+
+def lossless_candidate(bits: Bits, geometry: Geometry) -> tuple[bytes, int]:
+    """Rule 4: the segment in coding `lossless`, and its param m."""
+    dtype, constants = geometry.dtype, TYPES[geometry.dtype]
+    groups = to_groups(bits, geometry.group_tokens)
+    place = inside(geometry)
+    finite = is_finite(groups, dtype)
+    e = exponent_field(groups, dtype)
+    m = int(e[finite & place].max(initial=0))
+    raw: Mask = np.any(~finite & place, axis=1)
+    largest = np.where(place & ~raw[:, None], e, 0).max(axis=1)
+    base = np.minimum(m - largest, 15)
+    base[raw] = 0
+    top = np.maximum(m - base, 0)
+    difference = np.where(place & ~raw[:, None], top[:, None] - e, 0)
+    width = width_of(difference)
+    s = constants.sign_and_mantissa
+    pattern = groups.astype(np.int64)
+    sign = pattern >> (constants.bits - 1)
+    mantissa = pattern & ((1 << (s - 1)) - 1)
+    codes = np.where(place, (difference << s) + (sign << (s - 1)) + mantissa, 0)
+    planes = bit_planes(np.where(raw[:, None], pattern, codes), constants.bits)
+    count = np.where(raw, constants.bits, s + width)
+    words = planes[columns_below(count, planes)]
+    return nibbles(np.where(raw, 15, width)) + nibbles(base) + words.astype("<u2").tobytes(), m
+
+
+def encode_segment(bits: Bits, geometry: Geometry, coding: int, bound_kind: int, bound: float) -> Segment:
+    """Encode a page, [T, C] bit patterns, as the codec `cuszp` does.
+
+    Args:
+        bits: the page's bit patterns.
+        geometry: its geometry.
+        coding: `FIXED`, `PLAIN` or `OUTLIER`: the quantised coding that is wanted (any of them for a lossless bound).
+        bound_kind: `BOUND_LOSSLESS`, `BOUND_ABSOLUTE` or `BOUND_RELATIVE`.
+        bound: the bound, a float64.
+    """
+    constants = TYPES[geometry.dtype]
+    raw = np.ascontiguousarray(bits).astype(constants.unsigned).tobytes()
+    first = bits.flat[0]
+    if (bits == first).all():
+        return Segment(padded(raw[: constants.bits // 8], 4), CONSTANT)
+    if geometry.dtype == OPAQUE:
+        return Segment(raw, RAW, reason=OPAQUE_DTYPE)
+
+    quantised: bytes | None = None
+    applied: np.float32 | None = None
+    if bound_kind != BOUND_LOSSLESS:
+        applied = applied_bound(bits, geometry.dtype, bound_kind, bound)
+        if applied is not None:
+            quantised = quantised_candidate(bits, geometry, coding, applied)
+    best: Segment | None = None
+    if quantised is not None and applied is not None:
+        best = Segment(quantised, coding, bound=float(applied))
+    if quantised is None or len(quantised) * 8 > len(raw) * 5:
+        exact, m = lossless_candidate(bits, geometry)
+        if best is None:
+            reason = AS_ASKED if bound_kind == BOUND_LOSSLESS else TOO_FINE
+            best = Segment(exact, LOSSLESS, param=m, reason=reason)
+        elif len(exact) < len(best.data):
+            best = Segment(exact, LOSSLESS, param=m, reason=LOSSLESS_SMALLER)
+    assert best is not None
+    if len(best.data) >= len(raw):
+        return Segment(raw, RAW, reason=INCOMPRESSIBLE)
+    return best
+
+
+# ---- the decoder -----------------------------------------------------------------------------------------------------
+
+
+def refuse_if(condition: bool, message: str) -> None:
+    if condition:
+        raise Refused(message)
+
+
+def round_product(q: Ints, size: npt.NDArray[np.float64], dtype: int) -> Bits:
+    """q * S in the dtype; a product that is not representable is rounded toward zero."""
+    exact = q.astype(np.float64) * size  # at most 32 + 8 bits: exact
+    if dtype == FP16:
+        with np.errstate(over="ignore"):
+            nearest = exact.astype(np.float16)
+        bits: Bits = nearest.view(np.uint16)
+        return np.where(np.abs(nearest.astype(np.float64)) > np.abs(exact), bits - np.uint16(1), bits)
+    with np.errstate(over="ignore"):
+        single = exact.astype(np.float32)
+    single_bits = single.view(np.uint32)
+    single_bits = np.where(np.abs(single.astype(np.float64)) > np.abs(exact), single_bits - np.uint32(1), single_bits)
+    return single_bits if dtype == FP32 else (single_bits >> np.uint32(16)).astype(np.uint16)
+
+
+def read_nibbles(data: bytes, count: int) -> tuple[Ints, int]:
+    """Classes or bases, and the bytes that they take."""
+    size = -(-((count + 1) // 2) // 4) * 4
+    refuse_if(len(data) < size, "the segment ends within its classes")
+    packed = np.frombuffer(data[:size], np.uint8).astype(np.int64)
+    both = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
+    refuse_if(bool(both[count:].any()), "padding of the classes is not zero")
+    return both[:count], size
+
+
+def read_bytes(data: bytes, count: int) -> tuple[Ints, int]:
+    size = -(-count // 4) * 4
+    refuse_if(len(data) < size, "the segment ends within its classes")
+    classes = np.frombuffer(data[:size], np.uint8).astype(np.int64)
+    refuse_if(bool(classes[count:].any()), "padding of the classes is not zero")
+    return classes[:count], size
+
+
+def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 0.0, param: int = 0) -> Bits:
+    """The page of a segment, [T, C] bit patterns.
+
+    Raises:
+        Refused: the bytes contradict the format.
+    """
+    constants = TYPES[geometry.dtype]
+    shape = (geometry.tokens, geometry.channels)
+    if coding == RAW:
+        refuse_if(len(data) != geometry.raw_bytes, "raw segment of the wrong size")
+        page: Bits = np.frombuffer(data, constants.unsigned).reshape(shape).copy()
+        return page
+    if coding == CONSTANT:
+        refuse_if(len(data) != 4, "constant segment of the wrong size")
+        value_bytes = constants.bits // 8
+        refuse_if(any(data[value_bytes:]), "padding of the constant is not zero")
+        return np.full(shape, np.frombuffer(data[:value_bytes], constants.unsigned)[0], constants.unsigned)
+    refuse_if(coding > LOSSLESS, f"unknown coding {coding}")
+    refuse_if(geometry.dtype == OPAQUE, "opaque bytes in a numeric coding")
+
+    groups = geometry.groups
+    base = np.zeros(groups, np.int64)
+    apart = np.zeros(groups, np.bool_)
+    if coding == LOSSLESS:
+        classes, used = read_nibbles(data, groups)
+        base, more = read_nibbles(data[used:], groups)
+        used += more
+        raw, widest = classes == 15, constants.exponent
+    elif coding == OUTLIER or geometry.dtype == FP32:
+        classes, used = read_bytes(data, groups)
+        refuse_if(bool((classes & 0x80).any()), "bit 7 of a class")
+        apart = (classes & 0x40) != 0
+        classes = classes & 0x3F
+        raw, widest = classes == 63, constants.widest
+        refuse_if(bool((apart & raw).any()), "a raw group that keeps its first value apart")
+        refuse_if(coding != OUTLIER and bool(apart.any()), "a first value kept apart outside of `outlier`")
+    else:
+        classes, used = read_nibbles(data, groups)
+        raw, widest = classes == 15, constants.widest
+    refuse_if(bool((classes[~raw] > widest).any()), "a width beyond the widest")
+    if coding != LOSSLESS:
+        refuse_if(not MIN_BOUND <= bound <= MAX_BOUND, f"bound {bound}")
+
+    s = constants.sign_and_mantissa
+    width = np.where(raw, 0, classes)
+    count = np.where(raw, constants.bits, classes + (s if coding == LOSSLESS else 0))
+    first_count = apart.astype(np.int64) * (constants.bits // 16)
+    refuse_if(
+        len(data) != used + 2 * int(count.sum() + first_count.sum()), "segment size is not what its classes imply"
+    )
+    keep = np.concatenate([np.arange(2) < first_count[:, None], np.arange(constants.bits) < count[:, None]], axis=1)
+    words = np.zeros(keep.shape, np.uint16)
+    words[keep] = np.frombuffer(data[used:], "<u2")
+    codes = from_bit_planes(words[:, 2:])
+
+    if coding == LOSSLESS:
+        top = np.maximum(param - base, 0)[:, None]
+        e = (top - (codes >> s)) & ((1 << constants.exponent) - 1)
+        sign = (codes >> (s - 1)) & 1
+        mantissa = codes & ((1 << (s - 1)) - 1)
+        coded: Ints = (sign << (constants.bits - 1)) | (e << (s - 1)) | mantissa
+    else:
+        single = np.float32(bound)
+        steps = np.array([step(single, geometry.dtype, coding, w) for w in range(64)], np.float64)
+        q = from_zigzag(codes)
+        if coding != FIXED:
+            first = words[:, 0].astype(np.int64) | (words[:, 1].astype(np.int64) << 16)
+            if constants.bits == 16:
+                first = (first ^ 0x8000) - 0x8000
+            q[:, 0] = np.where(apart, first, q[:, 0])
+            run = 16 if geometry.group_tokens == 1 else geometry.group_tokens
+            q = np.cumsum(q.reshape(-1, run), axis=1).reshape(q.shape)
+        coded = round_product(wrap32(q), steps[width][:, None], geometry.dtype).astype(np.int64)
+    values = np.where(raw[:, None], codes, coded).astype(constants.unsigned)
+    page = from_groups(values, geometry.tokens, geometry.channels, geometry.group_tokens)
+    return page
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+HEADER = struct.Struct("<4sHHIIQQIIHBBB3sdd16s8s8s")
+RUN = struct.Struct("<IIIIBB6s")
+ENTRY = struct.Struct("<IIfBBBB")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page on its way into a record: [T, C] bit patterns and what the table says of it."""
+
+    bits: Bits
+    geometry: Geometry
+    kind: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the segment table."""
+
+    offset: int
+    size: int
+    bound: float
+    coding: int
+    kind: int
+    param: int
+    reason: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A decoded record."""
+
+    mode: int
+    bound_kind: int
+    bound: float
+    max_error: float
+    reason: int
+    codec: str
+    dims: str
+    raw_bytes: int
+    header_bytes: int
+    geometries: tuple[Geometry, ...]  # one a segment
+    entries: tuple[Entry, ...]
+    pages: tuple[Bits, ...] = field(repr=False)
+
+
+def encode_record(
+    pages: Sequence[Page],
+    *,
+    mode: int = MODE_FIXED,
+    bound_kind: int = BOUND_RELATIVE,
+    bound: float = 1e-3,
+    codec: str = "cuszp",
+    reason: int = 0,
+    max_error: float = math.nan,
+    dims: str = "",
+) -> bytes:
+    """The record of a block's pages."""
+    if codec == "raw":
+        segments = [Segment(p.bits.astype(TYPES[p.geometry.dtype].unsigned).tobytes(), RAW) for p in pages]
+    else:
+        coding = {MODE_NONE: FIXED, MODE_FIXED: FIXED, MODE_PLAIN: PLAIN, MODE_OUTLIER: OUTLIER}[mode]
+        segments = [encode_segment(p.bits, p.geometry, coding, bound_kind, bound) for p in pages]
+    return assemble(
+        pages,
+        segments,
+        mode=mode,
+        bound_kind=bound_kind,
+        bound=bound,
+        codec=codec,
+        reason=reason,
+        max_error=max_error,
+        dims=dims,
+    )
+
+
+def assemble(
+    pages: Sequence[Page],
+    segments: Sequence[Segment],
+    *,
+    mode: int,
+    bound_kind: int,
+    bound: float,
+    codec: str,
+    reason: int,
+    max_error: float,
+    dims: str,
+) -> bytes:
+    """Header and payload around segments."""
+    runs: list[tuple[Geometry, int]] = []
+    for page in pages:
+        if runs and runs[-1][0] == page.geometry:
+            runs[-1] = (page.geometry, runs[-1][1] + 1)
+        else:
+            runs.append((page.geometry, 1))
+    payload = b""
+    table = b""
+    for page, segment in zip(pages, segments, strict=True):
+        table += ENTRY.pack(
+            len(payload) // 16,
+            len(segment.data),
+            segment.bound,
+            segment.coding,
+            page.kind,
+            segment.param,
+            segment.reason,
+        )
+        payload += padded(segment.data, 16)
+    geometry = b"".join(
+        RUN.pack(count, g.tokens, g.heads, g.head_dim, g.dtype, g.group_tokens, bytes(6)) for g, count in runs
+    )
+    header_bytes = -(-(HEADER.size + len(geometry) + len(table)) // 16) * 16
+    raw_bytes = sum(p.geometry.raw_bytes for p in pages)
+
+    def fixed_part(header_crc: int) -> bytes:
+        return HEADER.pack(
+            b"KVZP", 1, 0, header_bytes, header_crc, len(payload), raw_bytes, crc32c(payload), len(pages), len(runs),
+            mode, bound_kind, reason, bytes(3), bound, max_error, codec.encode(), dims.encode(), bytes(8),
+        )  # fmt: skip
+
+    rest = padded(geometry + table, 16)
+    header_crc = crc32c(fixed_part(0) + rest)
+    return fixed_part(header_crc) + rest + payload
+
+
+def decode_record(data: bytes) -> Record:
+    """Read a record.
+
+    Raises:
+        Refused: the bytes contradict the format.
+    """
+    refuse_if(len(data) < HEADER.size, "shorter than the fixed part of a header")
+    (
+        magic, version, flags, header_bytes, header_crc, payload_bytes, raw_bytes, payload_crc, segments, geometries,
+        mode, bound_kind, reason, reserved_a, bound, max_error, codec, dims, reserved_b,
+    ) = HEADER.unpack_from(data)  # fmt: skip
+    refuse_if(magic != b"KVZP", "magic")
+    refuse_if(version != 1, "format version")
+    refuse_if(flags != 0, "flags")
+    refuse_if(not 1 <= segments <= 65536, "segments")
+    refuse_if(not 1 <= geometries <= segments, "geometries")
+    refuse_if(
+        header_bytes != -(-(HEADER.size + RUN.size * geometries + ENTRY.size * segments) // 16) * 16, "header_bytes"
+    )
+    refuse_if(len(data) != header_bytes + payload_bytes, "length of the record")
+    header = bytearray(data[:header_bytes])
+    header[12:16] = bytes(4)
+    refuse_if(crc32c(bytes(header)) != header_crc, "header_crc32c")
+    payload = data[header_bytes:]
+    refuse_if(crc32c(payload) != payload_crc, "payload_crc32c")
+    refuse_if(any(reserved_a) or any(reserved_b), "reserved bytes")
+    refuse_if(mode > 3 or bound_kind > 2 or reason > 6, "mode, bound_kind or reason")
+
+    at = HEADER.size
+    geometry: list[Geometry] = []
+    for _ in range(geometries):
+        count, tokens, heads, head_dim, dtype, group_tokens, reserved = RUN.unpack_from(data, at)
+        at += RUN.size
+        refuse_if(any(reserved), "reserved bytes of a geometry run")
+        refuse_if(not 1 <= count <= segments - len(geometry), "counts of the geometry runs")
+        refuse_if(min(tokens, heads, head_dim) < 1 or tokens * heads * head_dim >= 2**31, "geometry")
+        refuse_if(dtype > OPAQUE or group_tokens not in (16, 8, 4, 2, 1), "dtype or group_tokens")
+        geometry += [Geometry(tokens, heads, head_dim, dtype, group_tokens)] * count
+    refuse_if(len(geometry) != segments, "counts of the geometry runs")
+    refuse_if(sum(g.raw_bytes for g in geometry) != raw_bytes, "raw_bytes")
+    entries = [Entry(*ENTRY.unpack_from(data, at + ENTRY.size * i)) for i in range(segments)]
+    at += ENTRY.size * segments
+    refuse_if(any(data[at:header_bytes]), "padding of the header")
+
+    end = 0
+    pages = []
+    for entry, g in zip(entries, geometry, strict=True):
+        refuse_if(entry.offset * 16 != end or entry.size < 1, "segments out of order")
+        stop = end + entry.size
+        refuse_if(stop > payload_bytes, "segment beyond the payload")
+        end = -(-stop // 16) * 16
+        refuse_if(any(payload[stop:end]), "padding of a segment")
+        refuse_if(entry.kind > 2 or entry.reason > 6, "kind or reason of a segment")
+        pages.append(decode_segment(payload[entry.offset * 16 : stop], g, entry.coding, entry.bound, entry.param))
+    refuse_if(end != payload_bytes, "payload_bytes")
+    return Record(
+        mode=mode,
+        bound_kind=bound_kind,
+        bound=bound,
+        max_error=max_error,
+        reason=reason,
+        codec=codec.rstrip(b"\0").decode("ascii"),
+        dims=dims.rstrip(b"\0").decode("ascii"),
+        raw_bytes=raw_bytes,
+        header_bytes=header_bytes,
+        geometries=tuple(geometry),
+        entries=tuple(entries),
+        pages=tuple(pages),
+    )
