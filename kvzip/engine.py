@@ -291,7 +291,7 @@ class SwapEngine:
         worst = len(keys) * extents(max_record_bytes(settings.codec, layout))
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
         # everything is encoded first, so that a refusal comes before anything was changed.
-        streaming = worst <= self.pool.stats().free_bytes or worst <= self._room(keys)
+        streaming = worst <= self.pool.free_bytes or worst <= self._room(keys)
         fresh: dict[bytes, _Entry] = {}
         pending: list[tuple[bytes, EncodedRecord]] = []
         pending_bytes = record_bytes = evicted = 0
@@ -361,7 +361,7 @@ class SwapEngine:
                 for key, entry in self._index.items()
                 if (entry.loads == 0 if key in own and replacing else key not in own and not entry.protected)
             )
-            return self.pool.stats().free_bytes + leaving
+            return self.pool.free_bytes + leaving
 
     def _refuse(self, needed: int, encoded: int, total: int, keys: Sequence[bytes]) -> None:
         room = self._room(keys, replacing=True)
@@ -387,8 +387,8 @@ class SwapEngine:
         own = set(keys)
         with self._lock:
             needed = sum(self.pool.round_up(record.nbytes) for _, record in records)
-            while needed > self.pool.stats().free_bytes:
-                if self._evict(needed - self.pool.stats().free_bytes, own, replacing):
+            while needed > self.pool.free_bytes:
+                if self._evict(needed - self.pool.free_bytes, own, replacing):
                     evicted += 1
                 elif not self._loads_ended.wait_for(lambda: self._can_free(own, replacing), timeout=60.0):
                     self._refuse(needed, len(records), len(keys), keys)
