@@ -271,8 +271,8 @@ class PinnedMemory:
             cpus = _bind(base, nbytes, self._numa_node)
         threads = self._threads or min(len(cpus) if cpus else _usable_cores(), _MAX_TOUCH_THREADS)
         workers = ThreadPoolExecutor(threads, "kvzip-touch", initializer=_stay_on, initargs=(cpus,))
+        pieces: list[tuple[int, int, list[Future[None]]]] = []
         try:
-            pieces: list[tuple[int, int, list[Future[None]]]] = []
             for start in range(0, nbytes, self._piece_bytes):
                 stop = min(start + self._piece_bytes, nbytes)
                 slices = range(start, stop, _SLICE_BYTES)
@@ -293,6 +293,7 @@ class PinnedMemory:
             failed = [address for address in reversed(registered) if unregister(address) != 0]
             if failed:
                 _kept_mapped.append(array)
+            del array, mapping, pieces  # or the traceback would keep the memory for as long as somebody holds the error
             raise
         workers.shutdown()
         release = _Release(array, registered, unregister)
