@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The README and the documentation do what they say: code runs, names exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvzip
+from kvzip import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks of a document, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", read(name), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
+def test_the_code_of_the_document_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    ran = 0
+    for language, text in blocks(name):
+        if language == "python":
+            exec(compile(text, name, "exec"), namespace)
+            ran += 1
+        elif language == "sh" and name != "README.md":  # .ci/run runs those of the README in a shell
+            for line in text.splitlines():
+                command, *arguments = shlex.split(line)
+                assert command == "kvzip"
+                assert cli.main(arguments) == 0, line
+                ran += 1
+    assert ran
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_the_readme_has_one_block_to_install_and_one_to_test() -> None:
+    commands = [text.splitlines() for language, text in blocks("README.md") if language == "sh"]
+    assert [lines[-1] for lines in commands] == ["kvzip demo", "pytest"]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), f"{path.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, f"{path.name} links to {target}"
+
+
+def test_the_api_page_names_every_export_and_no_other() -> None:
+    text = read("docs/reference/api.md")
+    missing = [name for name in kvzip.__all__ if not re.search(rf"`{name}\b", text)]
+    assert not missing
+    errors = set(re.findall(r"^\| `(\w+Error)`", text, re.MULTILINE))
+    assert errors == {name for name in kvzip.__all__ if name.endswith("Error")}
+
+
+@pytest.mark.parametrize("function", ["SwapEngine", "HostPool", "BlockView", "encode", "decode"])
+def test_the_api_page_has_the_signatures(function: str) -> None:
+    text = read("docs/reference/api.md")
+    found = re.search(rf"^### `{function}\((.*)\)", text, re.MULTILINE)
+    assert found
+    documented = [part.split("=")[0].strip() for part in found[1].split(",")]
+    parameters = inspect.signature(getattr(kvzip, function)).parameters
+    assert [name for name in documented if name != "*"] == list(parameters)
+    for part in found[1].split(","):
+        name, _, default = part.partition("=")
+        if default:
+            assert eval(default) == parameters[name.strip()].default
+
+
+@pytest.mark.parametrize("name", ["SwapEngine", "HostPool", "BlockView", "BlockLayout", "ErrorBound", "Transfer"])
+def test_the_api_page_names_the_members(name: str) -> None:
+    section = re.search(rf"^### `{name}\b.*?(?=^##)", read("docs/reference/api.md"), re.MULTILINE | re.DOTALL)
+    assert section
+    public = {m for m in vars(getattr(kvzip, name)) if not m.startswith("_")}
+    cells = [row.split("|")[1] for row in re.findall(r"^(\|.*)$", section[0], re.MULTILINE)]
+    documented = {m for cell in cells for m in re.findall(r"`(\w+)", cell)}
+    internal = {"BlockView": {"address", "block_stride_bytes"}, "HostPool": {"address", "check", "fragments"}}
+    missing = public - documented - internal.get(name, set()) - {"kind", "value"}
+    assert not missing
+
+
+def test_the_command_line_page_has_every_option() -> None:
+    sections = re.split(r"^## kvzip ", read("docs/reference/cli.md"), flags=re.MULTILINE)[1:]
+    documented = {s.split()[0]: set(re.findall(r"^\| `(--[\w-]+)", s, re.MULTILINE)) for s in sections}
+    action = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert documented.keys() == action.choices.keys()
+    for command, parser in action.choices.items():
+        options = {o for a in parser._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
+        assert documented[command] == options, command
+
+
+def test_the_command_line_page_has_every_key_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    assert cli.main(["demo", "--json"]) == 0
+    keys = set(json.loads(capsys.readouterr().out))
+    table = read("docs/reference/cli.md").split("`--json` prints:")[1].split("## ")[0]
+    assert keys == {k for row in re.findall(r"^\|(.*?)\|", table, re.MULTILINE) for k in re.findall(r"`(\w+)`", row)}
