@@ -24,9 +24,10 @@ from kvzip.record import (
     Geometry,
     Reason,
     RecordHeader,
+    crc32c,
     fallback_reasons,
     header_nbytes,
-    pack_header,
+    pack_headers,
     read_record,
 )
 from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout
@@ -40,13 +41,13 @@ class EncodedRecord:
     """One encoded block: header and payload, to be written one after the other.
 
     Attributes:
-        header: the record's header.
+        header: the record's header, uint8.
         payload: a view of the scratch that the batch was encoded into.
         max_error: largest absolute error, or None when it was not measured.
         violations: values that break the bound; 0 unless the codec has a fault, None when not measured.
     """
 
-    header: bytes
+    header: Bytes
     payload: Bytes
     max_error: float | None = None
     violations: int | None = None
@@ -54,7 +55,7 @@ class EncodedRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of the record."""
-        return len(self.header) + self.payload.size
+        return self.header.size + self.payload.size
 
 
 @dataclass(frozen=True)
@@ -102,25 +103,21 @@ def encode_records(
         codec = get_codec("raw")
         tables, sizes = codec.encode_blocks(blocks, request, out)
     payloads = [out[i, : int(n)] for i, n in enumerate(sizes)]
-    errors: list[tuple[float, int]] | None = None
-    if measure_error:
-        errors = _measure(blocks, codec, request.bound, payloads, list(tables))
+    errors = _measure(blocks, codec, request.bound, payloads, list(tables)) if measure_error else None
+    headers = pack_headers(
+        layout,
+        tables,
+        sizes,
+        np.fromiter(map(crc32c, payloads), np.uint32, len(payloads)),
+        codec=codec.name,
+        mode=request.mode if request.mode in codec.modes else "none",
+        bound=request.bound,
+        reason=reason,
+        max_errors=np.array([error for error, _ in errors]) if errors else None,
+    )
     records = [
-        EncodedRecord(
-            pack_header(
-                layout,
-                tables[i],
-                payload,
-                codec=codec.name,
-                mode=request.mode if request.mode in codec.modes else "none",
-                bound=request.bound,
-                reason=reason,
-                max_error=errors[i][0] if errors else None,
-            ),
-            payload,
-            *(errors[i] if errors else ()),
-        )
-        for i, payload in enumerate(payloads)
+        EncodedRecord(header, payload, *(errors[i] if errors else ()))
+        for i, (header, payload) in enumerate(zip(headers, payloads, strict=True))
     ]
     fallbacks = fallback_reasons(tables)
     if reason is not Reason.AS_ASKED:
@@ -279,7 +276,7 @@ def encode(
     view = BlockView([tensor], layout)
     batch = encode_records(view, chosen, EncodeRequest(bound, mode), measure_error=measure_error)
     record = batch.records[0]
-    return record.header + record.payload.tobytes()
+    return record.header.tobytes() + record.payload.tobytes()
 
 
 def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> Any:

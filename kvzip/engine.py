@@ -396,7 +396,7 @@ class SwapEngine:
                 allocation = self.pool.allocate(record.nbytes)
                 fresh[key] = _Entry(allocation, raw_bytes)
                 self.pool.write(allocation, record.header)
-                self.pool.write(allocation, record.payload, offset_bytes=len(record.header))
+                self.pool.write(allocation, record.payload, offset_bytes=record.header.size)
         return evicted
 
     def _can_free(self, own: set[bytes], replacing: bool) -> bool:
@@ -605,8 +605,10 @@ class SwapEngine:
             )
 
     def close(self) -> None:
-        """Forget all records, and close the pool if the engine made it. Waits for transfers under way; may be called
-        twice."""
+        """Forget all records, and close the pool if the engine made it.
+
+        Waits for transfers under way; may be called twice.
+        """
         with self._store_lock, self._lock:
             if self._closed:
                 return

@@ -73,7 +73,7 @@ class Reason(enum.IntEnum):
     CODEC_UNAVAILABLE = 6
 
 
-assert _FIXED.size == 96 and _GEOMETRY.size == 24 and ENTRY_DTYPE.itemsize == 16
+assert (_FIXED.size, _GEOMETRY.size, ENTRY_DTYPE.itemsize) == (96, 24, 16)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class RecordHeader:
         return len(self.table)
 
     def layout(self) -> BlockLayout:
-        """Layout of one block, each page contiguous in a tensor of its own, shape ``[blocks, tokens, heads,
-        head_dim]``."""
+        """Layout of one block, each page contiguous in a tensor of its own: ``[blocks, tokens, heads, head_dim]``."""
         return _contiguous_layout(self.geometry, self.table["kind"].tobytes())
 
 
@@ -186,16 +185,15 @@ def align(nbytes: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _geometry_runs(layout: BlockLayout) -> tuple[int, bytes, bytes]:
-    """(number of runs, their bytes, the kinds column) of a layout."""
+def _geometry_runs(layout: BlockLayout) -> tuple[int, bytes]:
+    """Number of geometry runs of a layout, and their bytes."""
     runs: list[list[int]] = []
     for segment in layout.segments:
         if runs and tuple(runs[-1][1:]) == segment.geometry:
             runs[-1][0] += 1
         else:
             runs.append([1, *segment.geometry])
-    packed = b"".join(_GEOMETRY.pack(*run) for run in runs)
-    return len(runs), packed, bytes(KINDS.index(s.kind) for s in layout.segments)
+    return len(runs), b"".join(_GEOMETRY.pack(*run) for run in runs)
 
 
 def header_nbytes(layout: BlockLayout) -> int:
@@ -211,33 +209,60 @@ def header_nbytes(layout: BlockLayout) -> int:
     return align(_FIXED.size + len(_geometry_runs(layout)[1]) + ENTRY_DTYPE.itemsize * len(layout.segments))
 
 
-def pack_header(
+def pack_headers(
     layout: BlockLayout,
-    table: npt.NDArray[Any],
-    payload: Buffer,
+    tables: npt.NDArray[Any],
+    payload_bytes: npt.NDArray[np.uint64],
+    payload_crc32c: npt.NDArray[np.uint32],
     *,
     codec: str,
     mode: str,
     bound: ErrorBound,
     reason: Reason = Reason.AS_ASKED,
-    max_error: float | None = None,
-) -> bytes:
-    """Make the header of a record.
+    max_errors: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Make the headers of a batch of records.
 
     Args:
-        layout: layout of the block.
-        table: segment table, shape ``[pages]``, dtype `ENTRY_DTYPE`.
-        payload: the payload, a multiple of 16 bytes.
+        layout: layout of the blocks.
+        tables: segment tables, shape ``[records, pages]``, dtype `ENTRY_DTYPE`.
+        payload_bytes: sizes of the payloads, shape ``[records]``.
+        payload_crc32c: their checksums, shape ``[records]``.
         codec: name of the codec, at most 16 ASCII characters.
         mode: one of `MODES`.
         bound: error bound that was asked for.
-        reason: why the whole record fell back.
-        max_error: largest error reached, if it was measured.
+        reason: why the records fell back as a whole.
+        max_errors: largest errors reached, shape ``[records]``, if they were measured.
 
     Returns:
-        ``header_nbytes(layout)`` bytes.
+        Shape ``[records, header_nbytes(layout)]``.
     """
-    runs, geometry, _ = _geometry_runs(layout)
+    template, table_at = _header_template(layout, codec, mode, bound, reason)
+    headers = np.tile(template, (len(tables), 1))
+    if len(tables) == 0:
+        return headers
+    _column(headers, 16, payload_bytes, "<u8")
+    _column(headers, 32, payload_crc32c, "<u4")
+    if max_errors is not None:
+        _column(headers, 56, max_errors, "<f8")
+    entries = np.ascontiguousarray(tables, ENTRY_DTYPE).view(np.uint8).reshape(len(tables), -1)
+    headers[:, table_at : table_at + entries.shape[1]] = entries
+    _column(headers, _CRC_AT, np.fromiter((crc32c(header) for header in headers), np.uint32, len(headers)), "<u4")
+    return headers
+
+
+def _column(rows: npt.NDArray[np.uint8], at: int, values: npt.NDArray[Any], dtype: str) -> None:
+    """Set one field in every row."""
+    field = np.ascontiguousarray(values, dtype).view(np.uint8).reshape(len(rows), -1)
+    rows[:, at : at + field.shape[1]] = field
+
+
+@lru_cache(maxsize=256)
+def _header_template(
+    layout: BlockLayout, codec: str, mode: str, bound: ErrorBound, reason: Reason
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """What the headers of a batch have in common, and where their segment tables begin."""
+    runs, geometry = _geometry_runs(layout)
     size = header_nbytes(layout)
     fixed = _FIXED.pack(
         MAGIC,
@@ -245,28 +270,24 @@ def pack_header(
         0,
         size,
         0,
-        len(payload),
+        0,
         layout.nbytes,
-        crc32c(payload),
+        0,
         len(layout.segments),
         runs,
         MODES.index(mode),
         int(bound.kind),
         int(reason),
         bound.value,
-        math.nan if max_error is None else max_error,
+        math.nan,
         codec.encode("ascii"),
         layout.dims.encode("ascii"),
     )
-    header = bytearray(size)
-    header[: len(fixed)] = fixed
-    at = len(fixed)
-    header[at : at + len(geometry)] = geometry
-    at += len(geometry)
-    entries = table.tobytes()
-    header[at : at + len(entries)] = entries
-    struct.pack_into("<I", header, _CRC_AT, crc32c(header))
-    return bytes(header)
+    template = np.zeros(size, np.uint8)
+    table_at = len(fixed) + len(geometry)
+    template[:table_at] = np.frombuffer(fixed + geometry, np.uint8)
+    template.flags.writeable = False
+    return template, table_at
 
 
 def read_header(record: Buffer) -> RecordHeader:
