@@ -332,12 +332,16 @@ def _tensors_of(header: RecordHeader) -> tuple[str, list[tuple[int, ...]]]:
 
 
 def _allocate(header: RecordHeader) -> list[npt.NDArray[Any]]:
-    flat = [g.dtype.numpy_bits for g in header.geometry for _ in range(g.count)]
+    dtypes = [g.dtype for g in header.geometry for _ in range(g.count)]
     shapes = _tensors_of(header)[1]
-    types = {DType.FLOAT16: np.dtype(np.float16), DType.FLOAT32: np.dtype(np.float32)}
-    kinds = [g.dtype for g in header.geometry for _ in range(g.count)]
-    step = len(flat) // len(shapes)
-    return [np.empty(shape, types.get(kinds[i * step], flat[i * step])) for i, shape in enumerate(shapes)]
+    step = len(dtypes) // len(shapes)
+    return [np.empty(shape, _numpy_type(dtypes[i * step])) for i, shape in enumerate(shapes)]
+
+
+def _numpy_type(dtype: DType) -> np.dtype[Any]:
+    """NumPy's own type of a dtype; the bit pattern for bfloat16, which it lacks."""
+    own: dict[DType, type[Any]] = {DType.FLOAT16: np.float16, DType.FLOAT32: np.float32}
+    return np.dtype(own[dtype]) if dtype in own else dtype.numpy_bits
 
 
 def _decode_view(header: RecordHeader, tensors: list[Any]) -> BlockView:

@@ -562,9 +562,9 @@ class SwapEngine:
         finally:
             with self._lock:
                 for key in names:
-                    entry = self._index.get(key)  # a discarded record took its pin with it
-                    if entry is not None and entry.pins:
-                        entry.pins -= 1
+                    held = self._index.get(key)  # a discarded record took its pin with it
+                    if held is not None and held.pins:
+                        held.pins -= 1
 
     def read_record(self, key: bytes) -> bytes:
         """A copy of the record under a key: what `kvzip.decode`, `kvzip.read_header` and ``kvzip inspect`` take.
@@ -640,10 +640,10 @@ def _settings(codec: Codec, bound: ErrorBound, mode: str | None) -> Settings:
     return Settings(codec, bound, codec.modes[0] if mode is None else codec.check_mode(mode))
 
 
-def _check_keys(keys: Iterable[bytes], blocks: BlockView, *, repeats: bool = False) -> list[bytes]:
-    if isinstance(keys, (bytes, str)):
+def _check_keys(keys: object, blocks: BlockView, *, repeats: bool = False) -> list[bytes]:
+    if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
         raise ConfigError("keys is a single key: give a list of keys, one a block")
-    names = list(keys)
+    names: list[bytes] = list(keys)
     if len(names) != len(blocks):
         raise ConfigError(f"{len(names)} keys for {len(blocks)} blocks: give one key a block")
     for name in names:

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import crc32c as _crc32c
 import numpy as np
@@ -27,7 +27,7 @@ MAGIC = b"KVZP"
 ALIGNMENT = 16
 MAX_SEGMENTS = 65_536
 
-Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 _FIXED = struct.Struct("<4sHHIIQQIIHBBB3xdd16s8s8x")
 _GEOMETRY = struct.Struct("<IIIIBB6x")
@@ -176,7 +176,13 @@ def _contiguous_layout(geometry: tuple[Geometry, ...], kinds: bytes) -> BlockLay
 
 def crc32c(data: Buffer, value: int = 0) -> int:
     """CRC32C (Castagnoli) of bytes, continued from `value`."""
-    return int(_crc32c.crc32c(data, value))
+    untyped: Any = data  # Python 3.10 has no type for the buffer protocol
+    return int(_crc32c.crc32c(untyped, value))
+
+
+def _bytes_of(data: Buffer) -> memoryview:
+    untyped: Any = data
+    return memoryview(untyped).cast("B")
 
 
 def align(nbytes: int) -> int:
@@ -300,7 +306,7 @@ def read_header(record: Buffer) -> RecordHeader:
         FormatVersionError: the format version is not known here.
         CorruptRecordError: the bytes contradict the format.
     """
-    data = memoryview(record).cast("B")
+    data = _bytes_of(record)
     if len(data) < _FIXED.size:
         raise CorruptRecordError(f"{len(data)} bytes are no record: its fixed part alone has {_FIXED.size}")
     if bytes(data[:4]) != MAGIC:
@@ -391,7 +397,7 @@ def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
         CorruptRecordError: the bytes are damaged, or longer or shorter than the record.
     """
     header = read_header(record)
-    data = memoryview(record).cast("B")
+    data = _bytes_of(record)
     if len(data) != header.record_bytes:
         raise CorruptRecordError(
             f"{len(data)} bytes, but the record has {header.record_bytes}: it is cut or has a tail"

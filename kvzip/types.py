@@ -477,8 +477,11 @@ class BlockView:
         span = (
             sum((n - 1) * st for n, st in zip((s.tokens, s.heads, s.head_dim), strides, strict=True)) + s.dtype.itemsize
         )
-        buffer = (ctypes.c_uint8 * span).from_address(start)
-        return np.ndarray((s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits, buffer, 0, strides)
+        memory_bytes = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(start))
+        page: npt.NDArray[Any] = np.ndarray(
+            (s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits, memory_bytes, 0, strides
+        )
+        return page
 
     def address(self, tensor: int) -> int:
         """Address of block 0 of a tensor, in bytes."""

@@ -150,11 +150,13 @@ class PageCodec(Codec):
     _ENCODED: ClassVar[int] = 128
 
     def max_payload_bytes(self, layout: BlockLayout) -> int:
+        """The raw size: a page that does not get smaller is stored raw."""
         return sum(align(s.nbytes) for s in layout.segments)
 
     def encode_blocks(
         self, blocks: BlockView, request: EncodeRequest, out: Bytes
     ) -> tuple[Table, npt.NDArray[np.uint64]]:
+        """Encode page by page; see `Codec.encode_blocks`."""
         segments = blocks.layout.segments
         tables = np.zeros((len(blocks), len(segments)), ENTRY_DTYPE)
         sizes = np.zeros(len(blocks), np.uint64)
@@ -210,11 +212,13 @@ class PageCodec(Codec):
         ]
 
     def validate_blocks(self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]) -> None:
+        """Decode everything and keep nothing; see `Codec.validate_blocks`."""
         self._decode(layout, payloads, tables)
 
     def decode_blocks(
         self, blocks: BlockView, payloads: Sequence[Bytes], tables: Sequence[Table], *, threads: int = 0
     ) -> None:
+        """Decode all pages, then write them; see `Codec.decode_blocks`."""
         pages = iter(self._decode(blocks.layout, payloads, tables))
         for b in range(len(blocks)):
             for s in range(len(blocks.layout.segments)):

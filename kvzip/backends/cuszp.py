@@ -17,15 +17,18 @@ import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
-from kvzip.record import Coding, align
+from kvzip.record import ENTRY_DTYPE, Coding, align
 from kvzip.types import BlockLayout, BlockView, BoundKind
 
 _CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER}
 
 
 class CuszpCodec(Codec):
-    """Error-bounded and lossless coding along tokens: modes ``fixed``, ``plain`` (delta) and ``outlier`` (delta, first
-    value apart)."""
+    """Error-bounded and lossless coding along tokens.
+
+    Modes: ``fixed`` (each value by itself), ``plain`` (differences along the group), ``outlier`` (differences, the first
+    value kept apart where that is smaller).
+    """
 
     name: ClassVar[str] = "cuszp"
     modes: ClassVar[tuple[str, ...]] = tuple(_CODINGS)
@@ -63,4 +66,5 @@ class CuszpCodec(Codec):
 
 
 def _stack(tables: Sequence[Table]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(tables) if not isinstance(tables, np.ndarray) else tables
+    """Tables of a batch as one array, shape ``[blocks, pages]``."""
+    return np.ascontiguousarray(tables, ENTRY_DTYPE)

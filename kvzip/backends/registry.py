@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""Codecs by name: the ones that kvzip brings, the ones registered by hand, and entry points of the group
-``kvzip.codecs``."""
+"""Codecs by name: the ones that kvzip brings, registered ones, and entry points of the group ``kvzip.codecs``."""
 
 from __future__ import annotations
 
