@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import kvzip
-from kvzip import cli
+from kvzip import _config, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -114,9 +115,21 @@ def test_the_command_line_page_has_every_option() -> None:
 
 
 def test_the_command_line_page_has_every_key_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    import json
-
     assert cli.main(["demo", "--json"]) == 0
     keys = set(json.loads(capsys.readouterr().out))
     table = read("docs/reference/cli.md").split("`--json` prints:")[1].split("## ")[0]
     assert keys == {k for row in re.findall(r"^\|(.*?)\|", table, re.MULTILINE) for k in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_settings_page_has_the_table_of_the_code() -> None:
+    text = read("docs/reference/settings.md")
+    for s in _config.SETTINGS:
+        default = f"`{s.default}`" if s.default else ""
+        row = f"| `{s.name}` | {default} | {s.unit} | {s.meaning} |"
+        assert re.sub(" +", " ", row) in text
+
+
+def test_the_settings_page_has_every_build_switch() -> None:
+    build = set(re.findall(r"^\s*#   (KVZIP_\w+) ", read("CMakeLists.txt"), re.MULTILINE))
+    assert build
+    assert all(f"`{name}`" in read("docs/reference/settings.md") for name in build)
