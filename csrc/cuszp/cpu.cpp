@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// The CPU codec behind kvz.h: arguments, validation of foreign bytes, the spread of a batch over threads. The pages
+// themselves are coded by cpu_kernels.inl.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "cpu_kernels.h"
+#include "format.h"
+#include "kvz.h"
+#include "quant.inl"
+#include "thread_pool.h"
+
+#if defined(KVZIP_X86_64)
+#include <immintrin.h>
+#endif
+
+namespace kvz {
+
+Scratch::~Scratch() { free(low); }
+
+bool Scratch::reserve(uint64_t groups) {
+  if (groups <= groups_ && low != nullptr) return true;
+  groups += groups / 4;
+  const uint64_t lanes = (groups + kGroupSlack + 15) / 16 * 16;
+  free(low);
+  groups_ = 0;
+  // One allocation: low, high, least (4 bytes a group each), classes, lossless, bases (2 bytes each).
+  low = static_cast<int32_t*>(calloc(lanes, 3 * sizeof(uint32_t) + 3 * sizeof(uint16_t)));
+  if (low == nullptr) return false;
+  high = low + lanes;
+  least = reinterpret_cast<uint32_t*>(high + lanes);
+  classes = reinterpret_cast<uint16_t*>(least + lanes);
+  lossless = classes + lanes;
+  bases = lossless + lanes;
+  groups_ = groups;
+  return true;
+}
+
+namespace {
+
+// ---- instruction sets
+// -------------------------------------------------------------------------------------------------
+
+#if defined(KVZIP_X86_64)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Kernels* best_kernels() {
+#if defined(KVZIP_X86_64)
+  if (has_avx512()) return &kAvx512Kernels;
+  if (has_avx2()) return &kAvx2Kernels;
+#endif
+  return &kBaselineKernels;
+}
+
+std::atomic<const Kernels*> g_kernels{nullptr};
+
+const Kernels* kernels() {
+  const Kernels* found = g_kernels.load(std::memory_order_relaxed);
+  if (found == nullptr) {
+    found = best_kernels();
+    g_kernels.store(found, std::memory_order_relaxed);
+  }
+  return found;
+}
+
+// The format needs IEEE-754 arithmetic, rounding to nearest, with subnormal numbers. A host program may have switched
+// them off (torch.set_flush_denormal does), and threads inherit that.
+class FloatEnvironment {
+ public:
+#if defined(KVZIP_X86_64)
+  FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~FloatEnvironment() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FloatEnvironment() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(static_cast<uint64_t>(0)));
+  }
+  ~FloatEnvironment() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  FloatEnvironment() {}
+  ~FloatEnvironment() {}
+#endif
+ public:
+  FloatEnvironment(const FloatEnvironment&) = delete;
+  FloatEnvironment& operator=(const FloatEnvironment&) = delete;
+};
+
+thread_local Scratch t_scratch;
+
+// ---- arguments
+// --------------------------------------------------------------------------------------------------------
+
+uint64_t round_up(uint64_t bytes) { return (bytes + (KVZ_ALIGNMENT - 1)) & ~static_cast<uint64_t>(KVZ_ALIGNMENT - 1); }
+
+// Sizes are u32 in the segment table.
+constexpr uint64_t kMaxRawBytes = 0xfffffff0u;
+
+bool valid_geometry(const kvz_segment& s) {
+  if (s.tokens == 0 || s.heads == 0 || s.head_dim == 0 || s.dtype > KVZ_OPAQUE || s.kind > 2) return false;
+  const uint8_t g = s.group_tokens;
+  if (g != 16 && g != 8 && g != 4 && g != 2 && g != 1) return false;
+  constexpr uint64_t limit = 1ull << 31;
+  const uint64_t rows = static_cast<uint64_t>(s.tokens) * s.heads;
+  if (rows >= limit || rows * s.head_dim >= limit) return false;
+  return rows * s.head_dim * value_bytes(s.dtype) <= kMaxRawBytes;
+}
+
+bool valid_for_encode(const kvz_segment& s) {
+  if (!valid_geometry(s) || s.base == 0) return false;
+  if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_RELATIVE) return false;
+  if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+  return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
+}
+
+Page page_of(const kvz_segment& s, int64_t block) {
+  Page page;
+  page.base = reinterpret_cast<uint8_t*>(static_cast<uintptr_t>(s.base)) + block * s.block_stride;
+  page.token_stride = s.token_stride;
+  page.head_stride = s.head_stride;
+  page.tokens = s.tokens;
+  page.heads = s.heads;
+  page.head_dim = s.head_dim;
+  page.dtype = s.dtype;
+  page.group_tokens = s.group_tokens;
+  return page;
+}
+
+uint64_t raw_bytes_of(const kvz_segment& s) {
+  return static_cast<uint64_t>(s.tokens) * s.heads * s.head_dim * value_bytes(s.dtype);
+}
+
+uint64_t slot_bytes(const kvz_segment& s) { return round_up(raw_bytes_of(s)); }
+
+uint64_t groups_of(const kvz_segment& s) { return page_groups(page_of(s, 0)); }
+
+// ---- validation of foreign segments
+// -----------------------------------------------------------------------------------
+
+bool zeros(const uint8_t* from, uint64_t bytes) {
+  uint32_t any = 0;
+  for (uint64_t i = 0; i < bytes; ++i) any |= from[i];
+  return any == 0;
+}
+
+struct ClassRules {
+  uint32_t widest;     // largest width
+  uint32_t raw_words;  // words of a raw group
+  uint32_t extra;      // words of a group beside its width
+};
+
+// Words of a nibble-class segment; false when a class is out of range.
+bool count_nibbles(const uint8_t* classes, uint64_t groups, const ClassRules& rules, uint64_t* words) {
+  uint32_t words_of[16];
+  bool bad_of[16];
+  for (uint32_t c = 0; c < 16; ++c) {
+    words_of[c] = c == KVZ_NIBBLE_RAW ? rules.raw_words : c + rules.extra;
+    bad_of[c] = c != KVZ_NIBBLE_RAW && c > rules.widest;
+  }
+  uint16_t pair_words[256];
+  uint8_t pair_bad[256];
+  const bool table = groups >= 512;
+  if (table) {
+    for (uint32_t b = 0; b < 256; ++b) {
+      pair_words[b] = static_cast<uint16_t>(words_of[b & 15] + words_of[b >> 4]);
+      pair_bad[b] = bad_of[b & 15] || bad_of[b >> 4];
+    }
+  }
+  uint64_t sum = 0;
+  uint32_t bad = 0;
+  for (uint64_t i = 0; i < groups / 2; ++i) {
+    const uint8_t b = classes[i];
+    sum += table ? pair_words[b] : words_of[b & 15] + words_of[b >> 4];
+    bad |= table ? pair_bad[b] : static_cast<uint32_t>(bad_of[b & 15] | bad_of[b >> 4]);
+  }
+  if (groups % 2 != 0) {
+    const uint8_t b = classes[groups / 2];
+    sum += words_of[b & 15];
+    bad |= bad_of[b & 15];
+  }
+  *words = sum;
+  return bad == 0;
+}
+
+bool count_bytes(const uint8_t* classes, uint64_t groups, const ClassRules& rules, bool outlier, uint64_t* words) {
+  uint64_t sum = 0;
+  for (uint64_t i = 0; i < groups; ++i) {
+    const uint32_t c = classes[i];
+    if (c == KVZ_BYTE_RAW) {
+      sum += rules.raw_words;
+      continue;
+    }
+    const uint32_t width = c & 63u, apart = c >> 6;
+    if (width > rules.widest || apart > (outlier ? 1u : 0u)) return false;
+    sum += width + apart * (rules.raw_words / 16);
+  }
+  *words = sum;
+  return true;
+}
+
+bool zero_class_padding(const uint8_t* classes, uint64_t groups, bool bytes) {
+  const uint64_t used = bytes ? groups : (groups + 1) / 2;
+  if (!bytes && groups % 2 != 0 && classes[groups / 2] >> 4 != 0) return false;
+  return zeros(classes + used, (used + 3) / 4 * 4 - used);
+}
+
+// Does the segment keep to the format? `size` bytes at `segment` are readable.
+bool valid_segment(const kvz_segment& s, const kvz_entry& entry, const uint8_t* segment) {
+  const uint64_t raw_bytes = raw_bytes_of(s), groups = groups_of(s), size = entry.size;
+  const uint32_t item = value_bytes(s.dtype);
+  if (entry.coding == KVZ_RAW) return size == raw_bytes;
+  if (entry.coding == KVZ_CONSTANT) {
+    return size == KVZ_CONSTANT_BYTES && zeros(segment + item, KVZ_CONSTANT_BYTES - item);
+  }
+  if (s.dtype == KVZ_OPAQUE || entry.coding > KVZ_LOSSLESS) return false;
+  const bool lossless = entry.coding == KVZ_LOSSLESS;
+  if (!lossless && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return false;
+
+  const uint32_t bits = 8 * item;
+  const uint32_t exponent_bits = s.dtype == KVZ_FP16 ? 5 : 8;
+  ClassRules rules;
+  rules.raw_words = bits;
+  rules.widest = lossless ? exponent_bits : (s.dtype == KVZ_FP32 ? 24 : 14);
+  rules.extra = lossless ? bits - exponent_bits : 0;
+  const bool bytes = byte_classes(s.dtype, entry.coding);
+  const uint64_t array = class_bytes(s.dtype, entry.coding, groups);
+  const uint64_t head = lossless ? 2 * array : array;
+  if (size < head || !zero_class_padding(segment, groups, bytes)) return false;
+  if (lossless && !zero_class_padding(segment + array, groups, false)) return false;
+  uint64_t words = 0;
+  const bool in_range = bytes ? count_bytes(segment, groups, rules, entry.coding == KVZ_OUTLIER, &words)
+                              : count_nibbles(segment, groups, rules, &words);
+  return in_range && size == head + 2 * words;
+}
+
+// Segments of one payload in order, without gaps, within its bytes; returns the first that is not, or num_segments.
+uint32_t first_bad_segment(const kvz_segment* segments, uint32_t num_segments, const uint8_t* payload,
+                           uint64_t payload_bytes, const kvz_entry* table) {
+  uint64_t at = 0;
+  for (uint32_t s = 0; s < num_segments; ++s) {
+    const kvz_entry& entry = table[s];
+    if (entry.size == 0 || static_cast<uint64_t>(entry.offset) * KVZ_ALIGNMENT != at) return s;
+    const uint64_t end = at + round_up(entry.size);
+    if (end > payload_bytes || (s + 1 == num_segments && end != payload_bytes)) return s;
+    if (!valid_segment(segments[s], entry, payload + at)) return s;
+    if (!zeros(payload + at + entry.size, end - at - entry.size)) return s;
+    at = end;
+  }
+  return num_segments;
+}
+
+void lower(std::atomic<uint64_t>& lowest, uint64_t value) {
+  uint64_t seen = lowest.load();
+  while (value < seen && !lowest.compare_exchange_weak(seen, value)) {
+  }
+}
+
+int32_t check_batch(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks) {
+  if (num_segments == 0 || (segments == nullptr)) return KVZ_INVALID_ARGUMENT;
+  if (static_cast<uint64_t>(num_segments) * num_blocks > (1ull << 40)) return KVZ_INVALID_ARGUMENT;
+  for (uint32_t s = 0; s < num_segments; ++s) {
+    if (!valid_geometry(segments[s])) return KVZ_INVALID_ARGUMENT;
+  }
+  return KVZ_OK;
+}
+
+int32_t validate(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
+                 const uint8_t* const* payloads, const uint64_t* payload_bytes, const kvz_entry* table,
+                 uint32_t threads, uint32_t* bad_block, uint32_t* bad_segment) {
+  const int32_t status = check_batch(segments, num_segments, num_blocks);
+  if (status != KVZ_OK || num_blocks == 0) return status;
+  if (payloads == nullptr || payload_bytes == nullptr || table == nullptr) return KVZ_INVALID_ARGUMENT;
+  for (uint32_t b = 0; b < num_blocks; ++b) {
+    if (payloads[b] == nullptr) return KVZ_INVALID_ARGUMENT;
+  }
+  std::atomic<uint64_t> lowest{~0ull};
+  // Validation reads a few per cent of the payload: not worth waking a thread for a handful of blocks.
+  if (static_cast<uint64_t>(num_blocks) * num_segments < 256) threads = 1;
+  parallel_for(num_blocks, threads, [&](uint64_t b) {
+    const uint32_t bad =
+        first_bad_segment(segments, num_segments, payloads[b], payload_bytes[b], table + b * num_segments);
+    if (bad < num_segments) lower(lowest, b * num_segments + bad);
+  });
+  const uint64_t found = lowest.load();
+  if (found == ~0ull) return KVZ_OK;
+  if (bad_block != nullptr) *bad_block = static_cast<uint32_t>(found / num_segments);
+  if (bad_segment != nullptr) *bad_segment = static_cast<uint32_t>(found % num_segments);
+  return KVZ_CORRUPT;
+}
+
+uint64_t most_groups(const kvz_segment* segments, uint32_t num_segments) {
+  uint64_t most = 0;
+  for (uint32_t s = 0; s < num_segments; ++s) {
+    const uint64_t groups = groups_of(segments[s]);
+    most = groups > most ? groups : most;
+  }
+  return most;
+}
+
+// ---- comparison
+// -------------------------------------------------------------------------------------------------------
+
+template <int DTYPE>
+void compare_page(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations) {
+  using Word = typename Traits<DTYPE>::word;
+  double largest = 0.0;
+  uint64_t broken = 0;
+  for (uint32_t t = 0; t < a.tokens; ++t) {
+    for (uint32_t h = 0; h < a.heads; ++h) {
+      const uint8_t* x = a.base + static_cast<int64_t>(t) * a.token_stride + static_cast<int64_t>(h) * a.head_stride;
+      const uint8_t* y = b.base + static_cast<int64_t>(t) * b.token_stride + static_cast<int64_t>(h) * b.head_stride;
+      for (uint32_t d = 0; d < a.head_dim; ++d, x += sizeof(Word), y += sizeof(Word)) {
+        Word u, v;
+        memcpy(&u, x, sizeof u);
+        memcpy(&v, y, sizeof v);
+        if (u == v) continue;
+        if (!is_finite<DTYPE>(u)) {
+          ++broken;
+          continue;
+        }
+        if (!is_finite<DTYPE>(v)) {
+          ++broken;
+          largest = HUGE_VAL;
+          continue;
+        }
+        const double error =
+            fabs(static_cast<double>(Traits<DTYPE>::to_float(u)) - static_cast<double>(Traits<DTYPE>::to_float(v)));
+        largest = error > largest ? error : largest;
+        broken += error > limit;
+      }
+    }
+  }
+  *max_error = largest;
+  *violations = broken;
+}
+
+void compare_bytes(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations) {
+  int largest = 0;
+  uint64_t broken = 0;
+  for (uint32_t t = 0; t < a.tokens; ++t) {
+    for (uint32_t h = 0; h < a.heads; ++h) {
+      const uint8_t* x = a.base + static_cast<int64_t>(t) * a.token_stride + static_cast<int64_t>(h) * a.head_stride;
+      const uint8_t* y = b.base + static_cast<int64_t>(t) * b.token_stride + static_cast<int64_t>(h) * b.head_stride;
+      for (uint32_t d = 0; d < a.head_dim; ++d) {
+        const int error = abs(static_cast<int>(x[d]) - static_cast<int>(y[d]));
+        largest = error > largest ? error : largest;
+        broken += error > limit;
+      }
+    }
+  }
+  *max_error = largest;
+  *violations = broken;
+}
+
+}  // namespace
+}  // namespace kvz
+
+using namespace kvz;
+
+extern "C" {
+
+const char* kvz_cpu_isa(void) { return kernels()->name; }
+
+int32_t kvz_cpu_set_isa(const char* name) {
+  if (name == nullptr) return KVZ_INVALID_ARGUMENT;
+  const Kernels* wanted = nullptr;
+  if (strcmp(name, "auto") == 0) wanted = best_kernels();
+  if (strcmp(name, "baseline") == 0) wanted = &kBaselineKernels;
+#if defined(KVZIP_X86_64)
+  if (strcmp(name, "avx2") == 0 && has_avx2()) wanted = &kAvx2Kernels;
+  if (strcmp(name, "avx512") == 0 && has_avx512()) wanted = &kAvx512Kernels;
+#endif
+  if (wanted == nullptr) return KVZ_INVALID_ARGUMENT;
+  g_kernels.store(wanted);
+  return KVZ_OK;
+}
+
+uint64_t kvz_max_segment_bytes(const kvz_segment* segment) {
+  return segment != nullptr && valid_geometry(*segment) ? slot_bytes(*segment) : 0;
+}
+
+int32_t kvz_cpu_encode(const kvz_segment* segments, uint32_t num_segments, const int64_t* block_ids,
+                       uint32_t num_blocks, uint8_t* output, uint64_t output_stride, kvz_entry* table,
+                       uint64_t* payload_bytes, uint32_t threads) {
+  const int32_t status = check_batch(segments, num_segments, num_blocks);
+  if (status != KVZ_OK) return status;
+  uint64_t worst = 0;
+  for (uint32_t s = 0; s < num_segments; ++s) {
+    if (!valid_for_encode(segments[s])) return KVZ_INVALID_ARGUMENT;
+    worst += slot_bytes(segments[s]);
+  }
+  if (num_blocks == 0) return KVZ_OK;
+  if (block_ids == nullptr || output == nullptr || table == nullptr || payload_bytes == nullptr) {
+    return KVZ_INVALID_ARGUMENT;
+  }
+  if (worst / KVZ_ALIGNMENT > 0xffffffffu) return KVZ_INVALID_ARGUMENT;
+  if (output_stride < worst) return KVZ_OUT_OF_SPACE;
+
+  const Kernels& codec = *kernels();
+  const uint64_t groups = most_groups(segments, num_segments);
+  std::atomic<int32_t> failure{KVZ_OK};
+
+  // Encode page s of block b at `out`; the room up to the page's worst case is its own.
+  const auto encode = [&](uint64_t b, uint32_t s, uint8_t* out) {
+    const kvz_segment& segment = segments[s];
+    kvz_entry& entry = table[b * num_segments + s];
+    entry.kind = segment.kind;
+    codec.encode(page_of(segment, block_ids[b]), segment.coding, segment.bound_kind, segment.bound, t_scratch, out,
+                 slot_bytes(segment), &entry);
+    memset(out + entry.size, 0, round_up(entry.size) - entry.size);
+  };
+  const auto ready = [&] {
+    if (t_scratch.reserve(groups)) return true;
+    failure.store(KVZ_OUT_OF_MEMORY);
+    return false;
+  };
+
+  if (threads == 0) threads = num_blocks * static_cast<uint64_t>(num_segments) > 1 ? usable_cores() : 1;
+  if (num_segments == 1 || num_blocks >= 2 * static_cast<uint64_t>(threads) || threads == 1) {
+    // A block a time: each page goes straight behind the one before it.
+    parallel_for(num_blocks, threads, [&](uint64_t b) {
+      const FloatEnvironment environment;
+      if (!ready()) return;
+      uint64_t at = 0;
+      for (uint32_t s = 0; s < num_segments; ++s) {
+        encode(b, s, output + b * output_stride + at);
+        kvz_entry& entry = table[b * num_segments + s];
+        entry.offset = static_cast<uint32_t>(at / KVZ_ALIGNMENT);
+        at += round_up(entry.size);
+      }
+      payload_bytes[b] = at;
+    });
+    return failure.load();
+  }
+
+  // A page a time, each into its worst-case slot; then the pages of a block move together. The bytes are the same.
+  const auto slot_offset = [&](uint32_t s) {
+    uint64_t at = 0;
+    for (uint32_t i = 0; i < s; ++i) at += slot_bytes(segments[i]);
+    return at;
+  };
+  parallel_for(static_cast<uint64_t>(num_blocks) * num_segments, threads, [&](uint64_t item) {
+    const FloatEnvironment environment;
+    if (!ready()) return;
+    const uint64_t b = item / num_segments;
+    const uint32_t s = static_cast<uint32_t>(item % num_segments);
+    encode(b, s, output + b * output_stride + slot_offset(s));
+  });
+  if (failure.load() != KVZ_OK) return failure.load();
+  parallel_for(num_blocks, threads, [&](uint64_t b) {
+    uint8_t* payload = output + b * output_stride;
+    uint64_t at = 0, from = 0;
+    for (uint32_t s = 0; s < num_segments; ++s) {
+      kvz_entry& entry = table[b * num_segments + s];
+      const uint64_t bytes = round_up(entry.size);
+      if (at != from) memmove(payload + at, payload + from, bytes);
+      entry.offset = static_cast<uint32_t>(at / KVZ_ALIGNMENT);
+      at += bytes;
+      from += slot_bytes(segments[s]);
+    }
+    payload_bytes[b] = at;
+  });
+  return KVZ_OK;
+}
+
+int32_t kvz_cpu_validate(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
+                         const uint8_t* const* payloads, const uint64_t* payload_bytes, const kvz_entry* table,
+                         uint32_t threads, uint32_t* bad_block, uint32_t* bad_segment) {
+  return validate(segments, num_segments, num_blocks, payloads, payload_bytes, table, threads, bad_block, bad_segment);
+}
+
+int32_t kvz_cpu_decode(const kvz_segment* segments, uint32_t num_segments, const int64_t* block_ids,
+                       uint32_t num_blocks, const uint8_t* const* payloads, const uint64_t* payload_bytes,
+                       const kvz_entry* table, uint32_t threads, uint32_t* bad_block, uint32_t* bad_segment) {
+  const int32_t status =
+      validate(segments, num_segments, num_blocks, payloads, payload_bytes, table, threads, bad_block, bad_segment);
+  if (status != KVZ_OK || num_blocks == 0) return status;
+  if (block_ids == nullptr) return KVZ_INVALID_ARGUMENT;
+  for (uint32_t s = 0; s < num_segments; ++s) {
+    if (segments[s].base == 0) return KVZ_INVALID_ARGUMENT;
+  }
+  const Kernels& codec = *kernels();
+  const uint64_t groups = most_groups(segments, num_segments);
+  std::atomic<int32_t> failure{KVZ_OK};
+  parallel_for(static_cast<uint64_t>(num_blocks) * num_segments, threads, [&](uint64_t item) {
+    const FloatEnvironment environment;
+    if (!t_scratch.reserve(groups)) return failure.store(KVZ_OUT_OF_MEMORY);
+    const uint64_t b = item / num_segments;
+    const kvz_segment& segment = segments[item % num_segments];
+    const kvz_entry& entry = table[item];
+    codec.decode(page_of(segment, block_ids[b]), payloads[b] + static_cast<uint64_t>(entry.offset) * KVZ_ALIGNMENT,
+                 entry, t_scratch);
+  });
+  return failure.load();
+}
+
+int32_t kvz_cpu_compare(const kvz_segment* a, const int64_t* a_blocks, const kvz_segment* b, const int64_t* b_blocks,
+                        uint32_t num_segments, uint32_t num_blocks, const double* limits, double* max_errors,
+                        uint64_t* violations, uint32_t threads) {
+  int32_t status = check_batch(a, num_segments, num_blocks);
+  if (status == KVZ_OK) status = check_batch(b, num_segments, num_blocks);
+  if (status != KVZ_OK || num_blocks == 0) return status;
+  if (a_blocks == nullptr || b_blocks == nullptr || limits == nullptr || max_errors == nullptr ||
+      violations == nullptr) {
+    return KVZ_INVALID_ARGUMENT;
+  }
+  for (uint32_t s = 0; s < num_segments; ++s) {
+    if (a[s].tokens != b[s].tokens || a[s].heads != b[s].heads || a[s].head_dim != b[s].head_dim ||
+        a[s].dtype != b[s].dtype || a[s].base == 0 || b[s].base == 0) {
+      return KVZ_INVALID_ARGUMENT;
+    }
+  }
+  parallel_for(static_cast<uint64_t>(num_blocks) * num_segments, threads, [&](uint64_t item) {
+    const FloatEnvironment environment;
+    const uint64_t block = item / num_segments, s = item % num_segments;
+    const Page x = page_of(a[s], a_blocks[block]), y = page_of(b[s], b_blocks[block]);
+    double* error = max_errors + item;
+    uint64_t* broken = violations + item;
+    switch (x.dtype) {
+      case KVZ_BF16:
+        return compare_page<KVZ_BF16>(x, y, limits[item], error, broken);
+      case KVZ_FP16:
+        return compare_page<KVZ_FP16>(x, y, limits[item], error, broken);
+      case KVZ_FP32:
+        return compare_page<KVZ_FP32>(x, y, limits[item], error, broken);
+      default:
+        return compare_bytes(x, y, limits[item], error, broken);
+    }
+  });
+  return KVZ_OK;
+}
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// What cpu.cpp calls for one page. cpu_kernels.inl implements it, compiled once for each instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvz.h"
+
+namespace kvz {
+
+// One page in memory. The values of a head are contiguous; addresses need no alignment.
+struct Page {
+  uint8_t* base;
+  int64_t token_stride;  // bytes
+  int64_t head_stride;   // bytes
+  uint32_t tokens, heads, head_dim;
+  uint8_t dtype;
+  uint8_t group_tokens;
+};
+
+inline uint32_t value_bytes(uint8_t dtype) { return dtype == 2 ? 4 : dtype == 3 ? 1 : 2; }
+
+inline uint64_t page_values(const Page& page) {
+  return static_cast<uint64_t>(page.tokens) * page.heads * page.head_dim;
+}
+
+inline uint64_t page_groups(const Page& page) {
+  const uint64_t channels = static_cast<uint64_t>(page.heads) * page.head_dim;
+  const uint64_t columns = 16 / page.group_tokens;
+  return (page.tokens + page.group_tokens - 1u) / page.group_tokens * ((channels + columns - 1) / columns);
+}
+
+// Per group; vectors are stored past the last group, hence the slack.
+constexpr uint64_t kGroupSlack = 64;
+
+// Arrays that a thread keeps from page to page; `reserve` returns false when the host has no memory.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+  bool reserve(uint64_t groups);
+
+  int32_t* low = nullptr;        // least and largest value of a group, as keys that order like the values
+  int32_t* high = nullptr;       // (16-bit dtypes use half of each array)
+  uint32_t* least = nullptr;     // least magnitude of a group, lossless coding only
+  uint16_t* classes = nullptr;   // of the quantised candidate, or of the segment being decoded
+  uint16_t* lossless = nullptr;  // classes of the lossless candidate
+  uint16_t* bases = nullptr;     // base nibbles of the lossless candidate
+ private:
+  uint64_t groups_ = 0;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Encode a page into out[0 .. capacity), capacity >= kvz_max_segment_bytes. Fills all of `entry` but the offset.
+  // Bytes between entry->size and capacity are unspecified.
+  void (*encode)(const Page& page, uint8_t coding, uint8_t bound_kind, double bound, Scratch& scratch, uint8_t* out,
+                 uint64_t capacity, kvz_entry* entry);
+
+  // Decode a validated segment into a page.
+  void (*decode)(const Page& page, const uint8_t* segment, const kvz_entry& entry, Scratch& scratch);
+};
+
+// Bytes of the class array, with its padding, and of the base array of a lossless segment.
+inline bool byte_classes(uint8_t dtype, uint8_t coding) { return coding == 4 || (dtype == 2 && coding != 5); }
+inline uint64_t class_bytes(uint8_t dtype, uint8_t coding, uint64_t groups) {
+  const uint64_t bytes = byte_classes(dtype, coding) ? groups : (groups + 1) / 2;
+  return (bytes + 3) / 4 * 4;
+}
+
+extern const Kernels kBaselineKernels;
+#if defined(KVZIP_X86_64)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace kvz

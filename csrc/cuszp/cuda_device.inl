@@ -1,0 +1,1396 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// Device code of the CUDA codec: the same bytes as cpu_kernels.inl, for thousands of scattered pages in one launch.
+//
+// Encoding (docs/reference/format.md, "What the encoder does"). A CTA takes pages in order from an atomic ticket. It reads a page once
+// from device memory into shared memory, decides coding and size, publishes the size, builds the segment in place of
+// the page, and writes it to its final position in the arena. That position is the sum of the sizes before it, found by looking
+// back over the published sizes (Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016), which
+// overlaps with building the bit planes. Sizes could instead be reserved by one atomic a page, or pages be written to
+// worst-case slots and compacted afterwards: the first gives another order in every run, the second moves the encoded bytes three
+// times instead of once. No CTA waits for a page with a later ticket, so the wait ends whatever number of CTAs is resident.
+//
+// The fast path handles G = 16 with 16-bit values, T a multiple of 16 and rows of 16-byte chunks. A warp owns *strips* of
+// 16 tokens x 64 channels, a lane two adjacent channels, that is two groups, in the halves of 16 registers. Extremes need no
+// communication, and a 16 x 16 bit transpose of the registers gives the planes of both groups. Everything else takes the general
+// path, a thread per group, which reads a page up to three times through the caches.
+//
+// This file compiles for the host as well (tests/gpu/emulation), so that its logic is tested where there is no GPU.
+#pragma once
+
+#include "format.h"
+#include "kvz.h"
+#include "quant.inl"
+
+#if defined(KVZ_EMULATE)
+#include "emulation.h"
+#define KVZ_DEV inline
+#define KVZ_DEV_NOINLINE inline
+#else
+#define KVZ_DEV __device__ __forceinline__
+#define KVZ_DEV_NOINLINE __device__ __noinline__
+#endif
+
+namespace kvz {
+namespace gpu {
+
+constexpr uint32_t kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr uint32_t kStripChannels = 64;
+constexpr uint32_t kStripBytes = 16 * kStripChannels * 2;
+constexpr uint32_t kStripClassBytes = 64;  // most that the classes (and bases) of a strip take in any coding
+constexpr uint32_t kStripStateBytes = 256;  // encode: extremes of the strip's groups, 8 bytes a lane
+constexpr uint32_t kMaxWarps = 16;
+constexpr uint32_t kMaxStrips = 128;
+constexpr uint32_t kGeneralThreads = 256;
+constexpr uint32_t kRecordUnits = 16;  // records start at multiples of 256 bytes
+
+// ---- machine ----------------------------------------------------------------------------------------------------------
+
+#if defined(KVZ_EMULATE)
+
+KVZ_DEV void copy_async_16(void* shared, const void* global) { memcpy(shared, global, 16); }
+KVZ_DEV void copy_async_wait() {}
+KVZ_DEV uint64_t load_relaxed(const uint64_t* from) {
+  emulation::yield();
+  return *from;
+}
+KVZ_DEV void store_relaxed(uint64_t* to, uint64_t value) { *to = value; }
+KVZ_DEV void relax() { emulation::yield(); }
+
+template <int DTYPE>
+KVZ_DEV uint32_t extreme_half(uint32_t a, uint32_t b, bool largest) {
+  if (!is_finite<DTYPE>(a) && (a & Traits<DTYPE>::kInfinity - 1 & 0x7fff) && (a & 0x7fff) > Traits<DTYPE>::kInfinity) return 0x7fff;
+  if ((b & 0x7fff) > Traits<DTYPE>::kInfinity) return 0x7fff;
+  int x = static_cast<int16_t>(a), y = static_cast<int16_t>(b);
+  x ^= (x >> 15) & 0x7fff;
+  y ^= (y >> 15) & 0x7fff;
+  return ((x > y) == largest) ? a : b;
+}
+template <int DTYPE>
+KVZ_DEV uint32_t min2(uint32_t a, uint32_t b) {
+  return extreme_half<DTYPE>(a & 0xffff, b & 0xffff, false) | extreme_half<DTYPE>(a >> 16, b >> 16, false) << 16;
+}
+template <int DTYPE>
+KVZ_DEV uint32_t max2(uint32_t a, uint32_t b) {
+  return extreme_half<DTYPE>(a & 0xffff, b & 0xffff, true) | extreme_half<DTYPE>(a >> 16, b >> 16, true) << 16;
+}
+template <int DTYPE>
+KVZ_DEV float widen(uint32_t v) {
+  return Traits<DTYPE>::to_float(v & 0xffffu);
+}
+template <int DTYPE>
+KVZ_DEV uint32_t narrow2(float low, float high) {
+  return Traits<DTYPE>::from_float(low) | Traits<DTYPE>::from_float(high) << 16;
+}
+
+#else
+
+// 16 bytes from device memory to shared memory, in the background.
+KVZ_DEV void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+KVZ_DEV void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A published word carries its own flag, so no other memory hangs on it and relaxed order is enough.
+KVZ_DEV uint64_t load_relaxed(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return value;
+}
+KVZ_DEV void store_relaxed(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(value) : "memory");
+}
+KVZ_DEV void relax() { __nanosleep(32); }
+
+// Extremes of both halves; NaN wins, and +0 counts as above -0.
+template <int DTYPE>
+KVZ_DEV uint32_t min2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if (DTYPE == KVZ_BF16) {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  } else {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+}
+template <int DTYPE>
+KVZ_DEV uint32_t max2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if (DTYPE == KVZ_BF16) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+}
+
+// The low half as float32; exact, as Traits::to_float for finite values.
+template <int DTYPE>
+KVZ_DEV float widen(uint32_t v) {
+  if (DTYPE == KVZ_BF16) return __uint_as_float(v << 16);
+  float f;
+  asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(v));
+  return f;
+}
+// Both values in the dtype, toward zero as Traits::from_float.
+template <int DTYPE>
+KVZ_DEV uint32_t narrow2(float low, float high) {
+  if (DTYPE == KVZ_BF16) return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+  uint32_t r;
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(fminf(fmaxf(high, -65504.0f), 65504.0f)), "f"(fminf(fmaxf(low, -65504.0f), 65504.0f)));
+  return r;
+}
+
+#endif
+
+template <int DTYPE>
+KVZ_DEV float widen_high(uint32_t v) {
+  return DTYPE == KVZ_BF16 ? float_of(v & 0xffff0000u) : widen<DTYPE>(v >> 16);
+}
+
+KVZ_DEV uint32_t low_half(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }  // low halves of a and b
+
+// ---- bits -------------------------------------------------------------------------------------------------------------
+
+template <int SHIFT>
+KVZ_DEV void exchange(uint32_t& a, uint32_t& b, uint32_t mask) {
+  const uint32_t x = (a & mask) | ((b << SHIFT) & ~mask);
+  b = ((a >> SHIFT) & mask) | (b & ~mask);
+  a = x;
+}
+
+// In both bytes of both halves of a[0..7]: bit j of a[i] <-> bit i of a[j].
+KVZ_DEV void transpose_8(uint32_t* a) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) exchange<4>(a[i], a[i + 4], 0x0f0f0f0fu);
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    exchange<2>(a[i], a[i + 2], 0x33333333u);
+    exchange<2>(a[i + 1], a[i + 3], 0x33333333u);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) exchange<1>(a[i], a[i + 1], 0x55555555u);
+}
+
+// In both halves of a[0..15]: bit j of a[i] <-> bit i of a[j].
+KVZ_DEV void transpose_16(uint32_t (&a)[16]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t x = __byte_perm(a[i], a[i + 8], 0x6240);
+    a[i + 8] = __byte_perm(a[i], a[i + 8], 0x7351);
+    a[i] = x;
+  }
+  transpose_8(a);
+  transpose_8(a + 8);
+}
+
+// Zigzag and its inverse in both halves.
+KVZ_DEV uint32_t zigzag_2(uint32_t q) { return ((q << 1) & 0xfffefffeu) ^ __byte_perm(q, 0, 0xbb99); }
+KVZ_DEV uint32_t unzigzag_2(uint32_t z) { return ((z >> 1) & 0x7fff7fffu) ^ ((z & 0x00010001u) * 0xffffu); }
+
+// The order of words in a lossless group is fraction, sign, exponent: patterns of raw groups go through the same stores,
+// with bits FRACTION .. 15 turned left by one, and back.
+template <int DTYPE>
+KVZ_DEV uint32_t sign_to_top(uint32_t x) {
+  constexpr uint32_t f = Traits<DTYPE>::kFraction;
+  constexpr uint32_t fraction = ((1u << f) - 1u) * 0x00010001u, exponent = (0x7fffu & ~((1u << f) - 1u)) * 0x00010001u;
+  constexpr uint32_t lowest = (1u << f) * 0x00010001u;
+  return (x & fraction) | ((x >> 1) & exponent) | ((x & lowest) << (15 - f));
+}
+template <int DTYPE>
+KVZ_DEV uint32_t sign_from_top(uint32_t z) {
+  constexpr uint32_t f = Traits<DTYPE>::kFraction;
+  constexpr uint32_t fraction = ((1u << f) - 1u) * 0x00010001u, exponent = (0x7fffu & ~((1u << f) - 1u)) * 0x00010001u;
+  constexpr uint32_t lowest = (1u << f) * 0x00010001u;
+  return (z & fraction) | ((z & exponent) << 1) | ((z >> (15 - f)) & lowest);
+}
+
+// Keys order as the values do.
+KVZ_DEV int32_t key_16(uint32_t v) {
+  const int32_t s = static_cast<int16_t>(static_cast<uint16_t>(v));
+  return s ^ ((s >> 15) & 0x7fff);
+}
+KVZ_DEV uint32_t value_of_key_16(int32_t key) { return static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fff)) & 0xffffu; }
+KVZ_DEV int32_t key_32(float x) {
+  const int32_t s = static_cast<int32_t>(bits_of(x));
+  return s ^ ((s >> 31) & 0x7fffffff);
+}
+KVZ_DEV float value_of_key_32(int32_t key) { return float_of(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff))); }
+
+KVZ_DEV uint32_t lane_of(uint32_t thread) { return thread & 31u; }
+
+KVZ_DEV uint32_t inclusive_sum(uint32_t v, uint32_t lane) {
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d *= 2) {
+    const uint32_t u = __shfl_up_sync(kAllLanes, v, d);
+    if (lane >= d) v += u;
+  }
+  return v;
+}
+
+// Zigzag of the code of a group's widest value, at step 1 / inverse: extreme_code of quant.inl with fewer instructions.
+KVZ_DEV uint32_t widest_code(float low, float high, float inverse) {
+  const int32_t a = 2 * round_code(high * inverse), b = -2 * round_code(low * inverse) - 1;
+  return static_cast<uint32_t>(a > b ? a : b);
+}
+
+// ---- parameters -------------------------------------------------------------------------------------------------------
+
+// Counters that every launch leaves as it found them: zero.
+struct Counters {
+  uint32_t ticket;
+  uint32_t done;   // CTAs that have finished
+  uint32_t error;  // kvz_status
+  uint32_t any_bad;
+};
+
+struct EncodeParams {
+  const kvz_segment* segments;
+  const int64_t* block_ids;
+  uint8_t* arena;
+  kvz_entry* table;
+  uint64_t* payload_bytes;
+  uint64_t* record_offsets;
+  uint32_t* status;
+  Counters* counters;
+  uint64_t* block_state;  // of num_blocks
+  uint64_t* page_state;   // of num_blocks * num_segments
+  uint64_t arena_units;   // units are 16 bytes
+  uint64_t stride_units;  // from one record to the next; 0: packed
+  uint32_t header_units;
+  uint32_t num_segments;
+  uint32_t num_blocks;
+  uint32_t clear_states;  // the last CTA clears the states (a large batch leaves it to a memset)
+};
+
+struct DecodeParams {
+  const kvz_segment* segments;
+  const int64_t* block_ids;
+  const uint64_t* payloads;
+  const uint64_t* payload_bytes;
+  const kvz_entry* table;
+  uint32_t* block_status;
+  Counters* counters;
+  uint32_t* bad;  // of num_blocks
+  uint32_t num_segments;
+  uint32_t num_blocks;
+  uint32_t all_or_nothing;
+};
+
+// Start of a CTA's shared memory. The warps' partial results of a page.
+struct Shared {
+  uint32_t page, block, segment, last;
+  uint64_t destination;  // of the segment in the arena, in units
+  uint64_t total;
+  int32_t low[kMaxWarps], high[kMaxWarps];
+  uint32_t equal[kMaxWarps];
+  uint32_t spare[kMaxWarps];
+  uint32_t words[kMaxStrips];           // words of each strip in the quantised candidate, and when decoding
+  uint32_t lossless_words[kMaxStrips];  // and in the lossless one
+};
+static_assert(sizeof(Shared) <= 1536, "Shared is followed by the page at byte 1,536");
+constexpr uint32_t kSharedBytes = 1536;
+
+constexpr uint32_t kDiffers = 0x80000000u;  // in Shared::equal: the warp saw two bit patterns
+
+// ---- look-back --------------------------------------------------------------------------------------------------------
+
+constexpr uint64_t kSizeKnown = 1ull << 62;    // the value is the page's (or record's) own size, in units
+constexpr uint64_t kPrefixKnown = 2ull << 62;  // the value is the sum up to and including it
+constexpr uint64_t kStateValue = (1ull << 62) - 1;
+
+// Sum of the sizes of states[0 .. index), by one warp. The states before `index` will be published without our help.
+KVZ_DEV uint64_t look_back(const uint64_t* states, uint32_t index, uint32_t lane) {
+  uint64_t sum = 0;
+  while (index > 0) {
+    const bool exists = lane < index;
+    uint64_t state = exists ? load_relaxed(states + (index - 1 - lane)) : kPrefixKnown;
+    uint32_t stop;  // first lane, going back, that knows its prefix; 32 = none
+    while (true) {
+      const uint32_t known = __ballot_sync(kAllLanes, (state >> 62) == 2);
+      const uint32_t missing = __ballot_sync(kAllLanes, (state >> 62) == 0);
+      stop = known ? static_cast<uint32_t>(__ffs(static_cast<int>(known)) - 1) : 32u;
+      const uint32_t needed = stop == 32u ? kAllLanes : (1u << stop) - 1u;
+      if ((missing & needed) == 0) break;
+      relax();
+      if (exists && (state >> 62) != 2) state = load_relaxed(states + (index - 1 - lane));
+    }
+    uint64_t value = lane <= stop ? state & kStateValue : 0;
+#pragma unroll
+    for (uint32_t d = 16; d > 0; d /= 2) value += __shfl_xor_sync(kAllLanes, value, d);
+    sum += value;
+    if (stop != 32u) break;
+    index -= 32;
+  }
+  return sum;
+}
+
+// Page `page` = segment s of block b takes `units`: let the pages after it know. By one thread, as early as possible.
+KVZ_DEV void publish_size(const EncodeParams& p, uint32_t page, uint32_t s, uint32_t units) {
+  store_relaxed(p.page_state + page, (s == 0 ? kPrefixKnown : kSizeKnown) | units);
+}
+
+// Find where the segment goes, and write its table entry (whose offset is not set yet). By one warp.
+KVZ_DEV void place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, uint32_t units, kvz_entry entry,
+                   uint32_t lane) {
+  const uint64_t before = look_back(p.page_state + (page - s), s, lane);
+  if (s != 0 && lane == 0) store_relaxed(p.page_state + page, kPrefixKnown | (before + units));
+  const bool last = s + 1 == p.num_segments;
+  uint64_t record = p.stride_units * b;
+  if (p.stride_units == 0) {
+    const uint64_t size = (before + units + p.header_units + kRecordUnits - 1) / kRecordUnits * kRecordUnits;
+    if (last && lane == 0) store_relaxed(p.block_state + b, (b == 0 ? kPrefixKnown : kSizeKnown) | size);
+    record = look_back(p.block_state, b, lane);
+    if (last && b != 0 && lane == 0) store_relaxed(p.block_state + b, kPrefixKnown | (record + size));
+  }
+  if (lane == 0) {
+    uint64_t destination = record + p.header_units + before;
+    const uint64_t limit = p.stride_units == 0 || record + p.stride_units > p.arena_units ? p.arena_units : record + p.stride_units;
+    if (destination + units > limit) {
+      atomicMax(&p.counters->error, static_cast<uint32_t>(KVZ_OUT_OF_SPACE));
+      destination = ~0ull;
+    }
+    shared.destination = destination;
+    entry.offset = static_cast<uint32_t>(before);
+    p.table[page] = entry;
+    if (last) {
+      p.payload_bytes[b] = (before + units) * 16;
+      p.record_offsets[b] = record * 16;
+    }
+  }
+}
+
+// The next page of this CTA. By one thread; the others see it after a barrier.
+KVZ_DEV void take_page(const EncodeParams& p, Shared& shared, uint32_t ticket) {
+  shared.page = ticket;
+  shared.block = ticket / p.num_segments;
+  shared.segment = ticket - shared.block * p.num_segments;
+}
+
+// Called by every thread of a CTA that has no page left. The last CTA clears what the launch has used and reports.
+KVZ_DEV void finish_encode(const EncodeParams& p, Shared& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    shared.last = atomicAdd(&p.counters->done, 1u) + 1u == gridDim.x;
+  }
+  __syncthreads();
+  if (!shared.last) return;
+  const uint32_t pages = p.num_blocks * p.num_segments;
+  if (p.clear_states) {
+    for (uint32_t i = threadIdx.x; i < pages; i += blockDim.x) p.page_state[i] = 0;
+    for (uint32_t i = threadIdx.x; i < p.num_blocks; i += blockDim.x) p.block_state[i] = 0;
+  }
+  if (threadIdx.x == 0) {
+    const uint32_t error = atomicAdd(&p.counters->error, 0u);
+    p.counters->ticket = 0;
+    p.counters->done = 0;
+    p.counters->error = 0;
+    if (p.status != nullptr) {
+      p.status[0] = error;
+      __threadfence_system();
+      reinterpret_cast<volatile uint32_t*>(p.status)[1] = 1;
+    }
+  }
+}
+
+KVZ_DEV uint32_t units_of(uint64_t bytes) { return static_cast<uint32_t>((bytes + 15) / 16); }
+
+KVZ_DEV kvz_entry make_entry(const kvz_segment& segment, uint64_t size, uint8_t coding, float bound, uint32_t param, uint8_t reason) {
+  kvz_entry e;
+  e.offset = 0;
+  e.size = static_cast<uint32_t>(size);
+  e.bound = bound;
+  e.coding = coding;
+  e.kind = segment.kind;
+  e.param = static_cast<uint8_t>(param);
+  e.reason = reason;
+  return e;
+}
+
+// ---- fast path: a page as strips --------------------------------------------------------------------------------------
+
+struct Strips {
+  uint8_t* base;  // of the page
+  int64_t token_stride, head_stride;
+  uint32_t channels, head_dim, per_row, count;
+  uint32_t groups() const = delete;
+};
+
+KVZ_DEV Strips strips_of(const kvz_segment& segment, int64_t block_id) {
+  Strips s;
+  s.base = reinterpret_cast<uint8_t*>(segment.base) + block_id * segment.block_stride;
+  s.token_stride = segment.token_stride;
+  s.head_stride = segment.head_stride;
+  s.head_dim = segment.head_dim;
+  s.channels = segment.heads * segment.head_dim;
+  s.per_row = (s.channels + kStripChannels - 1) / kStripChannels;
+  s.count = segment.tokens / 16 * s.per_row;
+  return s;
+}
+
+// Where a strip begins: its row of groups and its first channel.
+struct Strip {
+  uint32_t row, channel;
+};
+KVZ_DEV Strip strip_at(const Strips& s, uint32_t index) {
+  Strip at;
+  at.row = index < s.per_row ? 0 : index / s.per_row;
+  at.channel = (index - at.row * s.per_row) * kStripChannels;
+  return at;
+}
+
+// Address of a value; head_dim is usually a power of two.
+KVZ_DEV uint8_t* value_address(const Strips& s, uint32_t token, uint32_t channel) {
+  const uint32_t head = (s.head_dim & (s.head_dim - 1)) == 0 ? channel >> (31 - __clz(static_cast<int>(s.head_dim))) : channel / s.head_dim;
+  return s.base + token * s.token_stride + head * s.head_stride + (channel - head * s.head_dim) * 2;
+}
+
+template <int DTYPE>
+KVZ_DEV uint32_t nonfinite_2(uint32_t a, uint32_t b) {  // bit 15 of a half: a or b is not finite there
+  constexpr uint32_t room = (0x8000u - Traits<DTYPE>::kInfinity) * 0x00010001u;
+  return (((a & 0x7fff7fffu) + room) | ((b & 0x7fff7fffu) + room)) & 0x80008000u;
+}
+
+// Least and largest finite value of one half of a strip's column, for the columns that also hold others.
+template <int DTYPE>
+KVZ_DEV_NOINLINE uint2 finite_extremes(const uint32_t* column, uint32_t shift) {
+  int32_t low = key_16(Traits<DTYPE>::kInfinity), high = key_16(Traits<DTYPE>::kInfinity | 0x8000u);
+#pragma unroll 1
+  for (int t = 0; t < 16; ++t) {
+    const uint32_t v = (column[t * 32] >> shift) & 0xffffu;
+    if (!is_finite<DTYPE>(v)) continue;
+    const int32_t key = key_16(v);
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+  uint2 r;
+  r.x = value_of_key_16(low) << shift;
+  r.y = value_of_key_16(high) << shift;
+  return r;
+}
+
+// Codes at one step, in float32 that ends in the number (round_code without the last subtraction): both halves of x.
+template <int DTYPE>
+KVZ_DEV void quantise_2(uint32_t x, float inverse_low, float inverse_high, uint32_t& low, uint32_t& high) {
+  low = bits_of(widen<DTYPE>(x) * inverse_low + 12582912.0f);
+  high = bits_of(widen_high<DTYPE>(x) * inverse_high + 12582912.0f);
+}
+constexpr uint32_t kCodeZero = 0x4b400000u;  // bits of 12582912.0f, whose low half is 0
+
+// What a lane knows of its two groups of a strip: number of words and, in the quantised codings, the width.
+struct Pair {
+  uint32_t width0, width1;  // 16 in a raw group
+  uint32_t words0, words1;
+  uint32_t raw;    // mask of the raw halves
+  uint32_t apart;  // mask of the halves whose first value is kept apart
+};
+
+template <int DTYPE>
+KVZ_DEV Pair pair_of_classes(uint32_t coding, uint32_t class0, uint32_t class1) {
+  Pair p;
+  p.apart = 0;
+  if (coding == KVZ_LOSSLESS) {
+    constexpr uint32_t s = Traits<DTYPE>::kFraction + 1;
+    p.raw = (class0 == KVZ_NIBBLE_RAW ? 0xffffu : 0u) | (class1 == KVZ_NIBBLE_RAW ? 0xffff0000u : 0u);
+    p.width0 = class0 == KVZ_NIBBLE_RAW ? 16u : s + class0;
+    p.width1 = class1 == KVZ_NIBBLE_RAW ? 16u : s + class1;
+  } else {
+    if (coding == KVZ_OUTLIER) {
+      p.apart = ((class0 & KVZ_BYTE_FIRST_APART) ? 0xffffu : 0u) | ((class1 & KVZ_BYTE_FIRST_APART) ? 0xffff0000u : 0u);
+      class0 = (class0 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : class0 & 63u;
+      class1 = (class1 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : class1 & 63u;
+    }
+    p.raw = (class0 == KVZ_NIBBLE_RAW ? 0xffffu : 0u) | (class1 == KVZ_NIBBLE_RAW ? 0xffff0000u : 0u);
+    p.width0 = class0 == KVZ_NIBBLE_RAW ? 16u : class0;
+    p.width1 = class1 == KVZ_NIBBLE_RAW ? 16u : class1;
+  }
+  p.words0 = p.width0 + (p.apart & 1u);
+  p.words1 = p.width1 + (p.apart >> 31);
+  return p;
+}
+
+// Sum over strips, and over those before `strip`. By every warp.
+KVZ_DEV uint32_t sum_words(const uint32_t* words, uint32_t count, uint32_t lane) {
+  uint32_t v = 0;
+  for (uint32_t i = lane; i < count; i += kWarp) v += words[i];
+  return __reduce_add_sync(kAllLanes, v);
+}
+
+// ---- fast path: encode ------------------------------------------------------------------------------------------------
+
+// Shared memory of a page of n strips: extremes, then the segment, whose words follow the classes while the strips that
+// they replace lie a little further on: a segment that is worth writing never overtakes the strips.
+constexpr uint32_t fast_encode_bytes(uint32_t strips) {
+  return kSharedBytes + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
+}
+constexpr uint32_t fast_decode_bytes(uint32_t strips) { return kSharedBytes + strips * (kStripClassBytes + kStripBytes) + 16; }
+
+template <int DTYPE>
+KVZ_DEV void store_words(uint16_t* to, const uint32_t (&a)[16], uint32_t coding, const Pair& g, bool narrow, uint32_t first) {
+  uint16_t* to0 = to;
+  uint16_t* to1 = to + g.words0;
+  if (coding == KVZ_LOSSLESS) {
+    constexpr int f = Traits<DTYPE>::kFraction;
+#pragma unroll
+    for (int b = 0; b < 16; ++b) {
+      const uint32_t word = b < f ? a[b] : a[b == f ? 15 : b - 1];
+      if (b < static_cast<int>(g.width0)) to0[b] = static_cast<uint16_t>(word);
+      if (b < static_cast<int>(g.width1)) to1[b] = static_cast<uint16_t>(word >> 16);
+    }
+    return;
+  }
+  if (g.apart & 1u) *to0++ = static_cast<uint16_t>(first);
+  if (g.apart >> 31) *to1++ = static_cast<uint16_t>(first >> 16);
+  // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
+  const uint32_t sign = narrow ? a[7] : a[15];
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    const uint32_t word = b == 0 ? sign : a[b - 1] ^ sign;
+    if (b < static_cast<int>(g.width0)) to0[b] = static_cast<uint16_t>(word);
+    if (b < static_cast<int>(g.width1)) to1[b] = static_cast<uint16_t>(word >> 16);
+  }
+  if (narrow) return;
+#pragma unroll
+  for (int b = 8; b < 16; ++b) {
+    const uint32_t word = a[b - 1] ^ sign;
+    if (b < static_cast<int>(g.width0)) to0[b] = static_cast<uint16_t>(word);
+    if (b < static_cast<int>(g.width1)) to1[b] = static_cast<uint16_t>(word >> 16);
+  }
+}
+
+template <int DTYPE>
+KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
+  using Tr = Traits<DTYPE>;
+  constexpr uint32_t kInfinity2 = Tr::kInfinity * 0x00010001u;
+  constexpr uint32_t kFractionBits = Tr::kFraction;
+  constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t pages = p.num_blocks * p.num_segments;
+
+  if (thread == 0) take_page(p, shared, atomicAdd(&p.counters->ticket, 1u));
+  __syncthreads();
+
+  while (shared.page < pages) {
+    const uint32_t page = shared.page, block = shared.block, segment_index = shared.segment;
+    uint32_t ticket = 0;
+    if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
+    const kvz_segment& segment = p.segments[segment_index];
+    const Strips strips = strips_of(segment, p.block_ids[block]);
+    const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+    const uint32_t groups = segment.tokens / 16 * strips.channels;
+    const uint32_t raw_bytes = groups * 32;
+    uint2* const extremes = reinterpret_cast<uint2*>(memory + kSharedBytes);
+    uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
+    uint8_t* const input = out + count * kStripClassBytes;
+
+    // Read the page. A warp reads what it will work on, so that it need not wait for the others.
+    for (uint32_t k = 0; k < rounds; ++k) {
+      const uint32_t index = k * warps + warp;
+      if (index >= count) break;
+      const Strip at = strip_at(strips, index);
+      const uint32_t channel = at.channel + (lane & 7u) * 8, row = lane >> 3;
+      if (channel < strips.channels) {
+        const uint8_t* from = value_address(strips, at.row * 16 + row, channel);
+        uint8_t* to = input + index * kStripBytes + row * 128 + (lane & 7u) * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) copy_async_16(to + i * 512, from + i * 4 * strips.token_stride);
+      }
+    }
+    copy_async_wait();
+    __syncwarp();
+
+    // Extremes of the groups and of the page; are all values equal?
+    uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u, nonfinite = 0;
+    for (uint32_t k = 0; k < rounds; ++k) {
+      const uint32_t index = k * warps + warp;
+      if (index >= count) break;
+      const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+      uint32_t low = column[0], high = low;
+#pragma unroll
+      for (int t = 1; t < 16; ++t) {
+        const uint32_t x = column[t * 32];
+        low = min2<DTYPE>(low, x);
+        high = max2<DTYPE>(high, x);
+      }
+      const bool inside = strip_at(strips, index).channel + lane * 2 < strips.channels;
+      if (!inside) {
+        low = kInfinity2;
+        high = kInfinity2 | 0x80008000u;
+      }
+      const uint32_t bad = inside ? nonfinite_2<DTYPE>(low, high) : 0u;
+      uint2 kept;
+      kept.x = low;
+      kept.y = high;
+      if (__any_sync(kAllLanes, bad != 0)) {
+        nonfinite = 1;
+#pragma unroll 1
+        for (uint32_t shift = 0; shift < 32; shift += 16) {
+          if (((bad >> shift) & 0x8000u) == 0) continue;
+          const uint32_t half = 0xffffu << shift;
+          const uint2 finite = finite_extremes<DTYPE>(column, shift);
+          low = (low & ~half) | finite.x;
+          high = (high & ~half) | finite.y;
+          // A group whose extremes are -Inf and +Inf cannot be quantised: that is how the next steps know it.
+          kept.x = (kept.x & ~half) | ((kInfinity2 | 0x80008000u) & half);
+          kept.y = (kept.y & ~half) | (kInfinity2 & half);
+        }
+      }
+      extremes[index * kWarp + lane] = kept;
+      page_low = min2<DTYPE>(page_low, low);
+      page_high = max2<DTYPE>(page_high, high);
+    }
+    {
+      const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
+      const int32_t high0 = key_16(page_high), high1 = key_16(page_high >> 16);
+      const int32_t low = __reduce_min_sync(kAllLanes, low0 < low1 ? low0 : low1);
+      const int32_t high = __reduce_max_sync(kAllLanes, high0 > high1 ? high0 : high1);
+      uint32_t equal = low == high ? value_of_key_16(low) : kDiffers;
+      if (nonfinite) {  // the extremes do not tell: compare every value of the warp's strips with the first
+        const uint32_t first = *reinterpret_cast<const uint16_t*>(input + warp * kStripBytes) * 0x00010001u;
+        uint32_t differs = 0;
+#pragma unroll 1
+        for (uint32_t index = warp; index < count; index += warps) {
+          if (strip_at(strips, index).channel + lane * 2 >= strips.channels) continue;
+          const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+#pragma unroll 1
+          for (int t = 0; t < 16; ++t) differs |= column[t * 32] ^ first;
+        }
+        equal = __any_sync(kAllLanes, differs != 0) ? kDiffers : first & 0xffffu;
+      }
+      if (lane == 0) {
+        shared.low[warp] = low;
+        shared.high[warp] = high;
+        shared.equal[warp] = equal;
+      }
+    }
+    __syncthreads();
+
+    const uint32_t busy = warps < count ? warps : count;  // warps that have a strip
+    const uint32_t slot = lane < busy ? lane : 0;
+    const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
+    const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
+    const uint32_t equal = shared.equal[0];
+    const bool constant = equal != kDiffers && __all_sync(kAllLanes, shared.equal[slot] == equal);
+    const uint32_t low_bits = value_of_key_16(low_key), high_bits = value_of_key_16(high_key);
+    const uint32_t lossy_coding = segment.coding;
+
+    float bound = 0.0f;
+    if (segment.bound_kind != KVZ_BOUND_LOSSLESS && low_key <= high_key) {
+      bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
+    }
+    uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
+    uint32_t size = raw_bytes, param = 0;
+    const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
+    float finer = 0.0f;  // lane w: 1 / S for width w
+
+    if (constant) {
+      coding = KVZ_CONSTANT;
+      reason = KVZ_AS_ASKED;
+      size = KVZ_CONSTANT_BYTES;
+    } else if (lossy_coding == KVZ_RAW) {
+      reason = KVZ_AS_ASKED;
+    } else {
+      // Widths of the quantised candidate.
+      if (bound > 0.0f) {
+        finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
+        for (uint32_t k = 0; k < rounds; ++k) {
+          const uint32_t index = k * warps + warp;
+          if (index >= count) break;
+          const Strip at = strip_at(strips, index);
+          const bool inside = at.channel + lane * 2 < strips.channels;
+          const uint2 e = extremes[index * kWarp + lane];
+          const float low0 = widen<DTYPE>(e.x), low1 = widen_high<DTYPE>(e.x);
+          const float high0 = widen<DTYPE>(e.y), high1 = widen_high<DTYPE>(e.y);
+          const bool fits0 = quantisable<DTYPE>(low0, high0, bound, inverse);
+          const bool fits1 = quantisable<DTYPE>(low1, high1, bound, inverse);
+          const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
+          uint32_t words;
+          if (lossy_coding == KVZ_FIXED) {
+            uint32_t w0 = fits0 ? static_cast<uint32_t>(bit_length(widest_code(low0, high0, inverse))) : 0u;
+            uint32_t w1 = fits1 ? static_cast<uint32_t>(bit_length(widest_code(low1, high1, inverse))) : 0u;
+            const uint32_t less0 = w0 > 0 ? w0 - 1 : 0, less1 = w1 > 0 ? w1 - 1 : 0;
+            const float finer0 = __shfl_sync(kAllLanes, finer, static_cast<int>(less0));
+            const float finer1 = __shfl_sync(kAllLanes, finer, static_cast<int>(less1));
+            if ((widest_code(low0, high0, finer0) >> less0) == 0) w0 = less0;
+            if ((widest_code(low1, high1, finer1) >> less1) == 0) w1 = less1;
+            words = (fits0 ? w0 : 16u) + (fits1 ? w1 : 16u);
+            if (inside) out[group / 2] = static_cast<uint8_t>((fits0 ? w0 : 15u) | (fits1 ? w1 : 15u) << 4);
+          } else {
+            const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+            uint32_t before0 = kCodeZero, before1 = kCodeZero, rest = 0, first = 0;
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              uint32_t u0, u1;
+              quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
+              const uint32_t code = zigzag_2(low_half(u0 - before0, u1 - before1));
+              if (t == 0) {
+                first = code;
+              } else {
+                rest |= code;
+              }
+              before0 = u0;
+              before1 = u1;
+            }
+            const uint32_t all = rest | first;
+            uint32_t w0 = static_cast<uint32_t>(bit_length(all & 0xffffu)), w1 = static_cast<uint32_t>(bit_length(all >> 16));
+            uint32_t apart0 = 0, apart1 = 0;
+            if (lossy_coding == KVZ_OUTLIER) {
+              const uint32_t rest0 = static_cast<uint32_t>(bit_length(rest & 0xffffu)), rest1 = static_cast<uint32_t>(bit_length(rest >> 16));
+              apart0 = rest0 + 1 < w0;
+              apart1 = rest1 + 1 < w1;
+              w0 = apart0 ? rest0 : w0;
+              w1 = apart1 ? rest1 : w1;
+            }
+            const bool raw0 = !fits0 || w0 > Tr::kMaxWidth, raw1 = !fits1 || w1 > Tr::kMaxWidth;
+            words = (raw0 ? 16u : w0 + apart0) + (raw1 ? 16u : w1 + apart1);
+            if (inside) {
+              if (lossy_coding == KVZ_OUTLIER) {
+                const uint32_t class0 = raw0 ? KVZ_BYTE_RAW : w0 | apart0 << 6, class1 = raw1 ? KVZ_BYTE_RAW : w1 | apart1 << 6;
+                *reinterpret_cast<uint16_t*>(out + group) = static_cast<uint16_t>(class0 | class1 << 8);
+              } else {
+                out[group / 2] = static_cast<uint8_t>((raw0 ? 15u : w0) | (raw1 ? 15u : w1) << 4);
+              }
+            }
+          }
+          words = __reduce_add_sync(kAllLanes, inside ? words : 0u);
+          if (lane == 0) shared.words[index] = words;
+        }
+        __syncthreads();
+        const uint32_t quantised = (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(shared.words, count, lane);
+        if (quantised < size) {
+          size = quantised;
+          coding = static_cast<uint8_t>(lossy_coding);
+          reason = KVZ_AS_ASKED;
+        }
+        // The candidates are compared with each other before raw, but a lossless one that is smaller than raw and not smaller than a
+        // quantised one cannot exist when the quantised one is not smaller than raw.
+        if (static_cast<uint64_t>(quantised) * 8 <= static_cast<uint64_t>(raw_bytes) * 5) goto decided;
+      }
+
+      // Widths of the lossless candidate.
+      {
+        const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
+        const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
+        for (uint32_t k = 0; k < rounds; ++k) {
+          const uint32_t index = k * warps + warp;
+          if (index >= count) break;
+          const Strip at = strip_at(strips, index);
+          const bool inside = at.channel + lane * 2 < strips.channels;
+          const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+          const uint2 e = extremes[index * kWarp + lane];
+          uint32_t least = column[0] & 0x7fff7fffu;
+#pragma unroll
+          for (int t = 1; t < 16; ++t) least = min2<DTYPE>(least, column[t * 32] & 0x7fff7fffu);
+          const uint32_t most = max2<DTYPE>(e.x & 0x7fff7fffu, e.y & 0x7fff7fffu);
+          uint32_t state = 0, words = 0;
+#pragma unroll
+          for (uint32_t h = 0; h < 2; ++h) {
+            const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
+            const bool raw = !is_finite<DTYPE>(most >> (16 * h));
+            const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
+            const uint32_t w = static_cast<uint32_t>(bit_length(largest - base - bottom));
+            state |= (raw ? KVZ_NIBBLE_RAW : w) << (4 * h) | (raw ? 0u : base) << (8 + 4 * h);
+            words += raw ? 16u : Tr::kFraction + 1 + w;
+          }
+          // `top` and `bottom` are above; what is left of the extremes is not needed any more.
+          extremes[index * kWarp + lane].x = state;
+          words = __reduce_add_sync(kAllLanes, inside ? words : 0u);
+          if (lane == 0) shared.lossless_words[index] = words;
+        }
+        __syncthreads();
+        const uint32_t lossless = groups + 2 * sum_words(shared.lossless_words, count, lane);
+        if (lossless < size) {
+          reason = bound > 0.0f ? KVZ_LOSSLESS_SMALLER : segment.bound_kind == KVZ_BOUND_LOSSLESS ? KVZ_AS_ASKED : KVZ_BOUND_TOO_FINE;
+          size = lossless;
+          coding = KVZ_LOSSLESS;
+          param = largest;
+        }
+      }
+    }
+  decided:
+    const uint32_t units = units_of(size);
+    if (thread == 0) publish_size(p, page, segment_index, units);
+    const kvz_entry entry = make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
+
+    if (coding >= KVZ_FIXED) {
+      // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites strips.
+      const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? shared.lossless_words : shared.words;
+      const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
+      uint32_t base = class_bytes / 2 + sum_words(strip_words, warp < count ? warp : 0, lane);
+      for (uint32_t k = 0; k < rounds; ++k) {
+        const uint32_t index = k * warps + warp;
+        const bool busy_warp = index < count;
+        uint32_t a[16];
+        uint32_t first = 0, position = 0;
+        Pair g = {};
+        bool narrow = false;
+        if (busy_warp) {
+          const Strip at = strip_at(strips, index);
+          const bool inside = at.channel + lane * 2 < strips.channels;
+          const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
+          const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+          uint32_t class0 = 0, class1 = 0, state = 0;
+          if (coding == KVZ_LOSSLESS) {
+            state = extremes[index * kWarp + lane].x;
+            class0 = state & 15u;
+            class1 = (state >> 4) & 15u;
+            if (inside) {
+              out[group / 2] = static_cast<uint8_t>(state);
+              out[groups / 2 + group / 2] = static_cast<uint8_t>(state >> 8);
+            }
+          } else if (inside) {
+            if (coding == KVZ_OUTLIER) {
+              class0 = out[group];
+              class1 = out[group + 1];
+            } else {
+              class0 = out[group / 2] & 15u;
+              class1 = out[group / 2] >> 4;
+            }
+          }
+          g = pair_of_classes<DTYPE>(coding, class0, class1);
+          if (!inside) {
+            g.width0 = g.width1 = g.words0 = g.words1 = g.raw = g.apart = 0;
+          }
+          const uint32_t mine = g.words0 + g.words1;
+          const uint32_t up_to = inclusive_sum(mine, lane);
+          position = base + up_to - mine;
+          narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
+
+          if (coding == KVZ_FIXED) {
+            const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width0 & 15u));
+            const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width1 & 15u));
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              uint32_t u0, u1;
+              quantise_2<DTYPE>(column[t * 32], inverse0, inverse1, u0, u1);
+              a[t] = low_half(u0, u1);
+            }
+          } else if (coding == KVZ_LOSSLESS) {
+            const uint32_t top0 = (param - ((state >> 8) & 15u)) << kFractionBits, top1 = (param - ((state >> 12) & 15u)) << kFractionBits;
+            const uint32_t top = low_half(top0, top1);
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              const uint32_t x = column[t * 32];
+              // No borrow passes between the halves: no exponent is above its group's top, and raw halves are replaced below.
+              a[t] = (((top | 0x80008000u) - (x & kExponentMask)) & kExponentMask) | (x & ~kExponentMask);
+            }
+          } else {
+            uint32_t before0 = kCodeZero, before1 = kCodeZero;
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              uint32_t u0, u1;
+              quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
+              a[t] = low_half(u0 - before0, u1 - before1);
+              before0 = u0;
+              before1 = u1;
+            }
+            first = a[0];
+            a[0] &= ~g.apart;
+          }
+          if (__any_sync(kAllLanes, g.raw != 0)) {
+            // A raw group is one whose codes, after zigzag or in the order of lossless words, are the values' bits.
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              const uint32_t x = column[t * 32];
+              const uint32_t y = coding == KVZ_LOSSLESS ? sign_to_top<DTYPE>(x) : unzigzag_2(x);
+              a[t] = (a[t] & ~g.raw) | (y & g.raw);
+            }
+          }
+          if (narrow) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) a[i] = __byte_perm(a[i], a[i + 8], 0x6240);
+            transpose_8(a);
+          } else {
+            transpose_16(a);
+          }
+          for (uint32_t i = index; i < index + warps && i < count; ++i) base += strip_words[i];
+        }
+        __syncthreads();
+        if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
+      }
+      if (thread < units * 16 - size) out[size + thread] = 0;
+    } else if (coding == KVZ_CONSTANT && thread < 4) {
+      reinterpret_cast<uint32_t*>(out)[thread] = thread == 0 ? equal : 0u;
+    }
+
+    if (warp == 0) {
+      place(p, shared, page, block, segment_index, units, entry, lane);
+    }
+    if (thread == 0) take_page(p, shared, ticket);
+    __syncthreads();
+
+    if (shared.destination != ~0ull) {
+      uint4* const to = reinterpret_cast<uint4*>(p.arena) + shared.destination;
+      if (coding == KVZ_RAW) {
+        const uint32_t chunks = strips.channels / 8;  // of a token
+        for (uint32_t i = thread; i < units; i += blockDim.x) {
+          const uint32_t token = i / chunks, chunk = i - token * chunks;
+          const uint32_t index = token / 16 * strips.per_row + chunk / 8;
+          to[i] = *reinterpret_cast<const uint4*>(input + index * kStripBytes + token % 16 * 128 + chunk % 8 * 16);
+        }
+      } else {
+        for (uint32_t i = thread; i < units; i += blockDim.x) to[i] = reinterpret_cast<const uint4*>(out)[i];
+      }
+    }
+    __syncthreads();
+  }
+  finish_encode(p, shared);
+}
+
+// ---- validation -------------------------------------------------------------------------------------------------------
+
+struct Geometry {
+  uint8_t* base;
+  int64_t token_stride, head_stride;
+  uint32_t tokens, channels, head_dim;
+  uint32_t group_tokens, log_tokens;  // G
+  uint32_t columns, groups;
+  uint32_t value_bytes;
+};
+
+KVZ_DEV Geometry geometry_of(const kvz_segment& s, int64_t block_id) {
+  Geometry g;
+  g.base = reinterpret_cast<uint8_t*>(s.base) + block_id * s.block_stride;
+  g.token_stride = s.token_stride;
+  g.head_stride = s.head_stride;
+  g.tokens = s.tokens;
+  g.head_dim = s.head_dim;
+  g.channels = s.heads * s.head_dim;
+  g.group_tokens = s.group_tokens;
+  g.log_tokens = static_cast<uint32_t>(bit_length(s.group_tokens) - 1);
+  const uint32_t across = 16u / s.group_tokens;
+  g.columns = (g.channels + across - 1) / across;
+  g.groups = (g.tokens + s.group_tokens - 1) / s.group_tokens * g.columns;
+  g.value_bytes = s.dtype == KVZ_FP32 ? 4 : s.dtype == KVZ_OPAQUE ? 1 : 2;
+  return g;
+}
+
+KVZ_DEV bool byte_classes(uint32_t dtype, uint32_t coding) {
+  return coding == KVZ_OUTLIER || (dtype == KVZ_FP32 && coding != KVZ_LOSSLESS);
+}
+KVZ_DEV uint64_t class_array_bytes(uint32_t dtype, uint32_t coding, uint32_t groups) {
+  const uint64_t bytes = byte_classes(dtype, coding) ? groups : (static_cast<uint64_t>(groups) + 1) / 2;
+  return (bytes + 3) / 4 * 4;
+}
+
+// Words that four classes of one byte imply, or ~0 for a class that does not exist.
+KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t bits, uint32_t widest, uint32_t sign_mantissa, bool apart) {
+  if (bytes) {
+    const uint32_t w = c & 63u;
+    if (w == KVZ_BYTE_RAW) return (c & 0xc0u) == 0 ? bits : ~0u;
+    if (w > widest || (c & 0x80u) || ((c & KVZ_BYTE_FIRST_APART) && !apart)) return ~0u;
+    return w + ((c & KVZ_BYTE_FIRST_APART) ? bits / 16 : 0);
+  }
+  if (c == KVZ_NIBBLE_RAW) return bits;
+  if (c > widest) return ~0u;
+  return lossless ? sign_mantissa + c : c;
+}
+
+// Does segment s of block b keep to the format? By one warp, the answer is the same in all lanes. Reads nothing outside
+// the payload, whatever its bytes are.
+KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, uint32_t s, uint32_t lane) {
+  const kvz_entry entry = p.table[page];
+  const kvz_segment& segment = p.segments[s];
+  const uint64_t payload_bytes = p.payload_bytes[b];
+  uint64_t expected = 0;
+  if (s > 0) {
+    const kvz_entry before = p.table[page - 1];
+    expected = static_cast<uint64_t>(before.offset) + (static_cast<uint64_t>(before.size) + 15) / 16;
+  }
+  const uint64_t start = static_cast<uint64_t>(entry.offset) * 16;
+  const uint64_t end = start + (static_cast<uint64_t>(entry.size) + 15) / 16 * 16;
+  if (entry.offset != expected || entry.size == 0 || end > payload_bytes) return false;
+  if (s + 1 == p.num_segments && end != payload_bytes) return false;
+  const Geometry g = geometry_of(segment, 0);
+  const uint8_t* data = reinterpret_cast<const uint8_t*>(p.payloads[b]) + start;
+  const uint32_t dtype = segment.dtype, coding = entry.coding;
+  const uint64_t size = entry.size;
+
+  bool bad = false;
+  if (lane < end - start - size) bad = data[size + lane] != 0;  // padding
+  if (coding == KVZ_RAW) {
+    bad = bad || size != static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
+  } else if (coding == KVZ_CONSTANT) {
+    if (size != KVZ_CONSTANT_BYTES) return false;
+    if (lane >= g.value_bytes && lane < KVZ_CONSTANT_BYTES) bad = bad || data[lane] != 0;
+  } else {
+    if (coding > KVZ_LOSSLESS || dtype == KVZ_OPAQUE) return false;
+    if (coding != KVZ_LOSSLESS && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return false;
+    const bool bytes = byte_classes(dtype, coding), lossless = coding == KVZ_LOSSLESS;
+    const uint32_t bits = dtype == KVZ_FP32 ? 32 : 16;
+    const uint32_t mantissa = (dtype == KVZ_BF16 ? Traits<KVZ_BF16>::kFraction : dtype == KVZ_FP16 ? Traits<KVZ_FP16>::kFraction : Traits<KVZ_FP32>::kFraction) + 1;
+    const uint32_t widest = lossless ? (dtype == KVZ_FP16 ? 5u : 8u) : dtype == KVZ_FP32 ? 24u : 14u;
+    const uint64_t class_bytes = class_array_bytes(dtype, coding, g.groups);
+    const uint64_t prefix = lossless ? 2 * class_bytes : class_bytes;
+    if (prefix > size) return false;
+    const uint32_t per_word = bytes ? 4 : 8, class_bits = 32 / per_word;
+    const uint32_t* classes = reinterpret_cast<const uint32_t*>(data);
+    uint64_t words = 0;
+    const uint64_t whole = g.groups / per_word;  // words of classes without padding
+    if (!bytes && !lossless) {
+      // Every nibble is a class, 15 stands for 16 words: the usual case, 16 bytes at a time.
+      const uint4* vectors = reinterpret_cast<const uint4*>(data);
+      uint64_t done = whole / 4 * 4;
+      for (uint64_t i = lane; i < whole / 4; i += kWarp) {
+        const uint4 v = vectors[i];
+        uint32_t sum = 0;
+        const uint32_t part[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t x = part[j], pairs = (x & 0x0f0f0f0fu) + ((x >> 4) & 0x0f0f0f0fu);
+          sum += (pairs * 0x01010101u) >> 24;
+          sum += static_cast<uint32_t>(__popc(x & (x >> 1) & (x >> 2) & (x >> 3) & 0x11111111u));
+        }
+        words += sum;
+      }
+      for (uint64_t i = done + lane; i < whole; i += kWarp) {
+        const uint32_t x = classes[i];
+        for (uint32_t j = 0; j < 8; ++j) {
+          const uint32_t c = (x >> (4 * j)) & 15u;
+          words += c == 15u ? 16u : c;
+        }
+      }
+    } else {
+      for (uint64_t i = lane; i < whole; i += kWarp) {
+        const uint32_t x = classes[i];
+        for (uint32_t j = 0; j < per_word; ++j) {
+          const uint32_t n = words_of_class((x >> (class_bits * j)) & ((1u << class_bits) - 1u), bytes, lossless, bits, widest, mantissa, coding == KVZ_OUTLIER);
+          bad = bad || n == ~0u;
+          words += n;
+        }
+      }
+    }
+    if (lane == 0 && g.groups % per_word != 0) {
+      const uint32_t rest = g.groups % per_word, x = classes[whole];
+      for (uint32_t j = 0; j < per_word; ++j) {
+        const uint32_t c = (x >> (class_bits * j)) & ((1u << class_bits) - 1u);
+        if (j >= rest) {
+          bad = bad || c != 0;
+        } else {
+          const uint32_t n = words_of_class(c, bytes, lossless, bits, widest, mantissa, coding == KVZ_OUTLIER);
+          bad = bad || n == ~0u;
+          words += n;
+        }
+      }
+      if (lossless) bad = bad || (classes[class_bytes / 4 + whole] >> (4 * rest)) != 0;
+    }
+#pragma unroll
+    for (uint32_t d = 16; d > 0; d /= 2) words += __shfl_xor_sync(kAllLanes, words, d);
+    bad = bad || prefix + 2 * words != size;
+  }
+  return !__any_sync(kAllLanes, bad);
+}
+
+KVZ_DEV void validate(const DecodeParams& p) {
+  const uint32_t lane = lane_of(threadIdx.x), warps = blockDim.x / kWarp;
+  const uint32_t pages = p.num_blocks * p.num_segments, step = gridDim.x * warps;
+  for (uint32_t page = blockIdx.x * warps + threadIdx.x / kWarp; page < pages; page += step) {
+    const uint32_t b = page / p.num_segments, s = page - b * p.num_segments;
+    const bool valid = segment_is_valid(p, page, b, s, lane);
+    if (!valid && lane == 0) {
+      p.bad[b] = 1;
+      p.counters->any_bad = 1;
+    }
+    if (pages - page <= step) break;  // no overflow of `page`
+  }
+}
+
+// Called by every thread of a CTA that has no page left. The last CTA reports and clears what the launch has used.
+KVZ_DEV void finish_decode(const DecodeParams& p, Shared& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    shared.last = atomicAdd(&p.counters->done, 1u) + 1u == gridDim.x;
+  }
+  __syncthreads();
+  if (!shared.last) return;
+  for (uint32_t b = threadIdx.x; b < p.num_blocks; b += blockDim.x) {
+    const bool bad = p.bad[b] != 0;
+    p.bad[b] = 0;
+    if (p.block_status != nullptr) p.block_status[b] = bad ? KVZ_CORRUPT : KVZ_OK;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    p.counters->done = 0;
+    p.counters->any_bad = 0;
+  }
+}
+
+KVZ_DEV bool block_is_refused(const DecodeParams& p, uint32_t b) {
+  return p.all_or_nothing ? p.counters->any_bad != 0 : p.bad[b] != 0;
+}
+
+// ---- copies -----------------------------------------------------------------------------------------------------------
+
+// The page's values to or from token-major order, in pieces of `Piece`; every CTA thread takes part.
+template <class Piece, bool TO_PAGE>
+KVZ_DEV void copy_pieces(const Geometry& g, uint8_t* linear) {
+  const uint32_t head_pieces = g.head_dim * g.value_bytes / sizeof(Piece), heads = g.channels / g.head_dim;
+  const uint64_t total = static_cast<uint64_t>(g.tokens) * heads * head_pieces;
+  for (uint64_t i = threadIdx.x; i < total; i += blockDim.x) {
+    const uint32_t at = static_cast<uint32_t>(i % head_pieces);
+    const uint32_t run = static_cast<uint32_t>(i / head_pieces), head = run % heads, token = run / heads;
+    Piece* page = reinterpret_cast<Piece*>(g.base + token * g.token_stride + head * g.head_stride) + at;
+    Piece* other = reinterpret_cast<Piece*>(linear) + i;
+    if (TO_PAGE) {
+      *page = *other;
+    } else {
+      *other = *page;
+    }
+  }
+}
+
+KVZ_DEV uint64_t alignment_of(const Geometry& g) {
+  uint64_t all = reinterpret_cast<uint64_t>(g.base) | g.head_dim * g.value_bytes;
+  if (g.tokens > 1) all |= static_cast<uint64_t>(g.token_stride);
+  if (g.channels > g.head_dim) all |= static_cast<uint64_t>(g.head_stride);
+  return all;
+}
+
+template <bool TO_PAGE>
+KVZ_DEV void copy_page(const Geometry& g, uint8_t* linear) {
+  const uint64_t a = alignment_of(g);
+  if (a % 16 == 0) {
+    copy_pieces<uint4, TO_PAGE>(g, linear);
+  } else if (g.tokens == 1 && g.channels == g.head_dim && reinterpret_cast<uint64_t>(g.base) % 16 == 0) {
+    // One run of a length that no vector divides.
+    const uint64_t bytes = static_cast<uint64_t>(g.channels) * g.value_bytes, whole = bytes / 16;
+    for (uint64_t i = threadIdx.x; i < whole; i += blockDim.x) {
+      if (TO_PAGE) {
+        reinterpret_cast<uint4*>(g.base)[i] = reinterpret_cast<const uint4*>(linear)[i];
+      } else {
+        reinterpret_cast<uint4*>(linear)[i] = reinterpret_cast<const uint4*>(g.base)[i];
+      }
+    }
+    for (uint64_t i = whole * 16 + threadIdx.x; i < bytes; i += blockDim.x) {
+      if (TO_PAGE) {
+        g.base[i] = linear[i];
+      } else {
+        linear[i] = g.base[i];
+      }
+    }
+  } else if (a % 4 == 0) {
+    copy_pieces<uint32_t, TO_PAGE>(g, linear);
+  } else if (a % 2 == 0) {
+    copy_pieces<uint16_t, TO_PAGE>(g, linear);
+  } else {
+    copy_pieces<uint8_t, TO_PAGE>(g, linear);
+  }
+}
+
+// Every value of the page = `value`.
+template <class Piece>
+KVZ_DEV void fill_pieces(const Geometry& g, Piece piece) {
+  const uint32_t head_pieces = g.head_dim * g.value_bytes / sizeof(Piece), heads = g.channels / g.head_dim;
+  const uint64_t total = static_cast<uint64_t>(g.tokens) * heads * head_pieces;
+  for (uint64_t i = threadIdx.x; i < total; i += blockDim.x) {
+    const uint32_t at = static_cast<uint32_t>(i % head_pieces);
+    const uint32_t run = static_cast<uint32_t>(i / head_pieces), head = run % heads, token = run / heads;
+    reinterpret_cast<Piece*>(g.base + token * g.token_stride + head * g.head_stride)[at] = piece;
+  }
+}
+
+KVZ_DEV void fill_page(const Geometry& g, uint32_t value) {
+  if (g.value_bytes == 1) value = (value & 0xffu) * 0x0101u;
+  if (g.value_bytes <= 2) value = (value & 0xffffu) * 0x00010001u;
+  const uint64_t a = alignment_of(g);
+  if (a % 16 == 0) {
+    uint4 v;
+    v.x = v.y = v.z = v.w = value;
+    fill_pieces<uint4>(g, v);
+  } else if (a % 4 == 0) {
+    fill_pieces<uint32_t>(g, value);
+  } else if (a % 2 == 0) {
+    fill_pieces<uint16_t>(g, static_cast<uint16_t>(value));
+  } else {
+    fill_pieces<uint8_t>(g, static_cast<uint8_t>(value));
+  }
+}
+
+// ---- fast path: decode ------------------------------------------------------------------------------------------------
+
+template <int DTYPE>
+KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
+  using Tr = Traits<DTYPE>;
+  constexpr int kFractionBits = Tr::kFraction;
+  constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  uint8_t* const data = memory + kSharedBytes;
+  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t pages = p.num_blocks * p.num_segments;
+
+  for (uint32_t page = blockIdx.x; page < pages; page += gridDim.x) {
+    const uint32_t block = page / p.num_segments, segment_index = page - block * p.num_segments;
+    if (block_is_refused(p, block)) continue;
+    const kvz_entry entry = p.table[page];
+    const kvz_segment& segment = p.segments[segment_index];
+    const uint8_t* const from = reinterpret_cast<const uint8_t*>(p.payloads[block]) + static_cast<uint64_t>(entry.offset) * 16;
+    const uint32_t coding = entry.coding;
+    if (coding < KVZ_FIXED) {
+      const Geometry g = geometry_of(segment, p.block_ids[block]);
+      if (coding == KVZ_RAW) {
+        copy_page<true>(g, const_cast<uint8_t*>(from));
+      } else {
+        fill_page(g, *reinterpret_cast<const uint32_t*>(from));
+      }
+      continue;
+    }
+    const Strips strips = strips_of(segment, p.block_ids[block]);
+    const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+    const uint32_t groups = segment.tokens / 16 * strips.channels;
+    const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
+    // The classes were validated, and what they imply never exceeds the space; a payload that changes in between must not either.
+    const uint32_t units = units_of(entry.size);
+    if (units * 16 > count * (kStripClassBytes + kStripBytes) + 16) continue;
+    for (uint32_t i = thread; i < units; i += blockDim.x) copy_async_16(data + i * 16, from + i * 16);
+    copy_async_wait();
+    __syncthreads();
+
+    for (uint32_t k = 0; k < rounds; ++k) {
+      const uint32_t index = k * warps + warp;
+      if (index >= count) break;
+      const Strip at = strip_at(strips, index);
+      const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
+      uint32_t words = 0;
+      if (at.channel + lane * 2 < strips.channels) {
+        const uint32_t classes = coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + group) : data[group / 2];
+        const Pair g = coding == KVZ_OUTLIER ? pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8)
+                                             : pair_of_classes<DTYPE>(coding, classes & 15u, classes >> 4);
+        words = g.words0 + g.words1;
+      }
+      words = __reduce_add_sync(kAllLanes, words);
+      if (lane == 0) shared.words[index] = words;
+    }
+    __syncthreads();
+
+    if (class_bytes + 2 * sum_words(shared.words, count, lane) == entry.size) {
+      const float bound = entry.bound;
+      float step = 1.0f;  // lane w: S for width w
+      if (coding != KVZ_LOSSLESS) step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), bound);
+      uint32_t base = class_bytes / 2 + sum_words(shared.words, warp < count ? warp : 0, lane);
+      for (uint32_t k = 0; k < rounds; ++k) {
+        const uint32_t index = k * warps + warp;
+        if (index >= count) break;
+        const Strip at = strip_at(strips, index);
+        const bool inside = at.channel + lane * 2 < strips.channels;
+        const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
+        Pair g = {};
+        if (inside) {
+          const uint32_t classes = coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + group) : data[group / 2];
+          g = coding == KVZ_OUTLIER ? pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8)
+                                    : pair_of_classes<DTYPE>(coding, classes & 15u, classes >> 4);
+        }
+        const uint32_t mine = g.words0 + g.words1;
+        const uint32_t position = base + inclusive_sum(mine, lane) - mine;
+        const uint16_t* words0 = reinterpret_cast<const uint16_t*>(data) + position;
+        const uint16_t* words1 = words0 + g.words0;
+        const bool narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
+        const bool any_raw = __any_sync(kAllLanes, g.raw != 0);
+        uint32_t first = 0;
+        if (g.apart & 1u) first = *words0++;
+        if (g.apart >> 31) first |= static_cast<uint32_t>(*words1++) << 16;
+
+        uint32_t a[16];
+#pragma unroll
+        for (int b = 0; b < 8; ++b) {
+          uint32_t low = 0, high = 0;
+          if (b < static_cast<int>(g.width0)) low = words0[b];
+          if (b < static_cast<int>(g.width1)) high = words1[b];
+          a[b] = low | high << 16;
+        }
+        if (narrow) {
+          const uint32_t sign = a[0];
+#pragma unroll
+          for (int b = 0; b < 7; ++b) a[b] = a[b + 1] ^ sign;
+          a[7] = ~sign;  // bytes are q + 128
+          transpose_8(a);
+        } else {
+#pragma unroll
+          for (int b = 8; b < 16; ++b) {
+            uint32_t low = 0, high = 0;
+            if (b < static_cast<int>(g.width0)) low = words0[b];
+            if (b < static_cast<int>(g.width1)) high = words1[b];
+            a[b] = low | high << 16;
+          }
+          if (coding == KVZ_LOSSLESS) {
+            const uint32_t sign = a[kFractionBits];
+#pragma unroll
+            for (int b = kFractionBits; b < 15; ++b) a[b] = a[b + 1];
+            a[15] = sign;
+          } else {
+            const uint32_t sign = a[0];
+#pragma unroll
+            for (int b = 0; b < 15; ++b) a[b] = a[b + 1] ^ sign;
+            a[15] = ~sign;  // halves are q + 32768
+          }
+          transpose_16(a);
+        }
+
+        uint8_t* to = nullptr;
+        if (inside) to = value_address(strips, at.row * 16, at.channel + lane * 2);
+        if (coding == KVZ_LOSSLESS) {
+          const uint32_t bases = inside ? data[groups / 2 + group / 2] : 0u;
+          const int32_t top0 = static_cast<int32_t>(entry.param) - static_cast<int32_t>(bases & 15u);
+          const int32_t top1 = static_cast<int32_t>(entry.param) - static_cast<int32_t>(bases >> 4);
+          const uint32_t top = (low_half(static_cast<uint32_t>(top0 > 0 ? top0 : 0) << kFractionBits, static_cast<uint32_t>(top1 > 0 ? top1 : 0) << kFractionBits) & kExponentMask) | 0x80008000u;
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t x = ((top - (a[t] & kExponentMask)) & kExponentMask) | (a[t] & ~kExponentMask);
+            if (any_raw) x = (x & ~g.raw) | (sign_from_top<DTYPE>(a[t]) & g.raw);
+            if (inside) *reinterpret_cast<uint32_t*>(to) = x;
+            to += strips.token_stride;
+          }
+        } else {
+          const float step0 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width0 & 15u));
+          const float step1 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width1 & 15u));
+          const uint32_t bias = narrow ? 128u : 32768u;
+          if (coding == KVZ_FIXED) {
+            const float zero = narrow ? 8388736.0f : 8421376.0f;  // 2^23 + bias
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              uint32_t u0, u1;
+              if (narrow) {
+                u0 = __byte_perm(a[t & 7], 0x4b000000u, t < 8 ? 0x7440 : 0x7441);
+                u1 = __byte_perm(a[t & 7], 0x4b000000u, t < 8 ? 0x7442 : 0x7443);
+              } else {
+                u0 = __byte_perm(a[t], 0x4b000000u, 0x7410);
+                u1 = __byte_perm(a[t], 0x4b000000u, 0x7432);
+              }
+              uint32_t x = narrow2<DTYPE>((float_of(u0) - zero) * step0, (float_of(u1) - zero) * step1);
+              if (any_raw) x = (x & ~g.raw) | (zigzag_2(a[t] ^ 0x80008000u) & g.raw);
+              if (inside) *reinterpret_cast<uint32_t*>(to) = x;
+              to += strips.token_stride;
+            }
+          } else {
+            uint32_t sum0 = kCodeZero, sum1 = kCodeZero;
+#pragma unroll
+            for (int t = 0; t < 16; ++t) {
+              const uint32_t d0 = (narrow ? (a[t & 7] >> (t < 8 ? 0 : 8)) & 255u : a[t] & 0xffffu) - bias;
+              const uint32_t d1 = (narrow ? (a[t & 7] >> (t < 8 ? 16 : 24)) & 255u : a[t] >> 16) - bias;
+              if (t == 0) {
+                sum0 += (g.apart & 1u) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first & 0xffffu))) : d0;
+                sum1 += (g.apart >> 31) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first >> 16))) : d1;
+              } else {
+                sum0 += d0;
+                sum1 += d1;
+              }
+              uint32_t x = narrow2<DTYPE>((float_of(sum0) - 12582912.0f) * step0, (float_of(sum1) - 12582912.0f) * step1);
+              if (any_raw) x = (x & ~g.raw) | (zigzag_2(a[t] ^ 0x80008000u) & g.raw);
+              if (inside) *reinterpret_cast<uint32_t*>(to) = x;
+              to += strips.token_stride;
+            }
+          }
+        }
+        for (uint32_t i = index; i < index + warps && i < count; ++i) base += shared.words[i];
+      }
+    }
+    __syncthreads();
+  }
+  finish_decode(p, shared);
+}
