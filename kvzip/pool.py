@@ -511,24 +511,28 @@ class HostPool:
                 free=free,
             )
         self._reserved += extents
-        self._peak_occupied = max(self._peak_occupied, self._used + self._reserved)
+        if self._used + self._reserved > self._peak_occupied:
+            self._peak_occupied = self._used + self._reserved
         return extents
 
     def _place(self, nbytes: int, extents: int) -> Allocation:
         """Allocate extents that are reserved, which cannot fail: free runs hold all that is reserved, and more."""
-        taken = self._free.take(extents)
-        runs = [(start * self._extent, length * self._extent) for start, length in taken]
+        extent = self._extent
+        runs = [(start * extent, length * extent) for start, length in self._free.take(extents)]
         offset, last = runs[-1]
-        runs[-1] = (offset, last - (extents * self._extent - nbytes))
-        allocation = Allocation(tuple(runs), nbytes, extents * self._extent, self._token)
+        runs[-1] = (offset, last - (extents * extent - nbytes))
+        allocation = Allocation(tuple(runs), nbytes, extents * extent, self._token)
         self._live.add(allocation)
         self._reserved -= extents
         self._used += extents
         self._payload += nbytes
         self._runs += len(runs)
-        self._peak_payload = max(self._peak_payload, self._payload)
-        self._peak_used = max(self._peak_used, self._used)
-        self._peak_allocations = max(self._peak_allocations, len(self._live))
+        if self._payload > self._peak_payload:
+            self._peak_payload = self._payload
+        if self._used > self._peak_used:
+            self._peak_used = self._used
+        if len(self._live) > self._peak_allocations:
+            self._peak_allocations = len(self._live)
         self._total_allocations += 1
         self._total_payload += nbytes
         self._total_runs += len(runs)
