@@ -251,7 +251,7 @@ def segments_array(
     """
     layout = blocks if isinstance(blocks, BlockLayout) else blocks.layout
     template, tensors, offsets = _template(layout)
-    segments = template.copy()
+    segments: Segments = template.copy()
     if isinstance(blocks, BlockView):
         count = layout.num_tensors
         addresses = np.array([blocks.address(t) for t in range(count)], np.uint64)
@@ -389,8 +389,9 @@ def _check_decode(status: int, what: str, segments: Segments, bad: Any, table: n
         entry, segment = table[block, page], segments[page]
         raise CorruptRecordError(
             f"{what}: page {page} of block {block} of the batch contradicts the record format (coding "
-            f"{entry['coding']}, {entry['size']} bytes at {int(entry['offset']) * 16}, for {segment['tokens']} x {segment['heads']} x "
-            f"{segment['head_dim']} values); nothing was written: drop the record and recompute the block"
+            f"{entry['coding']}, {entry['size']} bytes at {int(entry['offset']) * 16}, for "
+            f"{segment['tokens']} x {segment['heads']} x {segment['head_dim']} values); nothing was written: drop the "
+            "record and recompute the block"
         )
     check(status, what)
 
