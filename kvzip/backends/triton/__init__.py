@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The codec `cuszp` in Triton: the portable path for GPUs on which the CUDA library is missing.
+
+Same bytes as every other implementation of docs/reference/format.md, for mode ``fixed`` and lossless bounds, bfloat16 and
+float16. Nothing here imports Triton or torch before the first call.
+"""
+
+from kvzip.backends.triton.codec import (
+    EncodedBlocks,
+    available,
+    check_status,
+    decode_blocks,
+    encode_blocks,
+    max_payload_bytes,
+)
+
+__all__ = ["EncodedBlocks", "available", "check_status", "decode_blocks", "encode_blocks", "max_payload_bytes"]
