@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """The codec `cuszp` in Triton: the portable path for GPUs on which the CUDA library is missing.
 
-Same bytes as every other implementation of docs/reference/format.md, for mode ``fixed`` and lossless bounds, bfloat16 and
-float16. Nothing here imports Triton or torch before the first call.
+Same bytes as every other implementation of docs/reference/format.md, for mode ``fixed`` and lossless bounds, bfloat16
+and float16. Nothing here imports Triton or torch before the first call.
 """
 
 from kvzip.backends.triton.codec import (

@@ -2,12 +2,13 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """Launches the Triton kernels: a batch of blocks to payloads in device memory, and back.
 
-A call costs five kernel launches to encode and four to decode for each pair of dtype and group shape that the layout has (usually one), and
-some small torch operations between them. It allocates its workspace from torch's caching allocator: for each page 40 bytes and
-for each group of 16 values 2 bytes and a little. Nothing is copied to the host, and the host does not wait for
-the device, except where a docstring says "blocks the host".
+A call costs five kernel launches to encode and four to decode for each pair of dtype and group shape that the layout
+has (usually one), and some small torch operations between them. It allocates its workspace from torch's caching
+allocator: about 60 bytes a page, 20 bytes for every 256 groups, 2 bytes for every group of 16 values. Nothing is copied
+to the host, and the host does not wait for the device, except where a docstring says "blocks the host".
 
-With ``TRITON_INTERPRET=1`` in the environment when this is first used, the kernels run on CPU tensors, slowly: for tests.
+With ``TRITON_INTERPRET=1`` in the environment when Triton is first imported, the kernels run on CPU tensors, slowly:
+for tests.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _NUM_WARPS = 4
 _LANES = 256  # of the programs that work on one page's tiles
 _MAX_PLANS = 64
 
-_STATUS = {1: "it contradicts the format", 2: "this implementation does not know its coding (it has mode 'fixed' and lossless)"}
+_STATUS = {
+    1: "it contradicts the format",
+    2: "its coding belongs to a mode that the Triton codec does not have (it has 'fixed')",
+}
 
 
 class EncodedBlocks(NamedTuple):
@@ -87,7 +91,8 @@ def _require(device: str) -> None:
         raise BackendUnavailableError(f"the Triton codec cannot run: {detail}")
     if (device == "cpu") != _interpreted():
         raise BackendUnavailableError(
-            f"the Triton codec cannot work on tensors on {device}: here it is {detail}; move the tensors, or use the native codec"
+            f"the Triton codec cannot work on tensors on {device}: here it is {detail}; "
+            "move the tensors, or use the native codec"
         )
 
 
@@ -151,12 +156,15 @@ def _make_plan(view: BlockView, places: Sequence[tuple[int, int]]) -> _Plan:
     for index, s in enumerate(view.layout.segments):
         if s.dtype not in (DType.BFLOAT16, DType.FLOAT16):
             raise LayoutError(
-                f"page {index} is {s.dtype.name.lower()}: the Triton codec has bfloat16 and float16; use the native codec"
+                f"page {index} is {s.dtype.name.lower()}: the Triton codec has bfloat16 and float16; "
+                "use the native codec"
             )
         address, block_stride = places[s.tensor]
         geometry = (address + s.offset_bytes, block_stride, s.token_stride_bytes, s.head_stride_bytes)
         if any(n % 2 for n in geometry):
-            raise LayoutError(f"page {index}: address and strides {geometry} must be even for a 16-bit dtype: align the tensor")
+            raise LayoutError(
+                f"page {index}: address and strides {geometry} must be even for a 16-bit dtype: align the tensor"
+            )
         channels, group_channels = s.heads * s.head_dim, 16 // s.group_tokens
         head_dim, head_stride = s.head_dim, s.head_stride_bytes
         if s.heads == 1 or head_stride == head_dim * 2:  # heads follow each other: one long head
@@ -193,9 +201,7 @@ def _make_plan(view: BlockView, places: Sequence[tuple[int, int]]) -> _Plan:
     classes = []
     for (fp16, group_tokens), parts in maps.items():
         tile_map = np.concatenate(parts)
-        classes.append(
-            _Class(fp16, group_tokens, splits[fp16, group_tokens], _upload(tile_map, device), len(tile_map))
-        )
+        classes.append(_Class(fp16, group_tokens, splits[fp16, group_tokens], _upload(tile_map, device), len(tile_map)))
     return _Plan(_upload(desc, device), tuple(classes), tiles, groups, device)
 
 
@@ -234,16 +240,17 @@ def encode_blocks(
 
     Args:
         view: bfloat16 or float16 pages on a GPU (on the CPU with Triton's interpreter).
-        bounds: the error bound, one for all pages or one for each page of a block; a lossless one selects the lossless coding.
+        bounds: the error bound, one for all pages or one for each page of a block; a lossless one selects the lossless
+            coding.
         coding: ``"fixed"``, the one quantised coding that this implementation has.
-        out: where the payloads go: None = a new tensor; uint8 ``[nbytes]``, contiguous: payloads follow each other; uint8
-            ``[len(view), stride]``, rows contiguous: payload i starts at row i. Room for `max_payload_bytes` a block is required,
-            because sizes are known on the device only; its address and the stride are multiples of 16.
+        out: where the payloads go: None = a new tensor; uint8 ``[nbytes]``, contiguous: payloads follow each other;
+            uint8 ``[len(view), stride]``, rows contiguous: payload i starts at row i. Room for `max_payload_bytes` a
+            block is required, because sizes are known on the device only; address and stride are multiples of 16.
         stream: the stream to work on; by default torch's current stream of the device.
 
     Returns:
-        Payloads, their offsets and sizes, and the segment tables, on the device: see `EncodedBlocks`. To learn the sizes on the host,
-        copy `payload_bytes` there, which is what waits for the encoder.
+        Payloads, their offsets and sizes, and the segment tables, on the device: see `EncodedBlocks`. To learn the
+        sizes on the host, copy `payload_bytes` there, which is what waits for the encoder.
 
     Raises:
         BackendUnavailableError: Triton or a GPU is missing.
@@ -251,7 +258,9 @@ def encode_blocks(
         LayoutError: a page is neither bfloat16 nor float16, or not aligned to 2 bytes.
     """
     if coding != "fixed":
-        raise ConfigError(f"coding {coding!r}: the Triton codec has 'fixed' (and lossless bounds); use the native codec")
+        raise ConfigError(
+            f"coding {coding!r}: the Triton codec has 'fixed' (and lossless bounds); use the native codec"
+        )
     segments, blocks = len(view.layout.segments), len(view)
     each = [bounds] * segments if isinstance(bounds, ErrorBound) else list(bounds)
     if len(each) != segments:
@@ -329,9 +338,7 @@ def encode_blocks(
 _OPTIONS: dict[str, Any] = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
 
 
-def _output(
-    out: torch.Tensor | None, blocks: int, most: int, device: torch.device
-) -> tuple[torch.Tensor, int | None]:
+def _output(out: torch.Tensor | None, blocks: int, most: int, device: torch.device) -> tuple[torch.Tensor, int | None]:
     """The output tensor, and its stride in bytes when every block has a row of its own."""
     import torch
 
@@ -339,10 +346,13 @@ def _output(
         return torch.empty(blocks * most, dtype=torch.uint8, device=device), None
     if out.dtype != torch.uint8 or out.device != device or out.dim() not in (1, 2) or out.stride(-1) != 1:
         raise ConfigError(
-            f"out is {out.dtype}, {out.dim()} axes, on {out.device}: give a contiguous uint8 tensor on {device} with 1 or 2 axes"
+            f"out is {out.dtype}, {out.dim()} axes, on {out.device}: "
+            f"give a contiguous uint8 tensor on {device} with 1 or 2 axes"
         )
     if out.data_ptr() % ALIGNMENT or (out.dim() == 2 and out.stride(0) % ALIGNMENT):
-        raise ConfigError(f"out starts at {out.data_ptr():#x}: its address and its rows must be multiples of {ALIGNMENT}")
+        raise ConfigError(
+            f"out starts at {out.data_ptr():#x}: its address and its rows must be multiples of {ALIGNMENT}"
+        )
     if out.dim() == 1:
         if out.numel() < blocks * most:
             raise ConfigError(f"out has {out.numel()} bytes, {blocks} blocks can take {blocks * most}: give that much")
@@ -398,7 +408,12 @@ def decode_blocks(
         ("payload_bytes", payload_bytes, torch.int64, (blocks,)),
         ("table", table, torch.uint8, (blocks, segments, 16)),
     ):
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
+        if (
+            tensor.dtype != dtype
+            or tuple(tensor.shape) != shape
+            or tensor.device != device
+            or not tensor.is_contiguous()
+        ):
             raise ConfigError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: "
                 f"a contiguous tensor of {dtype} {shape} on {device} is needed"
@@ -431,7 +446,8 @@ def decode_blocks(
         worst = status.amax()
         for c in plan.classes:
             kernels.read_tiles[(blocks * c.tiles,)](
-                plan.desc, ids, c.tile_map, c.tiles, plan.tiles, segments, payload, offsets, entries, first_words, worst,
+                plan.desc, ids, c.tile_map, c.tiles, plan.tiles, segments, payload, offsets, entries, first_words,
+                worst,
                 G=c.group_tokens, SPLIT=c.split, FP16=c.fp16, TILE=_TILE_GROUPS, **_OPTIONS,
             )  # fmt: skip
         return status
@@ -453,7 +469,10 @@ def check_status(status: torch.Tensor) -> None:
         return
     block, page = (int(n) for n in bad[0])
     code = int(found[block, page])
-    message = f"block {block} of the batch, page {page}: {_STATUS[code]} ({len(bad)} of {found.size} pages are bad); nothing was written"
+    message = (
+        f"block {block} of the batch, page {page}: {_STATUS[code]} ({len(bad)} of {found.size} pages are bad); "
+        "nothing was written"
+    )
     if (found == 1).any():
         raise CorruptRecordError(message)
     raise BackendUnavailableError(f"{message}; use the native codec")

@@ -4,16 +4,17 @@
 # (Triton compiles these functions from their source: their arguments have no Python types.)
 """Triton kernels of the record format for 16-bit dtypes: codings ``fixed``, ``lossless``, ``raw`` and ``constant``.
 
-Importing this module imports Triton. `kvzip.backends.triton.codec` launches the kernels; docs/reference/format.md is normative.
+Importing this module imports Triton. `kvzip.backends.triton.codec` launches the kernels; docs/reference/format.md is
+normative.
 
-A page is cut into *tiles* of TILE groups, one program each. Encoding takes five launches: `scan_tiles` (extremes), `bound_pages`,
-`classify_tiles` (widths, for `fixed` and `lossless` at once), `plan_pages` (choice of the coding, place of every tile),
-`write_tiles`. Decoding takes four: `check_pages`, `measure_tiles`, `place_pages`, `read_tiles`.
+A page is cut into *tiles* of TILE groups, one program each. Encoding takes five launches: `scan_tiles` (extremes),
+`bound_pages`, `classify_tiles` (widths, for `fixed` and `lossless` at once), `plan_pages` (choice of the coding, place
+of every tile), `write_tiles`. Decoding takes four: `check_pages`, `measure_tiles`, `place_pages`, `read_tiles`.
 
 Arithmetic. The bytes must be those of every other device, so every kernel has to be launched with
-``enable_fp_fusion=False``: the format forbids a fused multiply-add where x / S is rounded. Reciprocals use `div_rn`, the only IEEE
-division that Triton has. Extremes are compared as integers. No float32 here is subnormal where that matters: steps lie
-between 2^-95 and 2^121, and what is below 2^-31 of a step rounds to 0.
+``enable_fp_fusion=False``: the format forbids a fused multiply-add where x / S is rounded. Reciprocals use `div_rn`,
+the only IEEE division that Triton has. Extremes are compared as integers. No float32 here is subnormal where that
+matters: steps lie between 2^-95 and 2^121, and what is below 2^-31 of a step rounds to 0.
 """
 
 import triton
@@ -98,7 +99,8 @@ def _from_float(x, FP16: tl.constexpr):
         magnitude = tl.minimum(u & 0x7FFFFFFF, 0x477FE000)
         normal = magnitude >= 0x38800000
         small = tl.where(normal, 0, magnitude).to(tl.float32, bitcast=True)
-        return tl.where(normal, (magnitude >> 13) - (112 << 10), (small * 16777216.0).to(tl.int32)) | ((u >> 16) & 0x8000)
+        subnormal = (small * 16777216.0).to(tl.int32)  # multiples of 2^-24
+        return tl.where(normal, (magnitude >> 13) - (112 << 10), subnormal) | ((u >> 16) & 0x8000)
     else:
         return (u >> 16) & 0xFFFF
 
@@ -119,10 +121,7 @@ def _zigzag_code(x, inverse):
 @triton.jit
 def _step(bound_bits, width, FP16: tl.constexpr):
     """S of `fixed`: 2 trunc_n(B)."""
-    if FP16:
-        n = tl.minimum(12 - width, (bound_bits >> 23) - 127 + 26)
-    else:
-        n = 9 - width
+    n = tl.minimum(12 - width, (bound_bits >> 23) - 127 + 26) if FP16 else 9 - width
     n = tl.minimum(tl.maximum(n, 1), 8)
     return (bound_bits & -(1 << (24 - n))).to(tl.float32, bitcast=True) * 2.0
 
@@ -200,15 +199,16 @@ def _place(row, page, tile, G: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.const
 @triton.jit
 def _inside(place, i: tl.constexpr, G: tl.constexpr):
     """Whether value i of each group is in the page."""
-    start, c0, tokens_left, channels_left, token_stride, head_stride, head_dim = place
+    tokens_left, channels_left = place[2], place[3]
     return (tokens_left > i % G) & (channels_left > i // G)
 
 
 @triton.jit
 def _at(place, i: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr):
     """Pointers to value i of each group."""
-    start, c0, tokens_left, channels_left, token_stride, head_stride, head_dim = place
+    start, c0, token_stride = place[0], place[1], place[4]
     if SPLIT:
+        head_stride, head_dim = place[5], place[6]
         c = c0 + i // G
         head = c // head_dim
         return start + (i % G) * token_stride + head * head_stride + (c - head * head_dim)
@@ -308,7 +308,10 @@ def classify_tiles(
     desc, block_ids, tile_map, tiles, all_tiles, all_groups, segments, meta, classes_out, fixed_words, lossless_words,
     G: tl.constexpr, SPLIT: tl.constexpr, FP16: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Classes of both candidates: `fixed` in bits 0..3, `lossless` in 4..7, its base in 8..11; and the words of the tile."""
+    """Classes of both candidates, and the words of the tile.
+
+    Bits 0..3 of a class are that of `fixed`, 4..7 that of `lossless`, 8..11 its base.
+    """
     block, segment, tile = _tile_of(tile_map, tiles)
     row = desc + segment * DESC_COLUMNS
     page = _page(row, block_ids, block)
@@ -371,7 +374,10 @@ def plan_pages(
     desc, segments, all_tiles, meta, bound_kinds, fixed_words, lossless_words, first_words, table, units,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a page: choose its coding, write its table entry (without offset), its size in units of 16, and the first word of each tile."""
+    """One program a page: choose its coding; write its table entry (no offset), and the first word of each tile.
+
+    `units` receives its size in units of 16 bytes.
+    """
     program = tl.program_id(0).to(tl.int64)
     segment = program % segments
     row = desc + segment * DESC_COLUMNS
@@ -429,7 +435,7 @@ def _fixed_pair(x, raw, inverse, FP16: tl.constexpr):
 
 @triton.jit
 def _lossless_code(v, top, inside, FP16: tl.constexpr):
-    """v as uint32; the exponent is replaced by its distance from the group's, the sign goes below it."""
+    """Of a uint32 pattern: the exponent becomes its distance from the group's, the sign goes below it."""
     fraction: tl.constexpr = 10 if FP16 else 7
     all_ones: tl.constexpr = 31 if FP16 else 255
     distance = top - ((v >> fraction) & all_ones).to(tl.int32)
@@ -712,7 +718,7 @@ def _load_pair(words, count, i: tl.constexpr):
 
 @triton.jit
 def _decoded(v, raw, exact, step, top, FP16: tl.constexpr):
-    """Code -> bit pattern. v as uint32."""
+    """Code (uint32) -> bit pattern."""
     fraction: tl.constexpr = 10 if FP16 else 7
     all_ones: tl.constexpr = 31 if FP16 else 255
     code = v.to(tl.int32)
