@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -204,8 +205,9 @@ def empty_view(layout: BlockLayout, num_blocks: int) -> BlockView:
     return BlockView(arrays, BlockLayout(segments))
 
 
-def check_geometry(header: RecordHeader, layout: BlockLayout) -> BlockLayout:
-    """Check that a record fits the blocks it is to be loaded into.
+@lru_cache(maxsize=256)
+def check_geometry(geometry: tuple[Geometry, ...], layout: BlockLayout) -> BlockLayout:
+    """Check that a record of this geometry fits the blocks it is to be loaded into.
 
     Returns:
         The layout, with the groups that the record was coded in.
@@ -213,13 +215,12 @@ def check_geometry(header: RecordHeader, layout: BlockLayout) -> BlockLayout:
     Raises:
         LayoutError: number of pages, shapes or dtypes differ.
     """
-    if header.num_segments != len(layout.segments):
-        raise LayoutError(
-            f"the record has {header.num_segments} pages, the blocks to load into have {len(layout.segments)}"
-        )
+    pages = sum(g.count for g in geometry)
+    if pages != len(layout.segments):
+        raise LayoutError(f"the record has {pages} pages, the blocks to load into have {len(layout.segments)}")
     segments: list[SegmentLayout] = []
     changed = False
-    for g in header.geometry:
+    for g in geometry:
         for s in layout.segments[len(segments) : len(segments) + g.count]:
             if (g.tokens, g.heads, g.head_dim, g.dtype) != (s.tokens, s.heads, s.head_dim, s.dtype):
                 raise LayoutError(
@@ -359,4 +360,4 @@ def _decode_view(header: RecordHeader, tensors: list[Any]) -> BlockView:
         layout = BlockLayout.opaque(batched, dtype=dtype)
     else:
         layout = BlockLayout.from_tensors(batched, "NHD", dtype=dtype)
-    return BlockView(batched, check_geometry(header, layout))
+    return BlockView(batched, check_geometry(header.geometry, layout))

@@ -490,7 +490,7 @@ class SwapEngine:
         payloads: list[npt.NDArray[np.uint8]] = []
         for i, entry in enumerate(entries):
             header, payload = read_record(self.pool.read(entry.allocation))
-            layout = check_geometry(header, out.layout)
+            layout = check_geometry(header.geometry, out.layout)
             headers.append(header)
             payloads.append(np.frombuffer(payload, np.uint8))
             groups.setdefault((header.codec, layout), []).append(i)
@@ -501,7 +501,7 @@ class SwapEngine:
                     layout, [payloads[i] for i in members], [headers[i].table for i in members]
                 )
         for (name, layout), members in groups.items():
-            view = BlockView(out.tensors, layout, out.block_ids[members])
+            view = out[out.block_ids[members]].with_groups(layout)
             get_codec(name).decode_blocks(
                 view,
                 [payloads[i] for i in members],

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import enum
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -220,19 +221,22 @@ class BlockLayout:
         segments: one entry a page.
         dims: order of the axes within each tensor's block, such as ``"2NHD"``; ``""`` when the geometry is not known
             or is given by hand.
+        nbytes: bytes of one block's values.
     """
 
     segments: tuple[SegmentLayout, ...]
     dims: str = ""
+    nbytes: int = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.segments:
             raise LayoutError("a block needs at least one page: give at least one tensor")
+        object.__setattr__(self, "nbytes", sum(s.nbytes for s in self.segments))
+        object.__setattr__(self, "_hash", hash((self.segments, self.dims)))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one block's values."""
-        return sum(s.nbytes for s in self.segments)
+    def __hash__(self) -> int:
+        return self._hash  # layouts are keys of caches on the hot path
 
     @property
     def num_tensors(self) -> int:
@@ -347,7 +351,7 @@ class TensorMemory:
             LayoutError: it is neither, it is no KV dtype, or `dtype` has another element size.
         """
         if isinstance(tensor, np.ndarray):
-            address, shape, strides = int(tensor.ctypes.data), tensor.shape, tensor.strides
+            address, shape, strides = tensor.__array_interface__["data"][0], tensor.shape, tensor.strides
             own, itemsize, device, writable = tensor.dtype.name, tensor.itemsize, "cpu", bool(tensor.flags.writeable)
         elif hasattr(tensor, "data_ptr") and hasattr(tensor, "stride"):
             address, shape, itemsize = int(tensor.data_ptr()), tuple(tensor.shape), int(tensor.element_size())
@@ -366,7 +370,9 @@ class TensorMemory:
                 f"dtype {meaning.name.lower()} has {meaning.itemsize} bytes, the tensor's {own} has {itemsize}: "
                 "view the tensor as the right type"
             )
-        return cls(address, tuple(int(n) for n in shape), tuple(int(s) for s in strides), meaning, device, writable)
+        return cls(
+            int(address), tuple(int(n) for n in shape), tuple(int(s) for s in strides), meaning, device, writable
+        )
 
 
 class BlockView:
@@ -415,7 +421,10 @@ class BlockView:
         self._check_segments()
         if block_ids is None:
             block_ids = np.arange(self.num_blocks, dtype=np.int64)
-        elif not isinstance(block_ids, np.ndarray):
+        self.block_ids = self._check_ids(block_ids)
+
+    def _check_ids(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        if not isinstance(block_ids, np.ndarray):
             block_ids = np.asarray(list(block_ids), dtype=np.int64)
         ids = np.ascontiguousarray(block_ids, dtype=np.int64)
         if ids.ndim != 1:
@@ -423,7 +432,7 @@ class BlockView:
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.num_blocks):
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise LayoutError(f"block number {bad}: the tensors have blocks 0 to {self.num_blocks - 1}")
-        self.block_ids: npt.NDArray[np.int64] = ids
+        return ids
 
     def _check_segments(self) -> None:
         for number, s in enumerate(self.layout.segments):
@@ -443,7 +452,15 @@ class BlockView:
         return int(self.block_ids.size)
 
     def __getitem__(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> BlockView:
-        return BlockView(self.tensors, self.layout, block_ids)
+        view = copy.copy(self)  # the tensors were checked when this view was made
+        view.block_ids = self._check_ids(block_ids)
+        return view
+
+    def with_groups(self, layout: BlockLayout) -> BlockView:
+        """The same blocks under a layout that differs in `SegmentLayout.group_tokens` alone."""
+        view = copy.copy(self)
+        view.layout = layout
+        return view
 
     @property
     def nbytes(self) -> int:
