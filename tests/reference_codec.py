@@ -404,19 +404,21 @@ def refuse_if(condition: bool, message: str) -> None:
         raise Refused(message)
 
 
-def round_product(q: Ints, size: npt.NDArray[np.float64], dtype: int) -> Bits:
-    """q * S in the dtype; a product that is not representable is rounded toward zero."""
-    exact = q.astype(np.float64) * size  # at most 32 + 8 bits: exact
-    if dtype == FP16:
-        with np.errstate(over="ignore"):
-            nearest = exact.astype(np.float16)
-        bits: Bits = nearest.view(np.uint16)
-        return np.where(np.abs(nearest.astype(np.float64)) > np.abs(exact), bits - np.uint16(1), bits)
+def round_product(q: Ints, size: Floats, dtype: int) -> Bits:
+    """q * S in the dtype; what is not representable is rounded as the page says (only forged records reach that)."""
     with np.errstate(over="ignore"):
-        single = exact.astype(np.float32)
-    single_bits = single.view(np.uint32)
-    single_bits = np.where(np.abs(single.astype(np.float64)) > np.abs(exact), single_bits - np.uint32(1), single_bits)
-    return single_bits if dtype == FP32 else (single_bits >> np.uint32(16)).astype(np.uint16)
+        product: Floats = q.astype(np.float32) * size
+    single: Bits = product.view(np.uint32)
+    if dtype == BF16:
+        return (single >> np.uint32(16)).astype(np.uint16)
+    if dtype == FP32:
+        return single
+    with np.errstate(over="ignore", under="ignore"):
+        nearest = product.astype(np.float16)
+    half: Bits = nearest.view(np.uint16)
+    too_large = (np.abs(nearest.astype(np.float64)) > np.abs(product.astype(np.float64))) | np.isinf(nearest)
+    toward_zero: Bits = np.where(too_large, half - np.uint16(1), half)
+    return toward_zero
 
 
 def read_nibbles(data: bytes, count: int) -> tuple[Ints, int]:
@@ -500,7 +502,7 @@ def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 
         coded: Ints = (sign << (constants.bits - 1)) | (e << (s - 1)) | mantissa
     else:
         single = np.float32(bound)
-        steps = np.array([step(single, geometry.dtype, coding, w) for w in range(64)], np.float64)
+        steps = np.array([step(single, geometry.dtype, coding, w) for w in range(64)], np.float32)
         q = from_zigzag(codes)
         if coding != FIXED:
             first = words[:, 0].astype(np.int64) | (words[:, 1].astype(np.int64) << 16)
@@ -641,6 +643,13 @@ def assemble(
     return fixed_part(header_crc) + rest + payload
 
 
+def text(field: bytes) -> str:
+    """Printable ASCII, padded with NUL."""
+    name = field.rstrip(b"\0")
+    refuse_if(any(not 32 <= c < 127 for c in name), "a name that is not printable ASCII")
+    return name.decode("ascii")
+
+
 def decode_record(data: bytes) -> Record:
     """Read a record.
 
@@ -668,6 +677,9 @@ def decode_record(data: bytes) -> Record:
     refuse_if(crc32c(payload) != payload_crc, "payload_crc32c")
     refuse_if(any(reserved_a) or any(reserved_b), "reserved bytes")
     refuse_if(mode > 3 or bound_kind > 2 or reason > 6, "mode, bound_kind or reason")
+    usable = bound == 0 if bound_kind == BOUND_LOSSLESS else math.isfinite(bound) and bound > 0
+    refuse_if(not usable, "bound")
+    refuse_if(not (math.isnan(max_error) or 0 <= max_error < math.inf), "max_error")
 
     at = HEADER.size
     geometry: list[Geometry] = []
@@ -702,8 +714,8 @@ def decode_record(data: bytes) -> Record:
         bound=bound,
         max_error=max_error,
         reason=reason,
-        codec=codec.rstrip(b"\0").decode("ascii"),
-        dims=dims.rstrip(b"\0").decode("ascii"),
+        codec=text(codec),
+        dims=text(dims),
         raw_bytes=raw_bytes,
         header_bytes=header_bytes,
         geometries=tuple(geometry),

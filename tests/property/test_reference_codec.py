@@ -61,7 +61,7 @@ def test_every_value_at_every_width(dtype: int) -> None:
             fits = ref.zigzag(q) < (1 << width)
             exact = q[fits] * np.float64(size)
             assert (q[fits].astype(np.float32) * size == exact).all(), (bound, width)
-            decoded = ref.to_float32(ref.round_product(q[fits], np.array(np.float64(size)), dtype), dtype)
+            decoded = ref.to_float32(ref.round_product(q[fits], np.array(size), dtype), dtype)
             assert (decoded == exact).all(), (bound, width)
             assert (np.abs(exact - values[coded][fits]) <= float(bound)).all(), (bound, width)
 

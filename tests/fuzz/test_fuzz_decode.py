@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""100,000 mutated records in processes of their own, so that a crash is a failed test and not the end of the run.
+
+Environment: KVZIP_FUZZ_CASES (100000) and KVZIP_FUZZ_SEED (1).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("fuzz_decode.py")
+PROCESSES = 2
+
+
+def test_mutated_records(tmp_path: Path) -> None:
+    cases = int(os.environ.get("KVZIP_FUZZ_CASES", "100000"))
+    seed = int(os.environ.get("KVZIP_FUZZ_SEED", "1"))
+    print(f"seed {seed}, {cases} cases")
+    share = -(-cases // PROCESSES)
+    running = []
+    for i in range(PROCESSES):
+        note = tmp_path / f"case{i}"
+        command = [sys.executable, "-X", "faulthandler", str(SCRIPT), "--cases", str(share), "--first", str(i * share)]
+        command += ["--seed", str(seed), "--last-case", str(note)]
+        running.append((subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), note))
+    for process, note in running:
+        output, _ = process.communicate()
+        print(output)
+        case = struct.unpack("<q", note.read_bytes())[0] if note.exists() else None
+        assert process.returncode == 0, f"exit {process.returncode} at case {case} of seed {seed}:\n{output[-4000:]}"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Every golden record stays readable, and kvzip writes the same bytes again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import bridge
+import numpy as np
+import pytest
+import reference_codec as ref
+
+from kvzip.record import MODES, read_header
+
+
+def load_generator() -> ModuleType:
+    """make_golden.py as a module; importing it writes nothing."""
+    path = Path(__file__).with_name("make_golden.py")
+    spec = importlib.util.spec_from_file_location("make_golden", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_golden"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+golden = load_generator()
+CASES = {case.name: case for case in golden.cases()}
+MANIFEST: dict[str, Any] = json.loads(golden.MANIFEST.read_text())
+
+
+def test_the_folder_is_complete() -> None:
+    on_disk = {p.stem for p in golden.FOLDER.glob("*.kvz")}
+    assert on_disk == set(MANIFEST) == set(CASES)
+    assert len(CASES) >= 100, "golden records are only ever added"
+
+
+@pytest.mark.parametrize("name", sorted(MANIFEST))
+def test_golden_record(name: str) -> None:
+    case, expected = CASES[name], MANIFEST[name]
+    record = (golden.FOLDER / f"{name}.kvz").read_bytes()
+    assert len(record) == expected["record_bytes"]
+    assert golden.sha256(record) == expected["record_sha256"]
+    assert golden.sha256(b"".join(p.bits.tobytes() for p in case.pages)) == expected["input_sha256"]
+
+    # both readers give the same values
+    pages = bridge.native_pages(record)
+    assert golden.sha256(b"".join(p.tobytes() for p in pages)) == expected["output_sha256"]
+    reference = ref.decode_record(record)
+    for page, other in zip(pages, reference.pages, strict=True):
+        np.testing.assert_array_equal(page, other)
+
+    header = read_header(record)
+    assert header.codec == case.codec
+    assert header.mode == MODES[case.mode]
+    assert header.bound == bridge.error_bound(case.bound_kind, case.bound)
+    assert header.dims == case.dims
+    assert (header.max_error is not None) == case.measured
+
+    # both writers give the same bytes
+    assert case.encode() == record
+    geometries = [p.geometry for p in case.pages]
+    view = bridge.view_of([[p.bits for p in case.pages]], geometries, [p.kind for p in case.pages], case.dims)
+    (again,) = bridge.native_records(
+        view, MODES[case.mode], case.bound_kind, case.bound, codec=case.codec, measure_error=case.measured
+    )
+    assert again == record
