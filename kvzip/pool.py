@@ -15,11 +15,11 @@ Design
     the pool's size. Runs that become free merge with free neighbours at once.
 
 Fragmentation
-    Evicting in the order of storing merges neighbours by itself. Evicting at random does not: a pool that is kept at
-    99.8 % payload then needs some 7 to 15 runs per record. `HostPool.headroom_bytes`, 2 % of the capacity by default,
-    is what an evictor should leave free to bring that down to about 1.5 at 97.8 % payload (figures:
-    ``bench/results/pool.json``). It is advice, through `HostPool.shortfall_bytes`; the pool itself refuses nothing
-    that fits.
+    Evicting in the order of storing merges neighbours by itself. Evicting at random does not: a pool of 256 MiB that is
+    kept at 99.8 % payload then needs 5 to 11 runs per record. `HostPool.headroom_bytes`, 2 % of the capacity by
+    default, is what an evictor should leave free to bring that down to 1.4 to 1.7 at 97.8 % payload, and to nearly 1 in
+    pools of a GiB and more (figures: ``bench/results/pool.json``). It is advice, through `HostPool.shortfall_bytes`;
+    the pool itself refuses nothing that fits.
 """
 
 from __future__ import annotations
