@@ -46,6 +46,7 @@ typedef int16_t I16 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t I32 __attribute__((vector_size(kVectorBytes)));
 typedef float F32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t LongVector __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kValues = KVZ_GROUP_VALUES;
 constexpr int kTile = 32;                 // groups of a tile
@@ -281,25 +282,36 @@ KVZ_INLINE void copy_channels(const Geometry& geo, uint32_t token, uint32_t chan
 
 template <class Word>
 struct Tile {
-  uint8_t* rows[KVZ_GROUP_VALUES];  // 32 values each: in the page, or in `buffer`
-  uint8_t valid[KVZ_GROUP_VALUES];  // lanes of the row that lie inside of the page
+  uint8_t* base;                    // row i, of 32 values, is at base + i * stride: in the page, or in `buffer`
+  int64_t stride;                   // bytes
   uint32_t count;                   // groups of the tile, 1 to 32
-  bool whole;                       // valid >= count everywhere
+  bool whole;                       // no place of the first `count` lanes is outside of the page
+  uint8_t valid[KVZ_GROUP_VALUES];  // otherwise: lanes of the row that lie inside of it
   alignas(64) Word buffer[KVZ_GROUP_VALUES][kTile];
+
+  uint8_t* row(int i) const { return base + i * stride; }
+  void use_buffer() {
+    base = reinterpret_cast<uint8_t*>(buffer);
+    stride = sizeof buffer[0];
+  }
 };
 
-// Is the tile at (r, j) 32 contiguous channels, so that its rows can stay in the page?
+// Is the tile at (r, j) 16 whole tokens of 32 contiguous channels, so that its rows can stay in the page?
 template <class Word>
 KVZ_INLINE bool direct_rows(const Geometry& geo, uint32_t r, uint32_t j, Tile<Word>& tile) {
-  if (geo.g != KVZ_GROUP_VALUES || tile.count != kTile || j % geo.run + kTile > geo.run) return false;
-  const uint32_t left = geo.page.tokens - r * KVZ_GROUP_VALUES;
-  uint8_t* row = geo.address(r * KVZ_GROUP_VALUES, j, sizeof(Word));
-  uint8_t* const first = row;
-  for (uint32_t i = 0; i < KVZ_GROUP_VALUES; ++i, row += geo.page.token_stride) {
-    tile.rows[i] = i < left ? row : first;
-    tile.valid[i] = i < left ? kTile : 0;
+  tile.count = geo.columns - j < kTile ? geo.columns - j : kTile;
+  if (geo.g != KVZ_GROUP_VALUES || tile.count != kTile || geo.page.tokens - r * kValues < kValues) return false;
+  uint8_t* from = geo.page.base + static_cast<int64_t>(r) * kValues * geo.page.token_stride;
+  if (geo.run == geo.channels) {
+    from += static_cast<int64_t>(j) * static_cast<int64_t>(sizeof(Word));
+  } else {
+    const uint32_t run = j / geo.run, at = j - run * geo.run;
+    if (at + kTile > geo.run) return false;
+    from += static_cast<int64_t>(run) * geo.run_stride + static_cast<int64_t>(at) * static_cast<int64_t>(sizeof(Word));
   }
-  tile.whole = left >= KVZ_GROUP_VALUES;
+  tile.base = from;
+  tile.stride = geo.page.token_stride;
+  tile.whole = true;
   return true;
 }
 
@@ -313,9 +325,8 @@ KVZ_INLINE uint32_t lanes_inside(uint32_t channels, uint32_t a, uint32_t step) {
 // Read a tile. Places outside of the page repeat the first value of their group, lanes past `count` that of the first
 // group, so that extremes over the tile need no mask.
 template <class Word>
-KVZ_NOINLINE void read_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Word>& tile) {
-  tile.count = least(kTile, geo.columns - j);
-  if (direct_rows(geo, r, j, tile)) return;
+KVZ_NOINLINE void gather_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Word>& tile) {
+  tile.use_buffer();
   const uint32_t first_channel = j * geo.a;
   const uint32_t channels = least(tile.count * geo.a, geo.channels - first_channel);
   const uint32_t tokens = least(geo.g, geo.page.tokens - r * geo.g);
@@ -331,7 +342,6 @@ KVZ_NOINLINE void read_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Wo
       const uint32_t i = a * geo.g + t;
       const uint32_t inside = t < tokens ? lanes_inside(channels, a, geo.a) : 0;
       Word* row = tile.buffer[i];
-      tile.rows[i] = reinterpret_cast<uint8_t*>(row);
       tile.valid[i] = static_cast<uint8_t>(inside);
       if (inside > 0) {
         for (uint32_t k = 0; k < kTile; ++k) row[k] = linear[k * geo.a + a];
@@ -341,15 +351,17 @@ KVZ_NOINLINE void read_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Wo
   }
 }
 
+template <class Word>
+KVZ_INLINE void read_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Word>& tile) {
+  if (!direct_rows(geo, r, j, tile)) gather_tile(geo, r, j, tile);
+}
+
 // Prepare a tile for decoding: rows in the page, or in the buffer for write_tile to copy.
 template <class Word>
-KVZ_NOINLINE bool place_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Word>& tile) {
-  tile.count = least(kTile, geo.columns - j);
-  const bool direct = direct_rows(geo, r, j, tile);
-  for (uint32_t i = 0; i < KVZ_GROUP_VALUES; ++i) {
-    if (!direct || tile.valid[i] == 0) tile.rows[i] = reinterpret_cast<uint8_t*>(tile.buffer[i]);
-  }
-  return direct;
+KVZ_INLINE bool place_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<Word>& tile) {
+  if (direct_rows(geo, r, j, tile)) return true;
+  tile.use_buffer();
+  return false;
 }
 
 template <class Word>
@@ -394,7 +406,7 @@ KVZ_INLINE void tile_extremes(const Tile<typename Traits<DTYPE>::word>& tile, Ke
   for (int p = 0; p < parts; ++p) {
     I least_key{}, greatest_key{};
     for (int i = 0; i < kValues; ++i) {
-      const U v = load<U>(tile.rows[i] + p * kVectorBytes);
+      const U v = load<U>(tile.row(i) + p * kVectorBytes);
       const I key = (I)(v ^ ((U)((I)v >> (Traits<DTYPE>::kBits - 1)) & magnitude));
       least_key = i == 0 ? key : (key < least_key ? key : least_key);
       greatest_key = i == 0 ? key : (key > greatest_key ? key : greatest_key);
@@ -414,7 +426,7 @@ KVZ_INLINE void tile_least(const Tile<typename Traits<DTYPE>::word>& tile, typen
   for (int p = 0; p < parts; ++p) {
     I least_key{};
     for (int i = 0; i < kValues; ++i) {
-      const I key = (I)(load<U>(tile.rows[i] + p * kVectorBytes) & magnitude);
+      const I key = (I)(load<U>(tile.row(i) + p * kVectorBytes) & magnitude);
       least_key = i == 0 ? key : (key < least_key ? key : least_key);
     }
     store(reinterpret_cast<uint8_t*>(least_bits) + p * kVectorBytes, least_key);
@@ -428,6 +440,16 @@ struct PageExtremes {
   uint32_t exponent;  // largest exponent field of the finite values
 };
 
+// The first pass over a page meets it in slow memory, 16 rows at a time, which defeats the hardware's prefetching; so
+// do the writes of the decoder.
+constexpr int64_t kPrefetchBytes = 512;
+
+KVZ_INLINE void prefetch_rows(const uint8_t* from, int64_t stride, int64_t bytes) {
+  for (int i = 0; i < kValues; ++i, from += stride) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+  }
+}
+
 template <int DTYPE>
 KVZ_NOINLINE PageExtremes page_extremes(const Geometry& geo, Scratch& scratch) {
   using Word = typename Traits<DTYPE>::word;
@@ -439,6 +461,7 @@ KVZ_NOINLINE PageExtremes page_extremes(const Geometry& geo, Scratch& scratch) {
   for (uint32_t r = 0; r < geo.rows; ++r) {
     for (uint32_t j = 0; j < geo.columns; j += kTile) {
       read_tile(geo, r, j, tile);
+      prefetch_rows(tile.base + kPrefetchBytes, tile.stride, sizeof(Word) * kTile);
       tile_extremes<DTYPE>(tile, low + group, high + group);
       group += tile.count;
     }
@@ -459,7 +482,7 @@ KVZ_NOINLINE PageExtremes page_extremes(const Geometry& geo, Scratch& scratch) {
         for (int i = 0; i < kValues; ++i) {
           for (uint32_t k = 0; k < tile.count; ++k) {
             Word v;
-            memcpy(&v, tile.rows[i] + k * sizeof v, sizeof v);
+            memcpy(&v, tile.row(i) + k * sizeof v, sizeof v);
             if (!is_finite<DTYPE>(v)) continue;
             const K key = key_of<DTYPE>(v);
             page_low = !page.any_finite || key < page_low ? key : page_low;
@@ -538,7 +561,7 @@ KVZ_INLINE void quantise_tile(const Tile<typename Traits<DTYPE>::word>& tile, co
     for (int i = 0; i < kValues; ++i) {
       alignas(64) uint32_t row[kTile];
       for (int p = 0; p < kParts32; ++p) {
-        const F32 t = load<F32>(tile.rows[i] + p * kVectorBytes) * inverse.lane[p] + kRounding;
+        const F32 t = load<F32>(tile.row(i) + p * kVectorBytes) * inverse.lane[p] + kRounding;
         U32 q = (U32)t - bits_of(kRounding);
         if (DELTA) {
           const U32 now = q;
@@ -553,7 +576,7 @@ KVZ_INLINE void quantise_tile(const Tile<typename Traits<DTYPE>::word>& tile, co
     for (int p = 0; p < kParts; ++p) {
       U16 before{};
       for (int i = 0; i < kValues; ++i) {
-        const U32 x = load<U32>(tile.rows[i] + p * kVectorBytes);
+        const U32 x = load<U32>(tile.row(i) + p * kVectorBytes);
         // The low 16 bits of 1.5 x 2^23 are 0, so those of the sum are q.
         const U32 even = (U32)(float_even<DTYPE>(x) * inverse.even[p] + kRounding);
         const U32 odd = (U32)(float_odd<DTYPE>(x) * inverse.odd[p] + kRounding);
@@ -576,7 +599,7 @@ KVZ_INLINE void lossless_tile(const Tile<typename Traits<DTYPE>::word>& tile, co
   if constexpr (DTYPE == KVZ_FP32) {
     for (int i = 0; i < kValues; ++i) {
       alignas(64) uint32_t row[kTile];
-      memcpy(row, tile.rows[i], sizeof row);
+      memcpy(row, tile.row(i), sizeof row);
       for (int k = 0; k < kTile; ++k) row[k] = lossless_code<DTYPE>(row[k], base[k]);
       split_row(row, codes, i);
     }
@@ -584,7 +607,7 @@ KVZ_INLINE void lossless_tile(const Tile<typename Traits<DTYPE>::word>& tile, co
     for (int p = 0; p < kParts; ++p) {
       const U16 largest = load<U16>(base + p * kLanes);
       for (int i = 0; i < kValues; ++i) {
-        const U16 v = load<U16>(tile.rows[i] + p * kVectorBytes);
+        const U16 v = load<U16>(tile.row(i) + p * kVectorBytes);
         const U16 exponent = (v >> Tr::kFraction) & static_cast<uint16_t>((1u << Tr::kExponentBits) - 1u);
         const U16 sign = (v >> 15) << Tr::kFraction;
         const U16 fraction = v & static_cast<uint16_t>((1u << Tr::kFraction) - 1u);
@@ -601,7 +624,7 @@ KVZ_NOINLINE void patch_raw(const Tile<Word>& tile, const uint16_t* classes, uin
     if (classes[k] != raw) continue;
     for (int i = 0; i < kValues; ++i) {
       Word v;
-      memcpy(&v, tile.rows[i] + k * sizeof v, sizeof v);
+      memcpy(&v, tile.row(i) + k * sizeof v, sizeof v);
       codes.half[0][i][k] = static_cast<uint16_t>(v);
       if (sizeof v == 4) codes.half[1][i][k] = static_cast<uint16_t>(static_cast<uint32_t>(v) >> 16);
     }
@@ -645,6 +668,34 @@ struct Steps {
 
 #define KVZ_POWER_OF_TWO KVZ_PLAIN  // a coding whose step is a power of two
 
+// Bit length of small non-negative integers (below 2^24, where float32 is exact).
+KVZ_INLINE I32 bit_length_lanes(U32 z) {
+  const I32 n = (I32)((U32)to_f32((I32)z) >> 23) - 126;
+  return n > 0 ? n : I32{};
+}
+
+KVZ_INLINE U32 extreme_code_lanes(F32 low, F32 high, F32 inverse) {
+  const U32 a = zigzag_lanes<U32, I32, 32>((U32)(low * inverse + kRounding) - bits_of(kRounding));
+  const U32 b = zigzag_lanes<U32, I32, 32>((U32)(high * inverse + kRounding) - bits_of(kRounding));
+  return a > b ? a : b;
+}
+
+// quantisable() and fixed_width() on 32-bit lanes, for the 16-bit dtypes: KVZ_NIBBLE_RAW or the width.
+template <int DTYPE>
+KVZ_INLINE U32 fixed_class_lanes(F32 low, F32 high, U32 nonfinite, float bound, float inverse, const float* finer) {
+  using Tr = Traits<DTYPE>;
+  const F32 largest = -low > high ? -low : high;
+  const I32 fits = (largest + bound <= Tr::to_float(Tr::kMaxFinite)) &
+                   (largest * inverse < static_cast<float>(Tr::kMaxCode) + 0.5f) & ~(I32)nonfinite;
+  // Lanes that do not fit may hold anything: keep their table index in range.
+  const U32 code = extreme_code_lanes(low, high, F32{} + inverse) & (U32)fits;
+  const I32 wide = bit_length_lanes(code);
+  const I32 narrow = wide > 0 ? wide - 1 : I32{};
+  const U32 finer_code = extreme_code_lanes(low, high, lookup16(finer, (U32)narrow)) & (U32)fits;
+  const I32 width = bit_length_lanes(finer_code) <= narrow ? narrow : wide;
+  return select(fits, (U32)width, U32{} + static_cast<uint32_t>(KVZ_NIBBLE_RAW));
+}
+
 // Classes of coding `fixed` from the extremes of the groups.
 template <int DTYPE>
 KVZ_INLINE void fixed_classes(uint64_t groups, float bound, Scratch& scratch) {
@@ -652,12 +703,26 @@ KVZ_INLINE void fixed_classes(uint64_t groups, float bound, Scratch& scratch) {
   const Key<DTYPE>* high = reinterpret_cast<const Key<DTYPE>*>(scratch.high);
   const float inverse = inverse_step(step_of<DTYPE>(KVZ_POWER_OF_TWO, 0, bound));
   const Steps<DTYPE> finer(KVZ_FIXED, bound);
-  const uint32_t raw = raw_class(DTYPE == KVZ_FP32);
-  for (uint64_t i = 0; i < groups; ++i) {
-    const float a = Traits<DTYPE>::to_float(pattern_of<DTYPE>(low[i]));
-    const float b = Traits<DTYPE>::to_float(pattern_of<DTYPE>(high[i]));
-    const bool fits = !nonfinite_keys<DTYPE>(low[i], high[i]) && quantisable<DTYPE>(a, b, bound, inverse);
-    scratch.classes[i] = static_cast<uint16_t>(fits ? fixed_width<DTYPE>(a, b, inverse, finer.inverse) : raw);
+  if constexpr (DTYPE == KVZ_FP32) {
+    for (uint64_t i = 0; i < groups; ++i) {
+      const float a = Traits<DTYPE>::to_float(pattern_of<DTYPE>(low[i]));
+      const float b = Traits<DTYPE>::to_float(pattern_of<DTYPE>(high[i]));
+      const bool fits = !nonfinite_keys<DTYPE>(low[i], high[i]) && quantisable<DTYPE>(a, b, bound, inverse);
+      scratch.classes[i] = static_cast<uint16_t>(fits ? fixed_width<DTYPE>(a, b, inverse, finer.inverse)
+                                                      : static_cast<int>(KVZ_BYTE_RAW));
+    }
+  } else {
+    constexpr int16_t infinity = static_cast<int16_t>(Traits<DTYPE>::kInfinity);
+    for (uint64_t i = 0; i < groups; i += kLanes) {
+      const I16 a = load<I16>(low + i), b = load<I16>(high + i);
+      const U32 nonfinite = (U32)((b >= infinity) | (a <= static_cast<int16_t>(-infinity - 1)));
+      const U32 x = (U32)((U16)a ^ ((U16)(a >> 15) & 0x7fff)), y = (U32)((U16)b ^ ((U16)(b >> 15) & 0x7fff));
+      const U32 even = fixed_class_lanes<DTYPE>(float_even<DTYPE>(x), float_even<DTYPE>(y),
+                                                (U32)((I32)(nonfinite << 16) >> 16), bound, inverse, finer.inverse);
+      const U32 odd = fixed_class_lanes<DTYPE>(float_odd<DTYPE>(x), float_odd<DTYPE>(y), (U32)((I32)nonfinite >> 16),
+                                               bound, inverse, finer.inverse);
+      store(scratch.classes + i, (U16)(even | odd << 16));
+    }
   }
 }
 
@@ -796,19 +861,29 @@ struct Widths {
 
 template <int DTYPE>
 KVZ_INLINE void tile_widths(const uint16_t* classes, uint32_t count, uint8_t coding, Widths& widths) {
-  const uint32_t raw = raw_class(byte_classes(DTYPE, coding));
-  const uint32_t extra = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
-  uint32_t sum = 0, any = 0, widest = 0, raws = 0;
-  for (uint32_t k = 0; k < kTile; ++k) {
-    const uint32_t c = k < count ? classes[k] : 0;
-    const uint32_t n = k < count ? words_of<DTYPE>(c, raw, extra) : 0;
-    widths.words[k] = static_cast<uint16_t>(n);
-    sum += n;
-    widest = n > widest ? n : widest;
-    raws |= c == raw;
+  const uint16_t raw = static_cast<uint16_t>(raw_class(byte_classes(DTYPE, coding)));
+  const uint16_t extra = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
+  alignas(64) static constexpr uint16_t kNumbers[kTile] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                           11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                           22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  U16 raws{};
+  for (int p = 0; p < kParts; ++p) {
+    const U16 c = load<U16>(classes + p * kLanes);
+    const U16 inside = (U16)(load<U16>(kNumbers + p * kLanes) < static_cast<uint16_t>(count));
+    const U16 is_raw = (U16)(c == raw);
+    raws |= is_raw & inside;
+    store(widths.words + p * kLanes,
+          select(is_raw, U16{} + static_cast<uint16_t>(Traits<DTYPE>::kBits), (c & 63) + extra) & inside);
   }
+  uint32_t sum = 0;
+  uint16_t widest = 0;
+  for (int k = 0; k < kTile; ++k) sum += widths.words[k];
+  for (int k = 0; k < kTile; ++k) widest = widths.words[k] > widest ? widths.words[k] : widest;
+  uint64_t any_raw = 0;
+  for (int i = 0; i < kVectorBytes / 8; ++i) any_raw |= ((LongVector)raws)[i];
   widths.any_apart = false;
   if (coding == KVZ_OUTLIER) {
+    uint32_t any = 0;
     for (uint32_t k = 0; k < kTile; ++k) {
       const uint32_t apart = k < count ? (classes[k] >> 6) * (Traits<DTYPE>::kBits / 16) : 0;
       widths.apart[k] = static_cast<uint8_t>(2 * apart);
@@ -819,7 +894,7 @@ KVZ_INLINE void tile_widths(const uint16_t* classes, uint32_t count, uint8_t cod
   }
   widths.widest = widest;
   widths.bytes = 2 * sum;
-  widths.any_raw = raws != 0;
+  widths.any_raw = any_raw != 0;
 }
 
 // Bytes past the end that put_words may write and take_words may read.
@@ -876,19 +951,20 @@ KVZ_NOINLINE void take_words(const uint8_t* const* from, const Widths& widths, C
   for (int p = 0; p < kParts; ++p) {
     const U16 n = load<U16>(widths.words + p * kLanes);
     for (int h = 0; h < (OCTETS + 1) / 2; ++h) {
-      U16 planes[2][8] = {};
+      U16 low[8], high[8];  // planes 0 to 7 and 8 to 15 of this half
       for (int o = 0; o < 2; ++o) {
-        if (2 * h + o >= OCTETS) break;
-        U16(&a)[8] = planes[o];
-        for (int i = 0; i < 8; ++i) a[i] = assemble(from + p * kLanes + i, 16 * (2 * h + o));
+        U16(&a)[8] = o == 0 ? low : high;
+        const int octet = 2 * h + o;
+        if (octet >= OCTETS) break;
+        for (int i = 0; i < 8; ++i) a[i] = assemble(from + p * kLanes + i, 16 * octet);
         transpose_words(a);
-        for (int b = 0; b < 8; ++b) a[b] &= (U16)(n > static_cast<uint16_t>(8 * (2 * h + o) + b));
+        for (int b = 0; b < 8; ++b) a[b] &= (U16)(n > static_cast<uint16_t>(8 * octet + b));
         transpose_bits(a);
       }
+      const bool both = 2 * h + 1 < OCTETS;
       for (int i = 0; i < 8; ++i) {
-        const U16 x = planes[0][i], y = planes[1][i];
-        store(codes.half[h][i] + p * kLanes, (x & 0x00ff) | (y << 8));
-        store(codes.half[h][i + 8] + p * kLanes, (x >> 8) | (y & 0xff00));
+        store(codes.half[h][i] + p * kLanes, both ? (low[i] & 0x00ff) | (high[i] << 8) : low[i] & 0x00ff);
+        store(codes.half[h][i + 8] + p * kLanes, both ? (low[i] >> 8) | (high[i] & 0xff00) : low[i] >> 8);
       }
     }
   }
@@ -1125,7 +1201,7 @@ KVZ_INLINE void reconstruct_tile(const Codes& codes, const Factors<DTYPE>& step,
           if (i % length != 0) q += before[p];
           before[p] = q;
         }
-        store(tile.rows[i] + p * kVectorBytes, to_f32((I32)q) * step.lane[p]);
+        store(tile.row(i) + p * kVectorBytes, to_f32((I32)q) * step.lane[p]);
       }
     }
   } else {
@@ -1153,7 +1229,7 @@ KVZ_INLINE void reconstruct_tile(const Codes& codes, const Factors<DTYPE>& step,
           even_before = even;
           odd_before = odd;
         }
-        store(tile.rows[i] + p * kVectorBytes,
+        store(tile.row(i) + p * kVectorBytes,
               values_of<DTYPE>(to_f32((I32)even) * step.even[p], to_f32((I32)odd) * step.odd[p]));
       }
     }
@@ -1171,7 +1247,7 @@ KVZ_INLINE void restore_tile(const Codes& codes, const uint16_t* base, Tile<type
         const uint32_t code = codes.half[0][i][k] | static_cast<uint32_t>(codes.half[1][i][k]) << 16;
         row[k] = lossless_value<DTYPE>(code, base[k]);
       }
-      memcpy(tile.rows[i], row, sizeof row);
+      memcpy(tile.row(i), row, sizeof row);
     }
   } else {
     for (int p = 0; p < kParts; ++p) {
@@ -1181,7 +1257,7 @@ KVZ_INLINE void restore_tile(const Codes& codes, const uint16_t* base, Tile<type
         const U16 exponent = (largest - (code >> s)) & static_cast<uint16_t>((1u << Tr::kExponentBits) - 1u);
         const U16 sign = ((code >> Tr::kFraction) & 1) << 15;
         const U16 fraction = code & static_cast<uint16_t>((1u << Tr::kFraction) - 1u);
-        store(tile.rows[i] + p * kVectorBytes, sign | (exponent << Tr::kFraction) | fraction);
+        store(tile.row(i) + p * kVectorBytes, sign | (exponent << Tr::kFraction) | fraction);
       }
     }
   }
@@ -1196,7 +1272,7 @@ KVZ_NOINLINE void restore_raw(const Codes& codes, const uint16_t* classes, uint1
       uint32_t v = codes.half[0][i][k];
       if (sizeof(Word) == 4) v |= static_cast<uint32_t>(codes.half[1][i][k]) << 16;
       const Word word = static_cast<Word>(v);
-      memcpy(tile.rows[i] + k * sizeof word, &word, sizeof word);
+      memcpy(tile.row(i) + k * sizeof word, &word, sizeof word);
     }
   }
 }
@@ -1228,6 +1304,7 @@ static void decode_words(const Geometry& geo, const uint8_t* in, const kvz_entry
   for (uint32_t r = 0; r < geo.rows; ++r) {
     for (uint32_t j = 0; j < geo.columns; j += kTile) {
       const bool direct = place_tile(geo, r, j, tile);
+      prefetch_rows(tile.base + kPrefetchBytes, tile.stride, sizeof(Word) * kTile);
       tile_widths<DTYPE>(classes, tile.count, CODING, widths);
       const uint8_t* from = in;
       if (static_cast<uint64_t>(end - in) < static_cast<uint64_t>(widths.bytes) + kOverrun) {
