@@ -38,6 +38,8 @@ _log = logging.getLogger("kvzip")
 #: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
 CHUNK_BYTES = 32 << 20
 
+_LOADS_TIMEOUT_SECONDS = 60.0  # how long a store waits for loads that hold the bytes it needs
+
 
 @dataclass(frozen=True)
 class TransferResult:
@@ -154,6 +156,13 @@ class EngineStats:
     pool: PoolStats
 
 
+@dataclass
+class _Pins:
+    """Pins on a key. It goes with the key when its record is replaced, and with the record when it is discarded."""
+
+    count: int = 0
+
+
 @dataclass(eq=False)
 class _Entry:
     """A record in the pool."""
@@ -161,12 +170,13 @@ class _Entry:
     allocation: Allocation
     raw_bytes: int
     loads: int = 0  # loads in flight
-    pins: int = 0
-    dropped: bool = False  # out of the index; freed when the last load ends
+    pins: _Pins = field(default_factory=_Pins)
+    dropped: bool = False  # out of the index, or about to be; freed when the last load ends
+    freed: bool = False
 
     @property
     def protected(self) -> bool:
-        return self.loads > 0 or self.pins > 0
+        return self.loads > 0 or self.pins.count > 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,7 @@ class SwapEngine:
     ) -> None:
         if threads < 0:
             raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
-        self._settings = _settings(get_codec(codec), bound or ErrorBound.relative(1e-3), mode)
+        self._settings = _settings(get_codec(codec), ErrorBound.relative(1e-3) if bound is None else bound, mode)
         self._policy = make_policy(policy)
         self._threads = threads
         self._owns_pool = isinstance(pool, int)
@@ -317,22 +327,21 @@ class SwapEngine:
                     pending = []
                 elif pending_bytes > self._room(keys, replacing=True):
                     self._refuse(pending_bytes, len(pending), len(keys), keys)
-            if pending:
+            with self._lock:  # one step, so that nobody finds a key without a record that is only being replaced
                 evicted += self._keep(pending, fresh, layout.nbytes, keys, replacing=True)
+                self._publish(fresh)
         except BaseException:
             with self._lock:
                 for entry in fresh.values():
                     self.pool.free(entry.allocation)
+                for key in keys:  # only when others took from the same pool in the meantime
+                    old = self._index.get(key)
+                    if old is not None and old.dropped:
+                        del self._index[key]
+                        self._policy.remove(key, evicted=True)
+                        self._totals["evicted_blocks"] += 1
             raise
         with self._lock:
-            for key, entry in fresh.items():
-                old = self._index.pop(key, None)
-                if old is not None:
-                    entry.pins = old.pins
-                    self._policy.remove(key, evicted=False)
-                    self._drop(old)
-                self._index[key] = entry
-                self._policy.insert(key, entry.allocation.nbytes)
             self._totals["stored_blocks"] += len(keys)
             self._totals["stored_raw_bytes"] += blocks.nbytes
             self._totals["stored_record_bytes"] += record_bytes
@@ -384,14 +393,15 @@ class SwapEngine:
     ) -> int:
         """Put encoded records into the pool, evicting as needed; they are not visible yet. Returns how many left."""
         evicted = 0
-        own = set(keys)
         with self._lock:
             needed = sum(self.pool.round_up(record.nbytes) for _, record in records)
-            while needed > self.pool.free_bytes:
-                if self._evict(needed - self.pool.free_bytes, own, replacing):
-                    evicted += 1
-                elif not self._loads_ended.wait_for(lambda: self._can_free(own, replacing), timeout=60.0):
+            if needed > self.pool.free_bytes:
+                # Nothing leaves before it is certain that enough may.
+                if not self._loads_ended.wait_for(
+                    lambda: needed <= self._room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
+                ):
                     self._refuse(needed, len(records), len(keys), keys)
+                evicted = self._make_room(needed, keys, replacing)
             for key, record in records:
                 allocation = self.pool.allocate(record.nbytes)
                 fresh[key] = _Entry(allocation, raw_bytes)
@@ -399,32 +409,45 @@ class SwapEngine:
                 self.pool.write(allocation, record.payload, offset_bytes=record.header.size)
         return evicted
 
-    def _can_free(self, own: set[bytes], replacing: bool) -> bool:
-        return next(self._leaving(own, replacing), None) is not None
-
-    def _leaving(self, own: set[bytes], replacing: bool) -> Iterator[bytes]:
-        """Keys whose records may leave, in the order in which they should."""
+    def _make_room(self, needed: int, keys: Sequence[bytes], replacing: bool) -> int:
+        """Free bytes for a store of `keys`: what it replaces first, then the coldest. Returns how many were evicted."""
         if replacing:
-            yield from (k for k in own if k in self._index and self._index[k].loads == 0)
-        for key in self._policy.victims():
-            if key not in own and not self._index[key].protected:
-                yield key
+            for key in keys:
+                entry = self._index.get(key)
+                if entry is not None and entry.loads == 0 and needed > self.pool.free_bytes:
+                    self._drop(entry)
+        own = set(keys)
+        evicted = 0
+        while needed > self.pool.free_bytes:
+            victim = next((k for k in self._policy.victims() if k not in own and not self._index[k].protected), None)
+            if victim is None:  # only when others take from the same pool; pool.allocate says it
+                break
+            entry = self._index.pop(victim)
+            self._policy.remove(victim, evicted=True)
+            self._drop(entry)
+            evicted += 1
+        self._totals["evicted_blocks"] += evicted
+        return evicted
 
-    def _evict(self, needed: int, own: set[bytes], replacing: bool) -> bool:
-        """Let the coldest record leave; False when none may."""
-        victim = next(self._leaving(own, replacing), None)
-        if victim is None:
-            return False
-        entry = self._index.pop(victim)
-        self._policy.remove(victim, evicted=True)
-        self._drop(entry)
-        self._totals["evicted_blocks"] += victim not in own
-        return True
+    def _publish(self, fresh: Mapping[bytes, _Entry]) -> None:
+        """Make new records visible, in place of those that they replace."""
+        for key, entry in fresh.items():
+            old = self._index.pop(key, None)
+            if old is not None:
+                entry.pins = old.pins
+                self._policy.remove(key, evicted=False)
+                self._drop(old)
+            self._index[key] = entry
+            self._policy.insert(key, entry.allocation.nbytes)
 
     def _drop(self, entry: _Entry) -> None:
-        """Free a record that has left the index, now or when its last load ends."""
+        """Free a record that leaves the index, now or when its last load ends."""
         entry.dropped = True
-        if entry.loads == 0:
+        self._release(entry)
+
+    def _release(self, entry: _Entry) -> None:
+        if entry.dropped and not entry.freed and entry.loads == 0:
+            entry.freed = True
             self.pool.free(entry.allocation)
 
     # ---- load
@@ -470,8 +493,7 @@ class SwapEngine:
             with self._lock:
                 for entry in entries:
                     entry.loads -= 1
-                    if entry.dropped and entry.loads == 0:
-                        self.pool.free(entry.allocation)
+                    self._release(entry)
                 self._loads_in_flight -= 1
                 self._loads_ended.notify_all()
         seconds = time.perf_counter() - start
@@ -544,6 +566,7 @@ class SwapEngine:
                     self._drop(entry)
                     found += 1
             self._totals["discarded_blocks"] += found
+            self._loads_ended.notify_all()  # a store that waits for room looks again
         return found
 
     @contextmanager
@@ -555,16 +578,15 @@ class SwapEngine:
         """
         names = list(keys)
         with self._store_lock, self._lock:
-            for entry in self._find(names):
-                entry.pins += 1
+            held = [entry.pins for entry in self._find(names)]
+            for pins in held:
+                pins.count += 1
         try:
             yield
         finally:
             with self._lock:
-                for key in names:
-                    held = self._index.get(key)  # a discarded record took its pin with it
-                    if held is not None and held.pins:
-                        held.pins -= 1
+                for pins in held:
+                    pins.count -= 1
 
     def read_record(self, key: bytes) -> bytes:
         """A copy of the record under a key: what `kvzip.decode`, `kvzip.read_header` and ``kvzip inspect`` take.
@@ -587,7 +609,7 @@ class SwapEngine:
                 raw_bytes=raw,
                 record_bytes=stored,
                 ratio=raw / stored if stored else 1.0,
-                pinned=sum(e.pins > 0 for e in entries),
+                pinned=sum(e.pins.count > 0 for e in entries),
                 stored_blocks=totals["stored_blocks"],
                 loaded_blocks=totals["loaded_blocks"],
                 discarded_blocks=totals["discarded_blocks"],
