@@ -23,6 +23,7 @@ from kvzip.errors import (
     BlockNotFoundError,
     ConfigError,
     CorruptRecordError,
+    FormatVersionError,
     KvzipError,
     LayoutError,
     PoolExhaustedError,
@@ -511,7 +512,7 @@ class SwapEngine:
         headers: list[RecordHeader] = []
         payloads: list[npt.NDArray[np.uint8]] = []
         for i, entry in enumerate(entries):
-            header, payload = read_record(self.pool.read(entry.allocation))
+            header, payload = _read_own(self.pool.read(entry.allocation))
             layout = check_geometry(header.geometry, out.layout)
             headers.append(header)
             payloads.append(np.frombuffer(payload, np.uint8))
@@ -654,6 +655,14 @@ class SwapEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the engine is closed: make a new one")
+
+
+def _read_own(record: npt.NDArray[np.uint8]) -> tuple[RecordHeader, memoryview]:
+    """Read a record that this process wrote: another version is damage here."""
+    try:
+        return read_record(record)
+    except FormatVersionError as error:
+        raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 
 
 def _settings(codec: Codec, bound: ErrorBound, mode: str | None) -> Settings:
