@@ -236,6 +236,7 @@ class SwapEngine:
         self._totals: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._seconds = {"store": 0.0, "load": 0.0}
+        self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
         self._loads_in_flight = 0
         self._closed = False
 
@@ -298,6 +299,7 @@ class SwapEngine:
     ) -> TransferResult:
         layout = blocks.layout
         request = EncodeRequest(settings.bound, settings.mode, self._threads)
+        self._codecs[settings.codec.name] = settings.codec
         extents = self.pool.round_up
         worst = len(keys) * extents(max_record_bytes(settings.codec, layout))
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
@@ -520,17 +522,20 @@ class SwapEngine:
         # A codec validates its own batch before it writes; with several, all must be valid before the first writes.
         if len(groups) > 1:
             for (name, layout), members in groups.items():
-                get_codec(name).validate_blocks(
+                self._codec(name).validate_blocks(
                     layout, [payloads[i] for i in members], [headers[i].table for i in members]
                 )
         for (name, layout), members in groups.items():
             view = out[out.block_ids[members]].with_groups(layout)
-            get_codec(name).decode_blocks(
+            self._codec(name).decode_blocks(
                 view,
                 [payloads[i] for i in members],
                 [headers[i].table for i in members],
                 threads=self._threads,
             )
+
+    def _codec(self, name: str) -> Codec:
+        return self._codecs.get(name) or get_codec(name)
 
     # ---- the rest
 
