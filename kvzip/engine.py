@@ -227,8 +227,8 @@ class SwapEngine:
         self._settings = _settings(get_codec(codec), ErrorBound.relative(1e-3) if bound is None else bound, mode)
         self._policy = make_policy(policy)
         self._threads = threads
-        self._owns_pool = isinstance(pool, int)
-        self.pool = HostPool(pool) if isinstance(pool, int) else pool
+        self._owns_pool = not isinstance(pool, HostPool)
+        self.pool = pool if isinstance(pool, HostPool) else HostPool(pool)
         self._index: dict[bytes, _Entry] = {}
         self._lock = threading.RLock()
         self._loads_ended = threading.Condition(self._lock)
@@ -279,6 +279,7 @@ class SwapEngine:
 
         Raises:
             ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks.
+            LayoutError: the codec does not work where the blocks lie.
             PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed.
         """
         start = time.perf_counter()
@@ -481,6 +482,7 @@ class SwapEngine:
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         with self._lock:
             self._check_open()
+            self._totals["missing_blocks"] += sum(name not in self._index for name in names)
             entries = self._find(names)
             for key, entry in zip(names, entries, strict=True):
                 entry.loads += 1
@@ -543,7 +545,6 @@ class SwapEngine:
         """Entries of keys; `BlockNotFoundError` when one is not held."""
         missing = tuple(key for key in keys if key not in self._index)
         if missing:
-            self._totals["missing_blocks"] += len(missing)
             raise BlockNotFoundError(
                 f"{len(missing)} of {len(keys)} keys are not held (the first is {missing[0]!r}): check with contains()",
                 keys=missing,
@@ -564,8 +565,9 @@ class SwapEngine:
             How many were held.
         """
         found = 0
+        names = _key_list(keys)
         with self._lock:
-            for key in keys:
+            for key in names:
                 entry = self._index.pop(key, None)
                 if entry is not None:
                     self._policy.remove(key, evicted=False)
@@ -582,7 +584,7 @@ class SwapEngine:
         Raises:
             BlockNotFoundError: a key is not held; nothing was pinned.
         """
-        names = list(keys)
+        names = _key_list(keys)
         with self._store_lock, self._lock:
             held = [entry.pins for entry in self._find(names)]
             for pins in held:
@@ -676,15 +678,20 @@ def _settings(codec: Codec, bound: ErrorBound, mode: str | None) -> Settings:
     return Settings(codec, bound, codec.modes[0] if mode is None else codec.check_mode(mode))
 
 
-def _check_keys(keys: object, blocks: BlockView, *, repeats: bool = False) -> list[bytes]:
+def _key_list(keys: object) -> list[bytes]:
     if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
-        raise ConfigError("keys is a single key: give a list of keys, one a block")
+        raise ConfigError(f"keys is the single key {keys!r}: give a list of keys")
     names: list[bytes] = list(keys)
-    if len(names) != len(blocks):
-        raise ConfigError(f"{len(names)} keys for {len(blocks)} blocks: give one key a block")
     for name in names:
         if not isinstance(name, bytes):
             raise ConfigError(f"key {name!r} is of type {type(name).__name__}: keys are bytes")
+    return names
+
+
+def _check_keys(keys: object, blocks: BlockView, *, repeats: bool = False) -> list[bytes]:
+    names = _key_list(keys)
+    if len(names) != len(blocks):
+        raise ConfigError(f"{len(names)} keys for {len(blocks)} blocks: give one key a block")
     if not repeats and len(set(names)) != len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ConfigError(f"key {twice!r} is given twice: each block needs its own key")
