@@ -8,6 +8,7 @@ import copy
 import ctypes
 import enum
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,9 @@ _DTYPE_NAMES = {
     "uint8": DType.OPAQUE,
     "int8": DType.OPAQUE,
 }
+
+
+_FLOATS = ("bfloat16", "float16", "float32")
 
 
 class BoundKind(enum.IntEnum):
@@ -352,6 +356,8 @@ class TensorMemory:
         """
         if isinstance(tensor, np.ndarray):
             address, shape, strides = tensor.__array_interface__["data"][0], tensor.shape, tensor.strides
+            if tensor.dtype.byteorder == (">" if sys.byteorder == "little" else "<"):
+                raise LayoutError(f"elements of type {tensor.dtype} are in foreign byte order: use astype to change it")
             own, itemsize, device, writable = tensor.dtype.name, tensor.itemsize, "cpu", bool(tensor.flags.writeable)
         elif hasattr(tensor, "data_ptr") and hasattr(tensor, "stride"):
             address, shape, itemsize = int(tensor.data_ptr()), tuple(tensor.shape), int(tensor.element_size())
@@ -369,6 +375,11 @@ class TensorMemory:
             raise LayoutError(
                 f"dtype {meaning.name.lower()} has {meaning.itemsize} bytes, the tensor's {own} has {itemsize}: "
                 "view the tensor as the right type"
+            )
+        elif own in _FLOATS and meaning is not DType.OPAQUE and _DTYPE_NAMES[own] is not meaning:
+            raise LayoutError(
+                f"the tensor holds {own}, not {meaning.name.lower()}: pass a tensor of that type, or a view of its bit "
+                "patterns as uint16 or uint32"
             )
         return cls(
             int(address), tuple(int(n) for n in shape), tuple(int(s) for s in strides), meaning, device, writable
