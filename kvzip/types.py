@@ -435,11 +435,13 @@ class BlockView:
         self.block_ids = self._check_ids(block_ids)
 
     def _check_ids(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        if not isinstance(block_ids, np.ndarray):
-            block_ids = np.asarray(list(block_ids), dtype=np.int64)
-        ids = np.ascontiguousarray(block_ids, dtype=np.int64)
-        if ids.ndim != 1:
-            raise LayoutError(f"block numbers of shape {ids.shape}: give a flat list")
+        given = np.asarray(block_ids if isinstance(block_ids, np.ndarray) else list(block_ids))
+        if given.size and given.dtype.kind not in "iu":  # a mask or fractions would select other blocks than meant
+            raise LayoutError(f"block numbers of type {given.dtype}: give integers")
+        if given.ndim != 1:
+            raise LayoutError(f"block numbers of shape {given.shape}: give a flat list")
+        ids = given.astype(np.int64)  # a copy: what was checked here must not change
+        ids.flags.writeable = False
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.num_blocks):
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise LayoutError(f"block number {bad}: the tensors have blocks 0 to {self.num_blocks - 1}")
@@ -480,8 +482,11 @@ class BlockView:
 
     @property
     def writable(self) -> bool:
-        """Whether every tensor may be written to."""
-        return all(m.writable for m in self._memory)
+        """Whether every tensor may be written to, and no two values share their memory."""
+        return all(
+            m.writable and all(stride or size == 1 for size, stride in zip(m.shape, m.strides_bytes, strict=True))
+            for m in self._memory
+        )
 
     def page(self, block: int, segment: int) -> npt.NDArray[Any]:
         """Bit patterns of one page in host memory, without a copy.
