@@ -53,7 +53,7 @@ class DType(enum.IntEnum):
         """
         if isinstance(name, DType):
             return name
-        found = _DTYPE_NAMES.get(name.removeprefix("torch."))
+        found = _DTYPE_NAMES.get(str(name).removeprefix("torch."))  # torch.bfloat16 and np.dtype("float32") too
         if found is None:
             raise ConfigError(f"unknown dtype {name!r}: use one of {', '.join(sorted(_DTYPE_NAMES))}")
         return found
@@ -129,8 +129,8 @@ class ErrorBound:
         """
         if text == "lossless":
             return cls.lossless()
-        prefix, _, number = text.rpartition(":")
-        if prefix not in ("", "rel", "abs"):
+        prefix, colon, number = text.rpartition(":")
+        if prefix not in ("rel", "abs") and (prefix or colon):
             raise ConfigError(f"error bound {text!r}: use a number such as 1e-3 (relative), abs:1e-2 or lossless")
         try:
             value = float(number)
@@ -144,13 +144,17 @@ class ErrorBound:
         if self.kind is BoundKind.LOSSLESS:
             return "lossless"
         prefix = "abs" if self.kind is BoundKind.ABSOLUTE else "rel"
-        return f"{prefix}:{self.value:g}"
+        return f"{prefix}:{self.value!r}"
 
 
 def _positive(what: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
         raise ConfigError(f"{what} {value!r} is not a finite positive number: use a value such as 1e-3")
-    return float(value)
+    return number
 
 
 def _group_tokens(tokens: int) -> int:
@@ -187,6 +191,8 @@ class SegmentLayout:
     group_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if self.tensor < 0:
+            raise LayoutError(f"tensor index {self.tensor}: tensors are counted from 0")
         if self.kind not in ("", "k", "v"):
             raise LayoutError(f"kind {self.kind!r}: use 'k', 'v' or ''")
         if min(self.tokens, self.heads, self.head_dim) < 1:
@@ -236,6 +242,8 @@ class BlockLayout:
     def __post_init__(self) -> None:
         if not self.segments:
             raise LayoutError("a block needs at least one page: give at least one tensor")
+        if not (self.dims.isascii() and self.dims.isprintable() and len(self.dims) <= 8):
+            raise LayoutError(f"dims {self.dims!r}: a record keeps at most 8 printable ASCII characters")
         object.__setattr__(self, "nbytes", sum(s.nbytes for s in self.segments))
         object.__setattr__(self, "_hash", hash((self.segments, self.dims)))
 
@@ -420,6 +428,9 @@ class BlockView:
         if layout.num_tensors != len(self.tensors):
             raise LayoutError(f"the layout speaks of {layout.num_tensors} tensors, {len(self.tensors)} were given")
         by_tensor = {s.tensor: s.dtype for s in layout.segments}
+        if len(by_tensor) != len(self.tensors):
+            unused = min(set(range(len(self.tensors))) - set(by_tensor))
+            raise LayoutError(f"no page of the layout lies in tensor {unused}: leave it out")
         self._memory = tuple(
             TensorMemory.of(t, DType.OPAQUE if _item_bytes(t) != by_tensor[i].itemsize else by_tensor[i])
             for i, t in enumerate(self.tensors)
