@@ -19,13 +19,14 @@ import crc32c as _crc32c
 import numpy as np
 import numpy.typing as npt
 
-from kvzip.errors import CorruptRecordError, FormatError, FormatVersionError
+from kvzip.errors import ConfigError, CorruptRecordError, FormatError, FormatVersionError
 from kvzip.types import BlockLayout, BoundKind, DType, ErrorBound, SegmentLayout
 
 FORMAT_VERSION = 1
 MAGIC = b"KVZP"
 ALIGNMENT = 16
 MAX_SEGMENTS = 65_536
+MAX_GEOMETRIES = 65_535
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
@@ -212,6 +213,11 @@ def header_nbytes(layout: BlockLayout) -> int:
         raise FormatError(
             f"{len(layout.segments)} pages in a block: a record holds at most {MAX_SEGMENTS}; split the block"
         )
+    if _geometry_runs(layout)[0] > MAX_GEOMETRIES:
+        raise FormatError(
+            f"{_geometry_runs(layout)[0]} runs of pages of one geometry: a record holds at most {MAX_GEOMETRIES}; "
+            "put pages of one shape side by side"
+        )
     return align(_FIXED.size + len(_geometry_runs(layout)[1]) + ENTRY_DTYPE.itemsize * len(layout.segments))
 
 
@@ -268,6 +274,8 @@ def _header_template(
     layout: BlockLayout, codec: str, mode: str, bound: ErrorBound, reason: Reason
 ) -> tuple[npt.NDArray[np.uint8], int]:
     """What the headers of a batch have in common, and where their segment tables begin."""
+    if not (codec.isascii() and codec.isprintable() and 1 <= len(codec) <= 16):
+        raise ConfigError(f"codec name {codec!r}: a record keeps 1 to 16 printable ASCII characters")
     runs, geometry = _geometry_runs(layout)
     size = header_nbytes(layout)
     fixed = _FIXED.pack(
@@ -357,9 +365,7 @@ def read_header(record: Buffer) -> RecordHeader:
         bound == 0 if kind is BoundKind.LOSSLESS else math.isfinite(bound) and bound > 0,
         f"bound {bound} is out of range",
     )
-    _require(
-        math.isnan(max_error) or (max_error >= 0 and math.isfinite(max_error)), f"max_error {max_error} is out of range"
-    )
+    _require(math.isnan(max_error) or max_error >= 0, f"max_error {max_error} is out of range")
     geometry = _parse_geometry(data[_FIXED.size :], num_runs, num_segments)
     _require(
         raw_bytes == sum(g.count * g.nbytes for g in geometry), f"raw_bytes {raw_bytes} is not what the geometry says"
