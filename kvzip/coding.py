@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from kvzip.backends.base import Bytes, Codec, EncodeRequest
 from kvzip.backends.registry import get_codec
-from kvzip.errors import BackendUnavailableError, ConfigError, LayoutError, NativeError
+from kvzip.errors import BackendUnavailableError, ConfigError, LayoutError
 from kvzip.record import (
+    MODES,
     Buffer,
     Geometry,
     Reason,
@@ -31,7 +32,7 @@ from kvzip.record import (
     pack_headers,
     read_record,
 )
-from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout
+from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout, TensorMemory
 
 _log = logging.getLogger("kvzip")
 _logged: set[tuple[str, str]] = set()
@@ -93,11 +94,14 @@ def encode_records(
         measure_error: also decode, and compare with what went in.
     """
     layout = blocks.layout
+    check_device(codec, blocks)
     reason = Reason.AS_ASKED
     out = np.empty((len(blocks), max_record_bytes(codec, layout)), np.uint8)
     try:
         tables, sizes = codec.encode_blocks(blocks, request, out)
-    except (NativeError, BackendUnavailableError, MemoryError) as error:
+    except (ConfigError, LayoutError):
+        raise  # the caller's mistake, which raw would not mend
+    except Exception as error:  # whatever a codec, perhaps a third party's, fails with
         unavailable = isinstance(error, BackendUnavailableError)
         reason = Reason.CODEC_UNAVAILABLE if unavailable else Reason.ENCODER_FAILED
         log_once(f"codec {codec.name!r} failed, blocks are stored raw", str(error))
@@ -111,7 +115,7 @@ def encode_records(
         sizes,
         np.fromiter(map(crc32c, payloads), np.uint32, len(payloads)),
         codec=codec.name,
-        mode=request.mode if request.mode in codec.modes else "none",
+        mode=request.mode if request.mode in codec.modes and request.mode in MODES else "none",
         bound=request.bound,
         reason=reason,
         max_errors=np.array([error for error, _ in errors]) if errors else None,
@@ -124,6 +128,19 @@ def encode_records(
     if reason is not Reason.AS_ASKED:
         fallbacks = {reason.name.lower(): tables.size}
     return EncodedBatch(records, fallbacks)
+
+
+def check_device(codec: Codec, blocks: BlockView) -> None:
+    """Check that a codec works where the blocks lie.
+
+    Raises:
+        LayoutError: it does not; by address, it would read or write memory that is not there.
+    """
+    if blocks.device.partition(":")[0] not in codec.devices:
+        raise LayoutError(
+            f"the blocks lie on {blocks.device}, codec {codec.name!r} works on {', '.join(codec.devices)}: "
+            "copy them there, or use a codec for that device"
+        )
 
 
 def _measure(
@@ -268,6 +285,9 @@ def encode(
         ConfigError: the codec does not know the mode.
     """
     chosen = get_codec(codec)
+    if not isinstance(bound, ErrorBound):
+        raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
+    TensorMemory.of(x, dtype)  # says what is wrong with x
     tensor = x[None]
     if layout is None:
         layout = BlockLayout.opaque([tensor], dtype=dtype)
@@ -314,6 +334,7 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
     view = _decode_view(header, tensors)
     if not view.writable:
         raise LayoutError("out is read-only: pass a writable array")
+    check_device(codec, view)
     codec.decode_blocks(view, [np.frombuffer(payload, np.uint8)], [header.table])
     return tensors[0] if made and len(tensors) == 1 else out
 
@@ -329,7 +350,9 @@ def _tensors_of(header: RecordHeader) -> tuple[str, list[tuple[int, ...]]]:
         if whole and ("H" in dims or all(g.heads == 1 for g in pages)):
             shapes = [tuple({"2": 2, "N": g.tokens, "H": g.heads, "D": g.head_dim}[d] for d in dims) for g in pages]
             return dims, shapes
-    return "", [(g.head_dim,) if g.tokens == g.heads == 1 else (g.tokens, g.heads, g.head_dim) for g in flat]
+    if all(g.tokens == g.heads == 1 for g in flat):
+        return "", [(g.head_dim,) for g in flat]
+    return "", [(g.tokens, g.heads, g.head_dim) for g in flat]
 
 
 def _allocate(header: RecordHeader) -> list[npt.NDArray[Any]]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.registry import get_codec
-from kvzip.coding import EncodedRecord, check_geometry, encode_records, max_record_bytes
+from kvzip.coding import EncodedRecord, check_device, check_geometry, encode_records, max_record_bytes
 from kvzip.errors import (
     BlockNotFoundError,
     ConfigError,
@@ -528,6 +528,7 @@ class SwapEngine:
                     layout, [payloads[i] for i in members], [headers[i].table for i in members]
                 )
         for (name, layout), members in groups.items():
+            check_device(self._codec(name), out)
             view = out[out.block_ids[members]].with_groups(layout)
             self._codec(name).decode_blocks(
                 view,
