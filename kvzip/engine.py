@@ -521,6 +521,8 @@ class SwapEngine:
             headers.append(header)
             payloads.append(np.frombuffer(payload, np.uint8))
             groups.setdefault((header.codec, layout), []).append(i)
+        for name, _ in groups:
+            check_device(self._codec(name), out)
         # A codec validates its own batch before it writes; with several, all must be valid before the first writes.
         if len(groups) > 1:
             for (name, layout), members in groups.items():
@@ -528,7 +530,6 @@ class SwapEngine:
                     layout, [payloads[i] for i in members], [headers[i].table for i in members]
                 )
         for (name, layout), members in groups.items():
-            check_device(self._codec(name), out)
             view = out[out.block_ids[members]].with_groups(layout)
             self._codec(name).decode_blocks(
                 view,
