@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KvzipError, OSError) as error:
         print(f"kvzip: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"kvzip: out of memory ({error}): use a smaller input, block or budget", file=sys.stderr)
+        return 2
     return status
 
 
@@ -99,6 +102,7 @@ def _bytes(text: str) -> int:
         "KB": 10**3,
         "MB": 10**6,
         "GB": 10**9,
+        "TB": 10**12,
     }
     number = text.rstrip("kKmMgGtTiIbB")
     unit = text[len(number) :].upper()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kvzip.coding import compare_pages, max_record_bytes
 from kvzip.engine import SwapEngine
-from kvzip.errors import ConfigError
+from kvzip.errors import BackendUnavailableError, ConfigError
 from kvzip.pool import HostPool
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
@@ -64,8 +64,8 @@ def read_input(path: Path | None) -> tuple[npt.NDArray[Any], DType]:
             return np.load(sample), DType.BFLOAT16
     try:
         data = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # NumPy raises many kinds for files that are not its own (BadZipFile, MemoryError, ...)
+        raise ConfigError(f"cannot read {path}: {error}; give a file that numpy.save wrote") from error
     if not isinstance(data, np.ndarray) or data.ndim != 5 or data.shape[1] != 2 or 0 in data.shape:
         shape = getattr(data, "shape", "of several arrays")
         raise ConfigError(f"{path} has shape {shape}: give [layers, 2, tokens, kv_heads, head_dim], none of them 0")
@@ -73,7 +73,8 @@ def read_input(path: Path | None) -> tuple[npt.NDArray[Any], DType]:
     if data.dtype.name not in dtypes:
         raise ConfigError(f"{path} holds {data.dtype}: give uint16 (bit patterns of bfloat16), float16 or float32")
     dtype = dtypes[data.dtype.name]
-    return np.ascontiguousarray(data).view(dtype.numpy_bits), dtype
+    data = data.astype(data.dtype.newbyteorder("<"), order="C", copy=False)  # the file may be big-endian
+    return data.view(dtype.numpy_bits), dtype
 
 
 def paged(cache: npt.NDArray[Any], block_tokens: int) -> list[npt.NDArray[Any]]:
@@ -121,10 +122,13 @@ def run(
 
     Raises:
         ConfigError: an argument or the input cannot be used.
+        BackendUnavailableError: there is no such device, or nothing runs on it.
         PoolExhaustedError: the budget cannot hold even one batch of a single block.
     """
     if block_tokens < 1:
         raise ConfigError(f"block of {block_tokens} tokens: use at least 1, 16 is usual")
+    if device not in ("auto", "cpu"):
+        raise BackendUnavailableError(f"the demo does not run on {device!r} in this version: use --device cpu")
     cache, dtype = read_input(path)
     before = paged(cache, block_tokens)
     pages = [layer.copy() for layer in before]
@@ -152,7 +156,7 @@ def run(
             layer.view(np.uint8).fill(_POISON)
         held = [i for i in range(count) if engine.contains(keys[i])]
         held.reverse()  # another order, into other block numbers
-        target = np.roll(np.arange(count), 1)[: len(held)]
+        target = np.array([(i + 1) % count for i in held], np.int64)
         for first in range(0, len(held), batch):
             chosen = held[first : first + batch]
             result = engine.load([keys[i] for i in chosen], view[target[first : first + batch]]).result()
