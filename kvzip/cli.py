@@ -136,7 +136,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         progress=progress,
     )
     if arguments.json:
-        print(json.dumps(result.as_dict()))
+        print(_json(result.as_dict()))
     else:
         print(_table(_demo_rows(result.as_dict())))
     return 1 if result.violations else 0
@@ -163,7 +163,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
     info = system_info()
     if arguments.json:
-        print(json.dumps(info, indent=2))
+        print(_json(info, indent=2))
     else:
         print(_table(list(_flatten(info))))
     return 0
@@ -184,7 +184,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     header = read_header(data)
     read_record(data)
     if arguments.json:
-        print(json.dumps(_header_dict(header)))
+        print(_json(_header_dict(header)))
     else:
         print(_table(list(_flatten(_header_dict(header)))))
     return 0
@@ -217,6 +217,12 @@ def _header_dict(header: RecordHeader) -> dict[str, Any]:
         "largest_applied_bound": float(header.table["bound"].max()),
         "payload_crc32c": f"{header.payload_crc32c:08x}",
     }
+
+
+def _json(value: dict[str, Any], indent: int | None = None) -> str:
+    """JSON proper: it has no infinity and no NaN, they become null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
