@@ -209,6 +209,7 @@ def environment() -> dict[str, Any]:
         "numpy": np.__version__,
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
         "transparent_huge_pages": huge.read_text().strip() if huge.exists() else "unknown",
     }
@@ -221,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "pool.json")
     options = parser.parse_args(arguments)
     quick: bool = options.quick
+    around = environment()  # before this run adds to the load
 
     rows = []
     print(
@@ -252,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fill = fills(256 * MIB if quick else 2 * GIB, 1 if quick else 5)
     for row in (*copy, *fill):
         print(json.dumps(row))
-    result = {"environment": environment(), "churn": rows, "scale": scale, "copy": copy, "fill": fill}
+    result = {"environment": around, "churn": rows, "scale": scale, "copy": copy, "fill": fill}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
