@@ -61,12 +61,11 @@ KVZ_DEV void relax() { emulation::yield(); }
 
 template <int DTYPE>
 KVZ_DEV uint32_t extreme_half(uint32_t a, uint32_t b, bool largest) {
-  if (!is_finite<DTYPE>(a) && (a & Traits<DTYPE>::kInfinity - 1 & 0x7fff) && (a & 0x7fff) > Traits<DTYPE>::kInfinity) return 0x7fff;
-  if ((b & 0x7fff) > Traits<DTYPE>::kInfinity) return 0x7fff;
+  if ((a & 0x7fff) > Traits<DTYPE>::kInfinity || (b & 0x7fff) > Traits<DTYPE>::kInfinity) return 0x7fff;
   int x = static_cast<int16_t>(a), y = static_cast<int16_t>(b);
   x ^= (x >> 15) & 0x7fff;
   y ^= (y >> 15) & 0x7fff;
-  return ((x > y) == largest) ? a : b;
+  return (x > y) == largest ? a : b;
 }
 template <int DTYPE>
 KVZ_DEV uint32_t min2(uint32_t a, uint32_t b) {
@@ -288,7 +287,7 @@ struct Shared {
   uint64_t total;
   int32_t low[kMaxWarps], high[kMaxWarps];
   uint32_t equal[kMaxWarps];
-  uint32_t spare[kMaxWarps];
+  uint64_t sums[kMaxWarps];
   uint32_t words[kMaxStrips];           // words of each strip in the quantised candidate, and when decoding
   uint32_t lossless_words[kMaxStrips];  // and in the lossless one
 };
@@ -418,7 +417,6 @@ struct Strips {
   uint8_t* base;  // of the page
   int64_t token_stride, head_stride;
   uint32_t channels, head_dim, per_row, count;
-  uint32_t groups() const = delete;
 };
 
 KVZ_DEV Strips strips_of(const kvz_segment& segment, int64_t block_id) {
@@ -580,7 +578,7 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
     const uint32_t page = shared.page, block = shared.block, segment_index = shared.segment;
     uint32_t ticket = 0;
     if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
-    const kvz_segment& segment = p.segments[segment_index];
+    const kvz_segment segment = p.segments[segment_index];
     const Strips strips = strips_of(segment, p.block_ids[block]);
     const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
     const uint32_t groups = segment.tokens / 16 * strips.channels;
@@ -678,23 +676,26 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
     const uint32_t equal = shared.equal[0];
     const bool constant = equal != kDiffers && __all_sync(kAllLanes, shared.equal[slot] == equal);
     const uint32_t low_bits = value_of_key_16(low_key), high_bits = value_of_key_16(high_key);
-    const uint32_t lossy_coding = segment.coding;
+    const uint32_t lossy_coding = segment.coding;  // or raw, or lossless
+
+    const bool lossy = lossy_coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
 
     float bound = 0.0f;
-    if (segment.bound_kind != KVZ_BOUND_LOSSLESS && low_key <= high_key) {
+    if (lossy && low_key <= high_key) {
       bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
     }
     uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
     uint32_t size = raw_bytes, param = 0;
     const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
     float finer = 0.0f;  // lane w: 1 / S for width w
+    bool settled = false;  // the quantised candidate is small enough: there is no lossless one
 
-    if (constant) {
+    if (lossy_coding == KVZ_RAW) {
+      reason = KVZ_AS_ASKED;
+    } else if (constant) {
       coding = KVZ_CONSTANT;
       reason = KVZ_AS_ASKED;
       size = KVZ_CONSTANT_BYTES;
-    } else if (lossy_coding == KVZ_RAW) {
-      reason = KVZ_AS_ASKED;
     } else {
       // Widths of the quantised candidate.
       if (bound > 0.0f) {
@@ -768,13 +769,11 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
           coding = static_cast<uint8_t>(lossy_coding);
           reason = KVZ_AS_ASKED;
         }
-        // The candidates are compared with each other before raw, but a lossless one that is smaller than raw and not smaller than a
-        // quantised one cannot exist when the quantised one is not smaller than raw.
-        if (static_cast<uint64_t>(quantised) * 8 <= static_cast<uint64_t>(raw_bytes) * 5) goto decided;
+        settled = static_cast<uint64_t>(quantised) * 8 <= static_cast<uint64_t>(raw_bytes) * 5;
       }
 
       // Widths of the lossless candidate.
-      {
+      if (!settled) {
         const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
         const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
         for (uint32_t k = 0; k < rounds; ++k) {
@@ -806,14 +805,13 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         __syncthreads();
         const uint32_t lossless = groups + 2 * sum_words(shared.lossless_words, count, lane);
         if (lossless < size) {
-          reason = bound > 0.0f ? KVZ_LOSSLESS_SMALLER : segment.bound_kind == KVZ_BOUND_LOSSLESS ? KVZ_AS_ASKED : KVZ_BOUND_TOO_FINE;
+          reason = !lossy ? KVZ_AS_ASKED : bound > 0.0f ? KVZ_LOSSLESS_SMALLER : KVZ_BOUND_TOO_FINE;
           size = lossless;
           coding = KVZ_LOSSLESS;
           param = largest;
         }
       }
     }
-  decided:
     const uint32_t units = units_of(size);
     if (thread == 0) publish_size(p, page, segment_index, units);
     const kvz_entry entry = make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
@@ -909,7 +907,7 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
           } else {
             transpose_16(a);
           }
-          for (uint32_t i = index; i < index + warps && i < count; ++i) base += strip_words[i];
+          base += __reduce_add_sync(kAllLanes, lane < warps && index + lane < count ? strip_words[index + lane] : 0u);
         }
         __syncthreads();
         if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
@@ -979,7 +977,7 @@ KVZ_DEV uint64_t class_array_bytes(uint32_t dtype, uint32_t coding, uint32_t gro
   return (bytes + 3) / 4 * 4;
 }
 
-// Words that four classes of one byte imply, or ~0 for a class that does not exist.
+// Words of a group of class `c`, or ~0 when there is no such class.
 KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t bits, uint32_t widest, uint32_t sign_mantissa, bool apart) {
   if (bytes) {
     const uint32_t w = c & 63u;
@@ -996,7 +994,7 @@ KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t 
 // the payload, whatever its bytes are.
 KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, uint32_t s, uint32_t lane) {
   const kvz_entry entry = p.table[page];
-  const kvz_segment& segment = p.segments[s];
+  const kvz_segment segment = p.segments[s];
   const uint64_t payload_bytes = p.payload_bytes[b];
   uint64_t expected = 0;
   if (s > 0) {
@@ -1229,7 +1227,7 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     const uint32_t block = page / p.num_segments, segment_index = page - block * p.num_segments;
     if (block_is_refused(p, block)) continue;
     const kvz_entry entry = p.table[page];
-    const kvz_segment& segment = p.segments[segment_index];
+    const kvz_segment segment = p.segments[segment_index];
     const uint8_t* const from = reinterpret_cast<const uint8_t*>(p.payloads[block]) + static_cast<uint64_t>(entry.offset) * 16;
     const uint32_t coding = entry.coding;
     if (coding < KVZ_FIXED) {
@@ -1387,10 +1385,13 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
             }
           }
         }
-        for (uint32_t i = index; i < index + warps && i < count; ++i) base += shared.words[i];
+        base += __reduce_add_sync(kAllLanes, lane < warps && index + lane < count ? shared.words[index + lane] : 0u);
       }
     }
     __syncthreads();
   }
   finish_decode(p, shared);
 }
+
+}  // namespace gpu
+}  // namespace kvz

@@ -107,6 +107,121 @@ KVZ_API int32_t kvz_cpu_compare(const kvz_segment* a, const int64_t* a_blocks, c
                                 const int64_t* b_blocks, uint32_t num_segments, uint32_t num_blocks,
                                 const double* limits, double* max_errors, uint64_t* violations, uint32_t threads);
 
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+//
+// The same bytes on the GPU. The functions below never allocate device memory, never synchronise and never print, except where
+// they say so. `stream` is a cudaStream_t (NULL: the legacy default stream) of the current device. "Device memory" means memory that
+// the device can address: cudaMalloc, or mapped pinned host memory, which is right for what the host wants to read as
+// soon as an event after the call has passed (table, sizes, statuses) and slow for anything else. A library without CUDA has
+// all these functions; they return KVZ_NO_CUDA.
+
+// Scratch that encode and decode share, in device memory. It must be zero before the first call; every call leaves it zero, so that
+// calls in one stream can share it. Calls that may overlap need one each.
+KVZ_API uint64_t kvz_cuda_workspace_bytes(uint32_t num_segments, uint32_t num_blocks);
+
+// Worst case of the arena: every record with `header_bytes` in front of its payload, at a multiple of 256 bytes. 0 for invalid segments.
+KVZ_API uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
+                                      uint32_t header_bytes);
+
+typedef struct kvz_cuda_encode_args {
+  const kvz_segment* segments;         // host memory, read during the call; bases are device memory
+  const kvz_segment* device_segments;  // the same in device memory, to stay until the work is done
+  const int64_t* block_ids;            // device memory, num_blocks
+  uint8_t* arena;                      // device memory, a multiple of 16 (better 256)
+  uint64_t arena_bytes;
+  uint64_t record_stride;     // bytes from one record to the next, a multiple of 256; 0: packed
+  kvz_entry* table;           // device memory, out: num_blocks * num_segments, 16-byte aligned
+  uint64_t* payload_bytes;    // device memory, out: num_blocks
+  uint64_t* record_offsets;   // device memory, out: num_blocks; bytes from the arena's start to a record's start
+  uint32_t* status;           // device memory, out: [0] a kvz_status, then [1] = 1; may be NULL
+  void* workspace;            // kvz_cuda_workspace_bytes
+  uint64_t workspace_bytes;
+  uint32_t num_segments;
+  uint32_t num_blocks;
+  uint32_t header_bytes;      // left free before each payload; rounded up to 16
+  uint32_t max_ctas;          // most thread blocks to run at a time; 0: as many as fit
+  uint32_t strips_per_warp;   // tuning; 0: automatic
+  uint32_t reserved;          // 0
+} kvz_cuda_encode_args;
+
+// Encode block block_ids[b] for b < num_blocks in one launch. Record b begins at arena + record_offsets[b], its payload header_bytes
+// (rounded up to 16) later; payload and table are those of kvz_cpu_encode. When the arena is too small, status[0] is
+// KVZ_OUT_OF_SPACE, what did not fit was not written, and the table is complete. Capturable in a CUDA graph.
+KVZ_API int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream);
+
+typedef struct kvz_cuda_decode_args {
+  const kvz_segment* segments;         // host memory, read during the call; bases are device memory
+  const kvz_segment* device_segments;  // the same in device memory, to stay until the work is done
+  const int64_t* block_ids;            // device memory, num_blocks
+  const uint64_t* payloads;            // device memory, num_blocks addresses of payloads in device memory, multiples of 16
+  const uint64_t* payload_bytes;       // device memory, num_blocks
+  const kvz_entry* table;              // device memory, num_blocks * num_segments, 16-byte aligned
+  uint32_t* block_status;              // device memory, out: KVZ_OK or KVZ_CORRUPT, num_blocks; may be NULL
+  void* workspace;                     // kvz_cuda_workspace_bytes
+  uint64_t workspace_bytes;
+  uint32_t num_segments;
+  uint32_t num_blocks;
+  uint32_t all_or_nothing;             // 1: one corrupt block keeps every block of the batch from being written
+  uint32_t max_ctas;                   // most thread blocks to run at a time; 0: as many as fit
+  uint32_t strips_per_warp;            // tuning; 0: automatic
+  uint32_t reserved;                   // 0
+} kvz_cuda_decode_args;
+
+// Validate the payloads as kvz_cpu_validate does, then decode into block block_ids[b] of the segments. A block that is
+// corrupt is not written at all. Block ids must be distinct. Capturable in a CUDA graph.
+KVZ_API int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream);
+
+// What the last failing CUDA call of this thread said, such as "cudaErrorInvalidValue: invalid argument"; returns its code,
+// 0 when none has failed. `text` may be NULL.
+KVZ_API int32_t kvz_cuda_last_error(char* text, uint64_t text_bytes);
+
+// KVZ_OK when there is at least one device; else kvz_cuda_last_error tells why. `devices` may be NULL.
+KVZ_API int32_t kvz_cuda_available(int32_t* devices);
+
+typedef struct kvz_cuda_device {
+  char name[256];
+  uint64_t memory_bytes;
+  int32_t capability_major, capability_minor;
+  int32_t multiprocessors;
+  int32_t l2_bytes;
+  int32_t shared_bytes;  // most shared memory of a thread block
+  int32_t copy_engines;
+  int32_t pci_domain, pci_bus, pci_device;
+  int32_t host_native_atomics;
+} kvz_cuda_device;
+
+KVZ_API int32_t kvz_cuda_device_info(int32_t device, kvz_cuda_device* info);
+KVZ_API int32_t kvz_cuda_versions(int32_t* driver, int32_t* runtime);  // 13000 is 13.0
+KVZ_API int32_t kvz_cuda_get_device(int32_t* device);
+KVZ_API int32_t kvz_cuda_set_device(int32_t device);
+KVZ_API int32_t kvz_cuda_memory(uint64_t* free_bytes, uint64_t* total_bytes);
+
+// Memory. Registering pins host memory and maps it for every device; both ends must be multiples of the page size.
+KVZ_API int32_t kvz_cuda_malloc(uint64_t bytes, void** address);  // may synchronise
+KVZ_API int32_t kvz_cuda_free(void* address);                     // may synchronise
+KVZ_API int32_t kvz_cuda_host_register(void* address, uint64_t bytes);
+KVZ_API int32_t kvz_cuda_host_unregister(void* address);
+KVZ_API int32_t kvz_cuda_host_device_address(void* address, uint64_t* device_address);
+KVZ_API int32_t kvz_cuda_memset(void* address, int32_t byte, uint64_t bytes, void* stream);
+
+// Copies, in any direction, in stream order. A batch is one call: as one batch of the driver where it has that (CUDA 13), else one
+// by one. Host memory must be pinned for the call not to wait.
+KVZ_API int32_t kvz_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream);
+KVZ_API int32_t kvz_cuda_copy_batch(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count,
+                                    void* stream);
+
+// Streams and events of the current device. A higher `priority` is served first: 0 is the default, -1 above it.
+KVZ_API int32_t kvz_cuda_stream_create(int32_t priority, void** stream);
+KVZ_API int32_t kvz_cuda_stream_destroy(void* stream);
+KVZ_API int32_t kvz_cuda_stream_wait_event(void* stream, void* event);
+KVZ_API int32_t kvz_cuda_stream_synchronize(void* stream);  // blocks the host
+KVZ_API int32_t kvz_cuda_event_create(int32_t timing, void** event);
+KVZ_API int32_t kvz_cuda_event_destroy(void* event);
+KVZ_API int32_t kvz_cuda_event_record(void* event, void* stream);
+KVZ_API int32_t kvz_cuda_event_query(void* event, int32_t* done);
+KVZ_API int32_t kvz_cuda_event_synchronize(void* event);  // blocks the host, without spinning
+KVZ_API int32_t kvz_cuda_event_elapsed(void* start, void* stop, float* milliseconds);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// The CUDA codec behind kvz.h: kernels, the choice between them, and their launch. cuda_device.inl and cuda_general.inl hold the
+// code that runs on the device.
+#include <atomic>
+
+#include "cuda_general.inl"
+#include "cuda_transport.inl"
+
+namespace kvz {
+namespace gpu {
+namespace {
+
+extern __shared__ __align__(16) uint8_t g_shared[];
+
+// Two CTAs of 512 threads, or four of 256: enough pages in flight to cover the latency of device memory, with 64 registers a thread.
+template <int DTYPE>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2) encode_fast_kernel(const __grid_constant__ EncodeParams p) {
+  encode_fast<DTYPE>(p, g_shared);
+}
+template <int DTYPE>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2) decode_fast_kernel(const __grid_constant__ DecodeParams p) {
+  decode_fast<DTYPE>(p, g_shared);
+}
+__global__ void __launch_bounds__(kGeneralThreads, 2) encode_general_kernel(const __grid_constant__ EncodeParams p) {
+  encode_general(p, g_shared);
+}
+__global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(const __grid_constant__ DecodeParams p) {
+  decode_general(p, g_shared);
+}
+__global__ void __launch_bounds__(256) validate_kernel(const __grid_constant__ DecodeParams p) { validate(p); }
+
+// ---- the device -------------------------------------------------------------------------------------------------------
+
+constexpr int kMaxDevices = 64;
+
+enum Kernel { kEncodeBf16, kEncodeFp16, kEncodeGeneral, kDecodeBf16, kDecodeFp16, kDecodeGeneral, kKernels };
+
+const void* function_of(Kernel kernel) {
+  switch (kernel) {
+    case kEncodeBf16:
+      return reinterpret_cast<const void*>(encode_fast_kernel<KVZ_BF16>);
+    case kEncodeFp16:
+      return reinterpret_cast<const void*>(encode_fast_kernel<KVZ_FP16>);
+    case kEncodeGeneral:
+      return reinterpret_cast<const void*>(encode_general_kernel);
+    case kDecodeBf16:
+      return reinterpret_cast<const void*>(decode_fast_kernel<KVZ_BF16>);
+    case kDecodeFp16:
+      return reinterpret_cast<const void*>(decode_fast_kernel<KVZ_FP16>);
+    default:
+      return reinterpret_cast<const void*>(decode_general_kernel);
+  }
+}
+
+// What is asked of a device once. Two threads may ask at a time; both get the same answers.
+struct Device {
+  std::atomic<int> multiprocessors{0};
+  std::atomic<int> shared_bytes{0};
+  std::atomic<bool> prepared[kKernels];
+  // CTAs of a kernel that fit on a multiprocessor, of the launch shape asked for last: threads << 40 | shared bytes << 8 | CTAs.
+  std::atomic<uint64_t> resident[kKernels];
+};
+Device g_devices[kMaxDevices];
+
+cudaError_t current_device(Device*& device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return error;
+  if (index < 0 || index >= kMaxDevices) return cudaErrorInvalidDevice;
+  device = &g_devices[index];
+  if (device->multiprocessors.load(std::memory_order_acquire) != 0) return cudaSuccess;
+  int multiprocessors = 0, shared_bytes = 0;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  if (error != cudaSuccess) return error;
+  device->shared_bytes.store(shared_bytes, std::memory_order_relaxed);
+  device->multiprocessors.store(multiprocessors, std::memory_order_release);
+  return cudaSuccess;
+}
+
+// CTAs of this shape that the whole device holds at a time.
+cudaError_t resident_ctas(Device& device, Kernel kernel, uint32_t threads, uint32_t shared_bytes, uint32_t& ctas) {
+  const void* function = function_of(kernel);
+  if (!device.prepared[kernel].load(std::memory_order_acquire)) {
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, function);
+    if (error != cudaSuccess) return error;
+    const int most = device.shared_bytes.load(std::memory_order_relaxed) - static_cast<int>(attributes.sharedSizeBytes);
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return error;
+    device.prepared[kernel].store(true, std::memory_order_release);
+  }
+  const uint64_t shape = static_cast<uint64_t>(threads) << 40 | static_cast<uint64_t>(shared_bytes) << 8;
+  uint64_t known = device.resident[kernel].load(std::memory_order_relaxed);
+  if ((known & ~255ull) != shape) {
+    int fit = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, function, static_cast<int>(threads), shared_bytes);
+    if (error != cudaSuccess) return error;
+    if (fit < 1) return cudaErrorInvalidConfiguration;
+    known = shape | static_cast<uint64_t>(fit);
+    device.resident[kernel].store(known, std::memory_order_relaxed);
+  }
+  ctas = static_cast<uint32_t>(known & 255u) * static_cast<uint32_t>(device.multiprocessors.load(std::memory_order_relaxed));
+  return cudaSuccess;
+}
+
+// ---- arguments --------------------------------------------------------------------------------------------------------
+
+constexpr uint32_t kClearedInKernel = 8192;  // pages; more states are cleared by a memset behind the kernel
+constexpr uint64_t kMaxPages = 1u << 30;
+
+uint64_t round_up(uint64_t v, uint64_t to) { return (v + to - 1) / to * to; }
+
+bool aligned(const void* p, uint64_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+// What the segments of a batch need.
+struct Shape {
+  bool fast = true;
+  uint8_t dtype = KVZ_BF16;
+  uint32_t strips = 0;  // of the largest page
+};
+
+bool valid_for_device(const kvz_segment& s) {
+  if (kvz_max_segment_bytes(&s) == 0 || s.base == 0) return false;
+  const uint64_t item = s.dtype == KVZ_FP32 ? 4 : s.dtype == KVZ_OPAQUE ? 1 : 2;
+  uint64_t all = s.base | static_cast<uint64_t>(s.block_stride);
+  if (s.tokens > 1) all |= static_cast<uint64_t>(s.token_stride);
+  if (s.heads > 1) all |= static_cast<uint64_t>(s.head_stride);
+  return all % item == 0;
+}
+
+bool valid_for_encode(const kvz_segment& s) {
+  if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_RELATIVE) return false;
+  if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+  return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
+}
+
+Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips) {
+  Shape shape;
+  shape.dtype = segments[0].dtype;
+  for (uint32_t i = 0; i < count && shape.fast; ++i) {
+    const kvz_segment& s = segments[i];
+    uint64_t all = s.base | static_cast<uint64_t>(s.block_stride) | static_cast<uint64_t>(s.token_stride) | static_cast<uint64_t>(s.head_dim) * 2;
+    if (s.heads > 1) all |= static_cast<uint64_t>(s.head_stride);
+    const uint64_t channels = static_cast<uint64_t>(s.heads) * s.head_dim;
+    const uint64_t strips = s.tokens / 16 * ((channels + kStripChannels - 1) / kStripChannels);
+    shape.fast = s.dtype == shape.dtype && s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 && all % 16 == 0 &&
+                 strips <= most_strips;
+    if (shape.fast && strips > shape.strips) shape.strips = static_cast<uint32_t>(strips);
+  }
+  return shape;
+}
+
+// Two strips a warp share what a warp does once a page, and leave several CTAs on a multiprocessor; large pages take more.
+uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
+  if (strips_per_warp == 0) strips_per_warp = 2;
+  const uint32_t warps = (strips + strips_per_warp - 1) / strips_per_warp;
+  return warps < kMaxWarps ? warps : kMaxWarps;
+}
+
+uint32_t least(uint64_t a, uint64_t b) { return static_cast<uint32_t>(a < b ? a : b); }
+
+uint64_t counters_bytes() { return round_up(sizeof(Counters), 64); }
+
+int32_t check_batch(const kvz_segment* segments, const kvz_segment* device_segments, uint32_t num_segments, uint32_t num_blocks,
+                    const void* workspace, uint64_t workspace_bytes) {
+  if (segments == nullptr || device_segments == nullptr || num_segments == 0 || num_segments > 65536) return KVZ_INVALID_ARGUMENT;
+  if (static_cast<uint64_t>(num_segments) * num_blocks > kMaxPages) return KVZ_INVALID_ARGUMENT;
+  if (workspace == nullptr || !aligned(workspace, 16)) return KVZ_INVALID_ARGUMENT;
+  if (workspace_bytes < kvz_cuda_workspace_bytes(num_segments, num_blocks)) return KVZ_OUT_OF_SPACE;
+  for (uint32_t i = 0; i < num_segments; ++i) {
+    if (!valid_for_device(segments[i])) return KVZ_INVALID_ARGUMENT;
+  }
+  return KVZ_OK;
+}
+
+}  // namespace
+}  // namespace gpu
+}  // namespace kvz
+
+using namespace kvz;
+using namespace kvz::gpu;
+
+extern "C" {
+
+uint64_t kvz_cuda_workspace_bytes(uint32_t num_segments, uint32_t num_blocks) {
+  const uint64_t pages = static_cast<uint64_t>(num_segments) * num_blocks;
+  return counters_bytes() + round_up(num_blocks * 8ull, 64) + round_up(pages * 8, 64);
+}
+
+uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks, uint32_t header_bytes) {
+  if (segments == nullptr) return 0;
+  uint64_t payload = 0;
+  for (uint32_t i = 0; i < num_segments; ++i) {
+    const uint64_t bytes = kvz_max_segment_bytes(segments + i);
+    if (bytes == 0) return 0;
+    payload += bytes;
+  }
+  return round_up(round_up(header_bytes, 16) + payload, kRecordUnits * 16) * num_blocks;
+}
+
+int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
+  if (args == nullptr || args->reserved != 0) return KVZ_INVALID_ARGUMENT;
+  const kvz_cuda_encode_args& a = *args;
+  const int32_t status = check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
+  if (status != KVZ_OK) return status;
+  uint64_t worst = 0;
+  for (uint32_t i = 0; i < a.num_segments; ++i) {
+    if (!valid_for_encode(a.segments[i])) return KVZ_INVALID_ARGUMENT;
+    worst += kvz_max_segment_bytes(a.segments + i);
+  }
+  if (worst / KVZ_ALIGNMENT > 0xffffffffu) return KVZ_INVALID_ARGUMENT;
+  if (a.num_blocks == 0) return KVZ_OK;
+  if (a.block_ids == nullptr || a.arena == nullptr || a.table == nullptr || a.payload_bytes == nullptr || a.record_offsets == nullptr) {
+    return KVZ_INVALID_ARGUMENT;
+  }
+  if (!aligned(a.arena, 16) || !aligned(a.table, 16) || a.record_stride % (kRecordUnits * 16) != 0) return KVZ_INVALID_ARGUMENT;
+
+  Device* device = nullptr;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return status_of(error);
+  const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
+  const uint32_t most_strips = least(kMaxStrips, (room - kSharedBytes) / (fast_encode_bytes(1) - kSharedBytes));
+  const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
+  const uint32_t pages = a.num_segments * a.num_blocks;
+
+  EncodeParams p = {};
+  p.segments = a.device_segments;
+  p.block_ids = a.block_ids;
+  p.arena = a.arena;
+  p.table = a.table;
+  p.payload_bytes = a.payload_bytes;
+  p.record_offsets = a.record_offsets;
+  p.status = a.status;
+  uint8_t* const workspace = static_cast<uint8_t*>(a.workspace);
+  p.counters = reinterpret_cast<Counters*>(workspace);
+  p.block_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes());
+  p.page_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes() + round_up(a.num_blocks * 8ull, 64));
+  p.arena_units = a.arena_bytes / 16;
+  p.stride_units = a.record_stride / 16;
+  p.header_units = static_cast<uint32_t>((static_cast<uint64_t>(a.header_bytes) + 15) / 16);
+  p.num_segments = a.num_segments;
+  p.num_blocks = a.num_blocks;
+  p.clear_states = pages <= kClearedInKernel;
+
+  const Kernel kernel = !shape.fast ? kEncodeGeneral : shape.dtype == KVZ_BF16 ? kEncodeBf16 : kEncodeFp16;
+  const uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
+  const uint32_t shared_bytes = shape.fast ? fast_encode_bytes(shape.strips) : kSharedBytes;
+  uint32_t ctas = 0;
+  error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
+  if (error != cudaSuccess) return status_of(error);
+  ctas = least(ctas, pages);
+  if (a.max_ctas != 0) ctas = least(ctas, a.max_ctas);
+  void* parameters[] = {&p};
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
+  if (error == cudaSuccess && !p.clear_states) {
+    error = cudaMemsetAsync(p.block_state, 0, kvz_cuda_workspace_bytes(a.num_segments, a.num_blocks) - counters_bytes(), s);
+  }
+  return status_of(error);
+}
+
+int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
+  if (args == nullptr || args->reserved != 0) return KVZ_INVALID_ARGUMENT;
+  const kvz_cuda_decode_args& a = *args;
+  const int32_t status = check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
+  if (status != KVZ_OK) return status;
+  if (a.num_blocks == 0) return KVZ_OK;
+  if (a.block_ids == nullptr || a.payloads == nullptr || a.payload_bytes == nullptr || a.table == nullptr) return KVZ_INVALID_ARGUMENT;
+  if (!aligned(a.table, 16)) return KVZ_INVALID_ARGUMENT;
+
+  Device* device = nullptr;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return status_of(error);
+  const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
+  const uint32_t most_strips = least(kMaxStrips, (room - kSharedBytes - 16) / (fast_decode_bytes(1) - kSharedBytes - 16));
+  const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
+  const uint32_t pages = a.num_segments * a.num_blocks;
+
+  DecodeParams p = {};
+  p.segments = a.device_segments;
+  p.block_ids = a.block_ids;
+  p.payloads = a.payloads;
+  p.payload_bytes = a.payload_bytes;
+  p.table = a.table;
+  p.block_status = a.block_status;
+  uint8_t* const workspace = static_cast<uint8_t*>(a.workspace);
+  p.counters = reinterpret_cast<Counters*>(workspace);
+  p.bad = reinterpret_cast<uint32_t*>(workspace + counters_bytes());
+  p.num_segments = a.num_segments;
+  p.num_blocks = a.num_blocks;
+  p.all_or_nothing = a.all_or_nothing;
+
+  const Kernel kernel = !shape.fast ? kDecodeGeneral : shape.dtype == KVZ_BF16 ? kDecodeBf16 : kDecodeFp16;
+  const uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
+  const uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips) : kSharedBytes;
+  uint32_t ctas = 0;
+  error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
+  if (error != cudaSuccess) return status_of(error);
+  ctas = least(ctas, pages);
+  uint32_t validating = least((pages + 7) / 8, static_cast<uint64_t>(device->multiprocessors.load(std::memory_order_relaxed)) * 8);
+  if (a.max_ctas != 0) {
+    ctas = least(ctas, a.max_ctas);
+    validating = least(validating, a.max_ctas);
+  }
+  void* parameters[] = {&p};
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  error = cudaLaunchKernel(reinterpret_cast<const void*>(validate_kernel), dim3(validating), dim3(256), parameters, 0, s);
+  if (error == cudaSuccess) error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
+  return status_of(error);
+}
+
+}  // extern "C"
