@@ -252,8 +252,9 @@ def scan_tiles(
         inside = _inside(place, i, G)
         v = tl.load(_at(place, i, G, SPLIT), mask=inside, other=0).to(tl.int32)
         finite = inside & ((v & infinity) != infinity)
-        low = tl.where(finite, tl.minimum(low, _key(v)), low)
-        high = tl.where(finite, tl.maximum(high, _key(v)), high)
+        key = _key(v)
+        low = tl.where(finite, tl.minimum(low, key), low)
+        high = tl.where(finite, tl.maximum(high, key), high)
         differs = tl.where(inside, differs | (v ^ first), differs)
     at = block * all_tiles + tl.load(row + FIRST_TILE) + tile
     tl.store(low_out + at, tl.min(low, axis=0))
@@ -326,8 +327,9 @@ def classify_tiles(
         inside = _inside(place, i, G)
         v = tl.load(_at(place, i, G, SPLIT), mask=inside, other=0).to(tl.int32)
         e = (v >> fraction) & all_ones
-        low_key = tl.where(inside, tl.minimum(low_key, _key(v)), low_key)
-        high_key = tl.where(inside, tl.maximum(high_key, _key(v)), high_key)
+        key = _key(v)
+        low_key = tl.where(inside, tl.minimum(low_key, key), low_key)
+        high_key = tl.where(inside, tl.maximum(high_key, key), high_key)
         least = tl.where(inside, tl.minimum(least, e), least)
         largest = tl.where(inside, tl.maximum(largest, e), largest)
     g = tile * TILE + tl.arange(0, TILE)
