@@ -9,7 +9,7 @@ threads, no CUDA context, no native library.
 from kvzip.backends.base import Codec
 from kvzip.backends.registry import get_codec, register_codec
 from kvzip.coding import decode, encode
-from kvzip.engine import SwapEngine, Transfer
+from kvzip.engine import SwapEngine
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -28,6 +28,7 @@ from kvzip.errors import (
 from kvzip.info import system_info
 from kvzip.pool import HostPool
 from kvzip.record import read_header
+from kvzip.transfer import Transfer
 from kvzip.types import BlockLayout, BlockView, ErrorBound
 
 __version__ = "0.1.0"

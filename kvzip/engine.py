@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -24,96 +24,19 @@ from kvzip.errors import (
     ConfigError,
     CorruptRecordError,
     FormatVersionError,
-    KvzipError,
     LayoutError,
-    PoolExhaustedError,
-    TransferError,
 )
+from kvzip.index import Entry, RecordIndex
 from kvzip.policy import EvictionPolicy, make_policy
-from kvzip.pool import Allocation, HostPool, PoolStats
+from kvzip.pool import HostPool, PoolStats
 from kvzip.record import RecordHeader, read_record
+from kvzip.transfer import Transfer, TransferResult
 from kvzip.types import BlockLayout, BlockView, ErrorBound
 
 _log = logging.getLogger("kvzip")
 
 #: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
 CHUNK_BYTES = 32 << 20
-
-_LOADS_TIMEOUT_SECONDS = 60.0  # how long a store waits for loads that hold the bytes it needs
-
-
-@dataclass(frozen=True)
-class TransferResult:
-    """What a finished transfer did.
-
-    Attributes:
-        blocks: number of blocks.
-        raw_bytes: bytes of their values.
-        record_bytes: bytes of their records in the pool.
-        seconds: from the call to its end.
-        evicted: records that had to leave the pool.
-        fallbacks: pages that were not coded as asked, by reason.
-        max_error: largest absolute error of a store with ``measure_error``, else None.
-        violations: values that broke the bound in such a store (0 unless a codec is at fault), else None.
-    """
-
-    blocks: int
-    raw_bytes: int
-    record_bytes: int
-    seconds: float
-    evicted: int = 0
-    fallbacks: Mapping[str, int] = field(default_factory=dict)
-    max_error: float | None = None
-    violations: int | None = None
-
-
-class Transfer:
-    """A store or a load that was accepted. Thread-safe.
-
-    On the CPU the work is done when `store` or `load` returns, and an error has been raised there.
-    """
-
-    def __init__(self) -> None:
-        self._finished = threading.Event()
-        self._result: TransferResult | None = None
-        self._error: KvzipError | None = None
-
-    def done(self) -> bool:
-        """Whether the transfer has ended, well or not. Never blocks."""
-        return self._finished.is_set()
-
-    def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Block the host until the transfer has ended.
-
-        Args:
-            timeout_seconds: give up after this long; None waits for ever.
-
-        Returns:
-            Whether it has ended.
-
-        Raises:
-            TransferError: it failed; the pool and the pages are as they were.
-        """
-        if not self._finished.wait(timeout_seconds):
-            return False
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def result(self, timeout_seconds: float | None = None) -> TransferResult:
-        """Wait, and say what was done.
-
-        Raises:
-            TransferError: it failed, or it has not ended within the time.
-        """
-        if not self.wait(timeout_seconds):
-            raise TransferError(f"the transfer has not ended within {timeout_seconds} s: wait longer")
-        assert self._result is not None
-        return self._result
-
-    def _finish(self, result: TransferResult) -> None:
-        self._result = result
-        self._finished.set()
 
 
 @dataclass(frozen=True)
@@ -155,29 +78,6 @@ class EngineStats:
     violations: int
     fallbacks: Mapping[str, int]
     pool: PoolStats
-
-
-@dataclass
-class _Pins:
-    """Pins on a key. It goes with the key when its record is replaced, and with the record when it is discarded."""
-
-    count: int = 0
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A record in the pool."""
-
-    allocation: Allocation
-    raw_bytes: int
-    loads: int = 0  # loads in flight
-    pins: _Pins = field(default_factory=_Pins)
-    dropped: bool = False  # out of the index, or about to be; freed when the last load ends
-    freed: bool = False
-
-    @property
-    def protected(self) -> bool:
-        return self.loads > 0 or self.pins.count > 0
 
 
 @dataclass(frozen=True)
@@ -225,20 +125,16 @@ class SwapEngine:
         if threads < 0:
             raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
         self._settings = _settings(get_codec(codec), ErrorBound.relative(1e-3) if bound is None else bound, mode)
-        self._policy = make_policy(policy)
         self._threads = threads
         self._owns_pool = not isinstance(pool, HostPool)
         self.pool = pool if isinstance(pool, HostPool) else HostPool(pool)
-        self._index: dict[bytes, _Entry] = {}
-        self._lock = threading.RLock()
-        self._loads_ended = threading.Condition(self._lock)
+        self._index = RecordIndex(self.pool, make_policy(policy))
+        self._lock = self._index.lock
         self._store_lock = threading.Lock()  # one store at a time: what it was promised cannot be taken by another
         self._totals: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._seconds = {"store": 0.0, "load": 0.0}
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
-        self._loads_in_flight = 0
-        self._closed = False
 
     # ---- settings
 
@@ -286,7 +182,7 @@ class SwapEngine:
         names = _check_keys(keys, blocks)
         settings = self._settings
         with self._store_lock:
-            self._check_open()
+            self._index.check_open()
             result = self._store(names, blocks, settings, measure_error)
         seconds = time.perf_counter() - start
         with self._lock:
@@ -301,17 +197,17 @@ class SwapEngine:
         layout = blocks.layout
         request = EncodeRequest(settings.bound, settings.mode, self._threads)
         self._codecs[settings.codec.name] = settings.codec
-        extents = self.pool.round_up
-        worst = len(keys) * extents(max_record_bytes(settings.codec, layout))
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
         # everything is encoded first, so that a refusal comes before anything was changed.
-        streaming = worst <= self.pool.free_bytes or worst <= self._room(keys)
-        fresh: dict[bytes, _Entry] = {}
+        worst = len(keys) * self.pool.round_up(max_record_bytes(settings.codec, layout))
+        streaming = self._index.can_hold(worst, keys)
+        fresh: dict[bytes, Entry] = {}
         pending: list[tuple[bytes, EncodedRecord]] = []
-        pending_bytes = record_bytes = evicted = 0
+        pending_bytes = record_bytes = 0
         fallbacks: Counter[str] = Counter()
         max_error = 0.0
         violations = 0
+        evicted_before = self._index.evicted
         try:
             for first, last in _chunks(len(keys), layout):
                 batch = encode_records(
@@ -322,28 +218,20 @@ class SwapEngine:
                     max_error = max(max_error, record.max_error or 0.0)
                     violations += record.violations or 0
                     record_bytes += record.nbytes
-                    pending_bytes += extents(record.nbytes)
+                    pending_bytes += self.pool.round_up(record.nbytes)
                     if not streaming:  # the scratch is used again; keep just the encoded bytes
                         record = replace(record, payload=record.payload.copy())
                     pending.append((key, record))
                 if streaming:
-                    evicted += self._keep(pending, fresh, layout.nbytes, keys)
+                    self._keep(pending, fresh, layout.nbytes, keys)
                     pending = []
-                elif pending_bytes > self._room(keys, replacing=True):
-                    self._refuse(pending_bytes, len(pending), len(keys), keys)
+                elif pending_bytes > self._index.room(keys, replacing=True):
+                    raise self._index.refuse(pending_bytes, len(pending), keys)
             with self._lock:  # one step, so that nobody finds a key without a record that is only being replaced
-                evicted += self._keep(pending, fresh, layout.nbytes, keys, replacing=True)
-                self._publish(fresh)
+                self._keep(pending, fresh, layout.nbytes, keys, replacing=True)
+                self._index.publish(fresh)
         except BaseException:
-            with self._lock:
-                for entry in fresh.values():
-                    self.pool.free(entry.allocation)
-                for key in keys:  # only when others took from the same pool in the meantime
-                    old = self._index.get(key)
-                    if old is not None and old.dropped:
-                        del self._index[key]
-                        self._policy.remove(key, evicted=True)
-                        self._totals["evicted_blocks"] += 1
+            self._index.cancel(fresh.values(), keys)
             raise
         with self._lock:
             self._totals["stored_blocks"] += len(keys)
@@ -356,103 +244,27 @@ class SwapEngine:
             raw_bytes=blocks.nbytes,
             record_bytes=record_bytes,
             seconds=0.0,
-            evicted=evicted,
+            evicted=self._index.evicted - evicted_before,
             fallbacks=dict(fallbacks),
             max_error=max_error if measure_error else None,
             violations=violations if measure_error else None,
         )
 
-    def _room(self, keys: Sequence[bytes], *, replacing: bool = False) -> int:
-        """Bytes of extents that a store of `keys` may use: free ones, and those of records that may leave.
-
-        With `replacing`, the records that the store replaces count too: they leave in the same step.
-        """
-        own = set(keys)
-        with self._lock:
-            leaving = sum(
-                entry.allocation.extent_nbytes
-                for key, entry in self._index.items()
-                if (entry.loads == 0 if key in own and replacing else key not in own and not entry.protected)
-            )
-            return self.pool.free_bytes + leaving
-
-    def _refuse(self, needed: int, encoded: int, total: int, keys: Sequence[bytes]) -> None:
-        room = self._room(keys, replacing=True)
-        raise PoolExhaustedError(
-            f"{encoded} of {total} blocks need {needed} bytes already, "
-            f"the pool can give {room} of {self.pool.capacity_bytes}: "
-            "store fewer blocks at once, release pins, or make the pool larger",
-            requested=needed,
-            free=room,
-        )
-
     def _keep(
         self,
         records: Sequence[tuple[bytes, EncodedRecord]],
-        fresh: dict[bytes, _Entry],
+        fresh: dict[bytes, Entry],
         raw_bytes: int,
         keys: Sequence[bytes],
         *,
         replacing: bool = False,
-    ) -> int:
-        """Put encoded records into the pool, evicting as needed; they are not visible yet. Returns how many left."""
-        evicted = 0
-        with self._lock:
-            needed = sum(self.pool.round_up(record.nbytes) for _, record in records)
-            if needed > self.pool.free_bytes:
-                # Nothing leaves before it is certain that enough may.
-                if not self._loads_ended.wait_for(
-                    lambda: needed <= self._room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
-                ):
-                    self._refuse(needed, len(records), len(keys), keys)
-                evicted = self._make_room(needed, keys, replacing)
-            for key, record in records:
-                allocation = self.pool.allocate(record.nbytes)
-                fresh[key] = _Entry(allocation, raw_bytes)
-                self.pool.write(allocation, record.header)
-                self.pool.write(allocation, record.payload, offset_bytes=record.header.size)
-        return evicted
-
-    def _make_room(self, needed: int, keys: Sequence[bytes], replacing: bool) -> int:
-        """Free bytes for a store of `keys`: what it replaces first, then the coldest. Returns how many were evicted."""
-        if replacing:
-            for key in keys:
-                entry = self._index.get(key)
-                if entry is not None and entry.loads == 0 and needed > self.pool.free_bytes:
-                    self._drop(entry)
-        own = set(keys)
-        evicted = 0
-        while needed > self.pool.free_bytes:
-            victim = next((k for k in self._policy.victims() if k not in own and not self._index[k].protected), None)
-            if victim is None:  # only when others take from the same pool; pool.allocate says it
-                break
-            entry = self._index.pop(victim)
-            self._policy.remove(victim, evicted=True)
-            self._drop(entry)
-            evicted += 1
-        self._totals["evicted_blocks"] += evicted
-        return evicted
-
-    def _publish(self, fresh: Mapping[bytes, _Entry]) -> None:
-        """Make new records visible, in place of those that they replace."""
-        for key, entry in fresh.items():
-            old = self._index.pop(key, None)
-            if old is not None:
-                entry.pins = old.pins
-                self._policy.remove(key, evicted=False)
-                self._drop(old)
-            self._index[key] = entry
-            self._policy.insert(key, entry.allocation.nbytes)
-
-    def _drop(self, entry: _Entry) -> None:
-        """Free a record that leaves the index, now or when its last load ends."""
-        entry.dropped = True
-        self._release(entry)
-
-    def _release(self, entry: _Entry) -> None:
-        if entry.dropped and not entry.freed and entry.loads == 0:
-            entry.freed = True
-            self.pool.free(entry.allocation)
+    ) -> None:
+        """Put encoded records into the pool, evicting as needed; they are not visible yet."""
+        entries = self._index.admit([r.nbytes for _, r in records], raw_bytes, keys, replacing=replacing)
+        for (key, record), entry in zip(records, entries, strict=True):
+            fresh[key] = entry
+            self.pool.write(entry.allocation, record.header)
+            self.pool.write(entry.allocation, record.payload, offset_bytes=record.header.size)
 
     # ---- load
 
@@ -480,14 +292,12 @@ class SwapEngine:
             raise LayoutError("the blocks to load into are read-only: pass writable tensors")
         if len(np.unique(out.block_ids)) != len(out):
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
-        with self._lock:
-            self._check_open()
-            self._totals["missing_blocks"] += sum(name not in self._index for name in names)
-            entries = self._find(names)
-            for key, entry in zip(names, entries, strict=True):
-                entry.loads += 1
-                self._policy.touch(key)
-            self._loads_in_flight += 1
+        try:
+            entries = self._index.begin_load(names)
+        except BlockNotFoundError as error:
+            with self._lock:
+                self._totals["missing_blocks"] += len(error.keys)
+            raise
         try:
             self._decode(entries, out)
         except CorruptRecordError:
@@ -495,12 +305,7 @@ class SwapEngine:
                 self._totals["corrupt_blocks"] += 1
             raise
         finally:
-            with self._lock:
-                for entry in entries:
-                    entry.loads -= 1
-                    self._release(entry)
-                self._loads_in_flight -= 1
-                self._loads_ended.notify_all()
+            self._index.end_load(entries)
         seconds = time.perf_counter() - start
         with self._lock:
             self._totals["loaded_blocks"] += len(names)
@@ -511,7 +316,7 @@ class SwapEngine:
         transfer._finish(TransferResult(len(names), out.nbytes, record_bytes, seconds))
         return transfer
 
-    def _decode(self, entries: Sequence[_Entry], out: BlockView) -> None:
+    def _decode(self, entries: Sequence[Entry], out: BlockView) -> None:
         groups: dict[tuple[str, BlockLayout], list[int]] = {}
         headers: list[RecordHeader] = []
         payloads: list[npt.NDArray[np.uint8]] = []
@@ -543,20 +348,9 @@ class SwapEngine:
 
     # ---- the rest
 
-    def _find(self, keys: Sequence[bytes]) -> list[_Entry]:
-        """Entries of keys; `BlockNotFoundError` when one is not held."""
-        missing = tuple(key for key in keys if key not in self._index)
-        if missing:
-            raise BlockNotFoundError(
-                f"{len(missing)} of {len(keys)} keys are not held (the first is {missing[0]!r}): check with contains()",
-                keys=missing,
-            )
-        return [self._index[key] for key in keys]
-
     def contains(self, key: bytes) -> bool:
         """Whether a record is held under this key. Does not count as a use."""
-        with self._lock:
-            return key in self._index
+        return key in self._index
 
     def discard(self, keys: Iterable[bytes]) -> int:
         """Forget records; keys that are not held are passed over.
@@ -566,17 +360,9 @@ class SwapEngine:
         Returns:
             How many were held.
         """
-        found = 0
-        names = _key_list(keys)
+        found = self._index.discard(_key_list(keys))
         with self._lock:
-            for key in names:
-                entry = self._index.pop(key, None)
-                if entry is not None:
-                    self._policy.remove(key, evicted=False)
-                    self._drop(entry)
-                    found += 1
             self._totals["discarded_blocks"] += found
-            self._loads_ended.notify_all()  # a store that waits for room looks again
         return found
 
     @contextmanager
@@ -587,16 +373,12 @@ class SwapEngine:
             BlockNotFoundError: a key is not held; nothing was pinned.
         """
         names = _key_list(keys)
-        with self._store_lock, self._lock:
-            held = [entry.pins for entry in self._find(names)]
-            for pins in held:
-                pins.count += 1
+        with self._store_lock:
+            held = self._index.pin(names)
         try:
             yield
         finally:
-            with self._lock:
-                for pins in held:
-                    pins.count -= 1
+            self._index.unpin(held)
 
     def read_record(self, key: bytes) -> bytes:
         """A copy of the record under a key: what `kvzip.decode`, `kvzip.read_header` and ``kvzip inspect`` take.
@@ -605,25 +387,23 @@ class SwapEngine:
             BlockNotFoundError: the key is not held.
         """
         with self._lock:
-            return self.pool.read(self._find([key])[0].allocation).tobytes()
+            return self.pool.read(self._index.find([key])[0].allocation).tobytes()
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""
         with self._lock:
-            entries = self._index.values()
-            raw = sum(e.raw_bytes for e in entries)
-            stored = sum(e.allocation.nbytes for e in entries)
+            held = self._index.held()
             totals = self._totals
             return EngineStats(
-                records=len(self._index),
-                raw_bytes=raw,
-                record_bytes=stored,
-                ratio=raw / stored if stored else 1.0,
-                pinned=sum(e.pins.count > 0 for e in entries),
+                records=held.records,
+                raw_bytes=held.raw_bytes,
+                record_bytes=held.record_bytes,
+                ratio=held.raw_bytes / held.record_bytes if held.records else 1.0,
+                pinned=held.pinned,
                 stored_blocks=totals["stored_blocks"],
                 loaded_blocks=totals["loaded_blocks"],
                 discarded_blocks=totals["discarded_blocks"],
-                evicted_blocks=totals["evicted_blocks"],
+                evicted_blocks=self._index.evicted,
                 stored_raw_bytes=totals["stored_raw_bytes"],
                 stored_record_bytes=totals["stored_record_bytes"],
                 loaded_raw_bytes=totals["loaded_raw_bytes"],
@@ -641,16 +421,8 @@ class SwapEngine:
 
         Waits for transfers under way; may be called twice.
         """
-        with self._store_lock, self._lock:
-            if self._closed:
-                return
-            self._closed = True  # no load begins from here on
-            self._loads_ended.wait_for(lambda: self._loads_in_flight == 0)
-            for key, entry in self._index.items():
-                self._policy.remove(key, evicted=False)
-                self.pool.free(entry.allocation)
-            self._index.clear()
-            if self._owns_pool:
+        with self._store_lock:
+            if self._index.close() and self._owns_pool:
                 self.pool.close()
 
     def __enter__(self) -> SwapEngine:
@@ -660,10 +432,6 @@ class SwapEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError("the engine is closed: make a new one")
 
 
 def _read_own(record: npt.NDArray[np.uint8]) -> tuple[RecordHeader, memoryview]:

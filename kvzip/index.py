@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The records of an engine by key: which are held, which may leave, what is promised to a store under way.
+
+Bytes are counted as the pool counts them. All methods are thread-safe; `RecordIndex.lock` may be held around several.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
+from kvzip.policy import EvictionPolicy
+from kvzip.pool import Allocation, HostPool
+
+_LOADS_TIMEOUT_SECONDS = 60.0  # how long a store waits for loads that hold the bytes it needs
+
+
+@dataclass(eq=False)
+class Pins:
+    """Pins of a key: they stay with the key when a store replaces its record."""
+
+    count: int = 0
+
+
+@dataclass(eq=False)
+class Entry:
+    """A record in the pool."""
+
+    allocation: Allocation
+    raw_bytes: int
+    loads: int = 0  # loads in flight
+    pins: Pins = field(default_factory=Pins)
+    dropped: bool = False  # out of the index, or about to be; freed when the last load ends
+    freed: bool = False
+
+    @property
+    def protected(self) -> bool:
+        """Whether eviction must pass it over."""
+        return self.loads > 0 or self.pins.count > 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an index holds: records, their raw bytes, their bytes in the pool, how many are pinned."""
+
+    records: int
+    raw_bytes: int
+    record_bytes: int
+    pinned: int
+
+
+class RecordIndex:
+    """Keys, records and the eviction policy of one engine.
+
+    One store at a time may use `room`, `admit` and `publish`: the engine sees to that.
+
+    Args:
+        pool: where the records lie; others may use it too.
+        policy: order in which records leave.
+    """
+
+    def __init__(self, pool: HostPool, policy: EvictionPolicy) -> None:
+        self.pool = pool
+        self.lock = threading.RLock()
+        self.evicted = 0
+        self._policy = policy
+        self._entries: dict[bytes, Entry] = {}
+        self._freed = threading.Condition(self.lock)
+        self._loads = 0  # begun and not ended
+        self._closed = False
+
+    # ---- stores
+
+    def can_hold(self, nbytes: int, keys: Sequence[bytes]) -> bool:
+        """Whether a store of `keys` is certain to find this many bytes, without the records that it replaces."""
+        return nbytes <= self.pool.free_bytes or nbytes <= self.room(keys)
+
+    def room(self, keys: Sequence[bytes], *, replacing: bool = False) -> int:
+        """Bytes of extents that a store of `keys` may use: free ones, and those of records that may leave.
+
+        With `replacing`, the records that the store replaces count too: they leave in the same step.
+        """
+        own = set(keys)
+        with self.lock:
+            leaving = sum(
+                entry.allocation.extent_nbytes
+                for key, entry in self._entries.items()
+                if (entry.loads == 0 if key in own and replacing else key not in own and not entry.protected)
+            )
+            return self.pool.free_bytes + leaving
+
+    def refuse(self, needed: int, encoded: int, keys: Sequence[bytes]) -> PoolExhaustedError:
+        """The error for a store that does not fit."""
+        room = self.room(keys, replacing=True)
+        return PoolExhaustedError(
+            f"{encoded} of {len(keys)} blocks need {needed} bytes already, "
+            f"the pool can give {room} of {self.pool.capacity_bytes}: "
+            "store fewer blocks at once, release pins, or make the pool larger",
+            requested=needed,
+            free=room,
+        )
+
+    def admit(
+        self, record_bytes: Sequence[int], raw_bytes: int, keys: Sequence[bytes], *, replacing: bool = False
+    ) -> list[Entry]:
+        """Allocate records of these sizes, evicting as needed. They are not visible before `publish`.
+
+        Args:
+            record_bytes: size of each record.
+            raw_bytes: raw bytes of each.
+            keys: all keys of the store that they belong to; their records are not evicted.
+            replacing: the records that the store replaces may be freed now: `publish` follows under the same lock.
+
+        Raises:
+            PoolExhaustedError: they do not fit, however much may leave; nothing has left.
+        """
+        with self.lock:
+            needed = sum(self.pool.round_up(n) for n in record_bytes)
+            if needed > self.pool.free_bytes:
+                # Nothing leaves before it is certain that enough may.
+                if not self._freed.wait_for(
+                    lambda: needed <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
+                ):
+                    raise self.refuse(needed, len(record_bytes), keys)
+                self._make_room(needed, keys, replacing)
+            entries: list[Entry] = []
+            try:
+                for nbytes in record_bytes:
+                    entries.append(Entry(self.pool.allocate(nbytes), raw_bytes))
+            except BaseException:
+                self.cancel(entries)
+                raise
+            return entries
+
+    def _make_room(self, needed: int, keys: Sequence[bytes], replacing: bool) -> None:
+        """Free bytes for a store of `keys`: what it replaces first, then the coldest."""
+        if replacing:
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is not None and entry.loads == 0 and needed > self.pool.free_bytes:
+                    self._drop(entry)
+        own = set(keys)
+        while needed > self.pool.free_bytes:
+            victim = next((k for k in self._policy.victims() if k not in own and not self._entries[k].protected), None)
+            if victim is None:  # only when others take from the same pool; pool.allocate says it
+                break
+            entry = self._entries.pop(victim)
+            self._policy.remove(victim, evicted=True)
+            self._drop(entry)
+            self.evicted += 1
+
+    def publish(self, fresh: Mapping[bytes, Entry]) -> None:
+        """Make new records visible, in place of those that they replace."""
+        with self.lock:
+            for key, entry in fresh.items():
+                old = self._entries.pop(key, None)
+                if old is not None:
+                    entry.pins = old.pins
+                    self._policy.remove(key, evicted=False)
+                    self._drop(old)
+                self._entries[key] = entry
+                self._policy.insert(key, entry.allocation.nbytes)
+
+    def cancel(self, entries: Iterable[Entry], keys: Sequence[bytes] = ()) -> None:
+        """Take back what `admit` gave to a store of `keys` that failed."""
+        with self.lock:
+            for entry in entries:
+                self.pool.free(entry.allocation)
+            for key in keys:  # only when others took from the same pool in the meantime
+                old = self._entries.get(key)
+                if old is not None and old.dropped:
+                    del self._entries[key]
+                    self._policy.remove(key, evicted=True)
+                    self.evicted += 1
+
+    # ---- loads
+
+    def begin_load(self, keys: Sequence[bytes]) -> list[Entry]:
+        """Protect the records of `keys` until `end_load`.
+
+        Raises:
+            BlockNotFoundError: a key is not held; nothing was changed.
+            ConfigError: the index is closed.
+        """
+        with self.lock:
+            self.check_open()
+            entries = self.find(keys)
+            for key, entry in zip(keys, entries, strict=True):
+                entry.loads += 1
+                self._policy.touch(key)
+            self._loads += 1
+            return entries
+
+    def end_load(self, entries: Iterable[Entry]) -> None:
+        """Undo `begin_load`."""
+        with self.lock:
+            for entry in entries:
+                entry.loads -= 1
+                self._release(entry)
+            self._loads -= 1
+            self._freed.notify_all()
+
+    # ---- the rest
+
+    def find(self, keys: Sequence[bytes]) -> list[Entry]:
+        """Entries of keys.
+
+        Raises:
+            BlockNotFoundError: a key is not held.
+        """
+        with self.lock:
+            missing = tuple(key for key in keys if key not in self._entries)
+            if missing:
+                raise BlockNotFoundError(
+                    f"{len(missing)} of {len(keys)} keys are not held (the first is {missing[0]!r}): "
+                    "check with contains()",
+                    keys=missing,
+                )
+            return [self._entries[key] for key in keys]
+
+    def __contains__(self, key: bytes) -> bool:
+        with self.lock:
+            return key in self._entries
+
+    def discard(self, keys: Iterable[bytes]) -> int:
+        """Forget records; returns how many were held. One that is being loaded is freed when the load ends."""
+        found = 0
+        with self.lock:
+            for key in keys:
+                entry = self._entries.pop(key, None)
+                if entry is not None:
+                    self._policy.remove(key, evicted=False)
+                    self._drop(entry)
+                    found += 1
+            self._freed.notify_all()  # a store that waits for room looks again
+        return found
+
+    def pin(self, keys: Sequence[bytes]) -> list[Pins]:
+        """Pin records against eviction.
+
+        Raises:
+            BlockNotFoundError: a key is not held; nothing was pinned.
+        """
+        with self.lock:
+            held = [entry.pins for entry in self.find(keys)]
+            for pins in held:
+                pins.count += 1
+            return held
+
+    def unpin(self, held: Iterable[Pins]) -> None:
+        """Undo `pin`."""
+        with self.lock:
+            for pins in held:
+                pins.count -= 1
+            self._freed.notify_all()
+
+    def held(self) -> Held:
+        """What is held now."""
+        with self.lock:
+            entries = self._entries.values()
+            return Held(
+                records=len(entries),
+                raw_bytes=sum(e.raw_bytes for e in entries),
+                record_bytes=sum(e.allocation.nbytes for e in entries),
+                pinned=sum(e.pins.count > 0 for e in entries),
+            )
+
+    def check_open(self) -> None:
+        """Raise `ConfigError` when the index is closed."""
+        if self._closed:
+            raise ConfigError("the engine is closed: make a new one")
+
+    def close(self) -> bool:
+        """Forget all records, once the loads under way have ended. False when it was closed before."""
+        with self.lock:
+            if self._closed:
+                return False
+            self._closed = True  # no load begins from here on
+            self._freed.wait_for(lambda: self._loads == 0)
+            for key, entry in self._entries.items():
+                self._policy.remove(key, evicted=False)
+                self.pool.free(entry.allocation)
+            self._entries.clear()
+            return True
+
+    def _drop(self, entry: Entry) -> None:
+        """Free a record that leaves the index, now or when its last load ends."""
+        entry.dropped = True
+        self._release(entry)
+
+    def _release(self, entry: Entry) -> None:
+        if entry.dropped and not entry.freed and entry.loads == 0:
+            entry.freed = True
+            self.pool.free(entry.allocation)
