@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import adversarial as adv
 import bridge
@@ -16,7 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvzip import _native
+from kvzip.backends.base import EncodeRequest
+from kvzip.backends.registry import get_codec
 from kvzip.errors import CorruptRecordError
+from kvzip.types import BlockView
 
 CODINGS = (ref.FIXED, ref.PLAIN, ref.OUTLIER)
 ALL_DTYPES = (*adv.NUMERIC, ref.OPAQUE)
@@ -232,3 +236,55 @@ def assert_decoders_agree(segment: ref.Segment, geometry: ref.Geometry) -> None:
         return
     assert expected is not None, "kvzip accepts a segment that the document forbids"
     np.testing.assert_array_equal(decoded, expected)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", adv.NUMERIC)
+def test_any_alignment_of_pages_and_payloads(dtype: int, shift: int) -> None:
+    """Neither the address of a page nor that of a payload need be a multiple of anything."""
+    geometry = ref.Geometry(17, 2, 9, dtype, 16)
+    codec = get_codec("cuszp")
+    unsigned = ref.TYPES[dtype].unsigned
+    nbytes = geometry.raw_bytes
+    for number, coding in enumerate((*CODINGS, ref.LOSSLESS)):
+        bits = adv.page_bits("some_specials", number, geometry)
+        kind, bound = (ref.BOUND_LOSSLESS, 0.0) if coding == ref.LOSSLESS else (ref.BOUND_RELATIVE, 1e-2)
+        wanted = ref.FIXED if coding == ref.LOSSLESS else coding
+        memory = np.zeros(nbytes + 16, np.uint8)
+        start = (shift - memory.ctypes.data) % 16
+        memory[start : start + nbytes] = np.frombuffer(bits.tobytes(), np.uint8)
+        page = memory[start : start + nbytes].view(unsigned).reshape(1, 17, 2, 9)
+        assert page.ctypes.data % 16 == shift
+        layout = bridge.layout_of([geometry])
+        out = np.zeros(codec.max_payload_bytes(layout) + 16, np.uint8)[shift:][None]
+        request = EncodeRequest(bridge.error_bound(kind, bound), bridge.MODES[wanted], 1)
+        tables, sizes = codec.encode_blocks(BlockView([page], layout), request, out)
+        payload = out[0, : int(sizes[0])]
+        expected = ref.encode_segment(bits, geometry, wanted, kind, bound)
+        assert payload.tobytes() == ref.padded(expected.data, 16)
+        memory[:] = 0x77
+        codec.decode_blocks(BlockView([page], layout), [payload], list(tables))
+        decoded = ref.decode_segment(expected.data, geometry, expected.coding, expected.bound, expected.param)
+        assert memory[start : start + nbytes].tobytes() == decoded.tobytes()
+        assert (np.delete(memory, np.s_[start : start + nbytes]) == 0x77).all()
+
+
+def test_one_codec_in_many_threads() -> None:
+    """Calls at the same time do not disturb each other."""
+    geometry = ref.Geometry(32, 2, 16, ref.BF16, 16)
+    inputs = [adv.page_bits(flavour, 1, geometry) for flavour in sorted(adv.FLAVOURS)]
+    expected = [ref.encode_segment(bits, geometry, ref.FIXED, ref.BOUND_RELATIVE, 1e-3) for bits in inputs]
+
+    def work(number: int) -> None:
+        for i in range(number, number + 60):
+            bits, segment = inputs[i % len(inputs)], expected[i % len(inputs)]
+            threads = number % 3
+            made = bridge.native_encode([bits] * 3, geometry, ref.FIXED, ref.BOUND_RELATIVE, 1e-3, threads=threads)
+            assert all(e.segment == segment for e in made)
+            decoded = bridge.native_decode([e.payload for e in made], [e.table for e in made], geometry)
+            reference = ref.decode_segment(segment.data, geometry, segment.coding, segment.bound, segment.param)
+            assert all((d == reference).all() for d in decoded)
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(work, i) for i in range(12)]:
+            done.result()
