@@ -12,6 +12,7 @@ uint64_t kvz_cuda_workspace_bytes(uint32_t, uint32_t) { return 0; }
 uint64_t kvz_cuda_arena_bytes(const kvz_segment*, uint32_t, uint32_t, uint32_t) { return 0; }
 int32_t kvz_cuda_encode(const kvz_cuda_encode_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_decode(const kvz_cuda_decode_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_last_error(char* text, uint64_t text_bytes) {
   static const char kText[] = "the library was built without CUDA";
   if (text != NULL && text_bytes > 0) {
