@@ -244,7 +244,8 @@ def pack_headers(
         mode: one of `MODES`.
         bound: error bound that was asked for.
         reason: why the records fell back as a whole.
-        max_errors: largest errors reached, shape ``[records]``, if they were measured.
+        max_errors: largest errors reached, shape ``[records]``, if they were measured; an infinite one is written as
+            the largest number there is.
 
     Returns:
         Shape ``[records, header_nbytes(layout)]``.
@@ -256,7 +257,7 @@ def pack_headers(
     _column(headers, 16, payload_bytes, "<u8")
     _column(headers, 32, payload_crc32c, "<u4")
     if max_errors is not None:
-        _column(headers, 56, max_errors, "<f8")
+        _column(headers, 56, np.minimum(max_errors, np.finfo(np.float64).max), "<f8")
     entries = np.ascontiguousarray(tables, ENTRY_DTYPE).view(np.uint8).reshape(len(tables), -1)
     headers[:, table_at : table_at + entries.shape[1]] = entries
     _column(headers, _CRC_AT, np.fromiter((crc32c(header) for header in headers), np.uint32, len(headers)), "<u4")
@@ -365,7 +366,9 @@ def read_header(record: Buffer) -> RecordHeader:
         bound == 0 if kind is BoundKind.LOSSLESS else math.isfinite(bound) and bound > 0,
         f"bound {bound} is out of range",
     )
-    _require(math.isnan(max_error) or max_error >= 0, f"max_error {max_error} is out of range")
+    _require(
+        math.isnan(max_error) or (max_error >= 0 and math.isfinite(max_error)), f"max_error {max_error} is out of range"
+    )
     geometry = _parse_geometry(data[_FIXED.size :], num_runs, num_segments)
     _require(
         raw_bytes == sum(g.count * g.nbytes for g in geometry), f"raw_bytes {raw_bytes} is not what the geometry says"
