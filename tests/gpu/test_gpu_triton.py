@@ -28,14 +28,13 @@ def _skip_without_gpu() -> None:
         pytest.skip("Triton runs with its interpreter here: tests/unit has that")
 
 
+#: tokens, heads, head_dim, group_tokens; few pairs of group shape and head division, because each is compiled anew
 GEOMETRIES = [
     (16, 2, 32, 16),
     (16, 3, 21, 16),
     (16, 1, 700, 16),
     (33, 1, 8, 16),
-    (8, 2, 8, 8),
-    (4, 3, 12, 4),
-    (6, 1, 16, 2),
+    (1, 1, 4096, 1),
     (1, 1, 1, 1),
     (1, 1, 5000, 1),
     (5, 3, 7, 1),
@@ -46,13 +45,13 @@ GEOMETRIES = [
 @pytest.mark.parametrize("dtype", [ref.BF16, ref.FP16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", GEOMETRIES, ids=str)
 def test_many_pages(shape: tuple[int, int, int, int], dtype: int) -> None:
-    """Pages of every flavour, each bound kind, bounds over the whole range: 1,200 pages a case and round."""
+    """Pages of every flavour, each bound kind, bounds over the whole range: 3,000 pages a case."""
     tokens, heads, head_dim, group_tokens = shape
     geometry = ref.Geometry(tokens, heads, head_dim, dtype, group_tokens)
     flavours = sorted(adversarial.FLAVOURS)
     rng = np.random.default_rng(sum(shape) + dtype)
     layout = layout_of([geometry] * 3)
-    for _ in range(4):
+    for _ in range(5):
         bases = [
             np.stack(
                 [
