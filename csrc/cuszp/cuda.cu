@@ -5,7 +5,6 @@
 // code that runs on the device.
 #include <atomic>
 
-#include "cuda_check.inl"
 #include "cuda_general.inl"
 #include "cuda_transport.inl"
 #include "cuda_crc.inl"
@@ -31,15 +30,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2) encode_general_kernel(cons
 __global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(const __grid_constant__ DecodeParams p) {
   decode_general(p, g_shared);
 }
-__global__ void __launch_bounds__(256) crc_kernel(const __grid_constant__ EncodeParams p, uint32_t most) {
-  __shared__ __align__(16) uint8_t memory[kCrcSharedBytes];
-  crc_of_encoded(p, most, memory);
-}
-__global__ void __launch_bounds__(256) check_kernel(const __grid_constant__ DecodeParams p, uint32_t most) {
-  __shared__ __align__(16) uint8_t memory[kCrcSharedBytes];
-  validate(p);
-  if (p.payload_crc32c != nullptr) check_crc(p, most, memory);
-}
+__global__ void __launch_bounds__(256) validate_kernel(const __grid_constant__ DecodeParams p) { validate(p); }
 
 // ---- the device -------------------------------------------------------------------------------------------------------
 
@@ -173,21 +164,10 @@ uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
 
 uint32_t least(uint64_t a, uint64_t b) { return static_cast<uint32_t>(a < b ? a : b); }
 
-// Workspace: counters, then block states, page states, checksum states and extents.
+// Workspace: counters, then block states, then page states.
 uint64_t counters_bytes() { return round_up(sizeof(Counters), 64); }
 uint64_t states_bytes(uint64_t num_segments, uint64_t num_blocks) {
   return round_up(num_blocks * sizeof(uint64_t), 64) + round_up(num_segments * num_blocks * sizeof(uint64_t), 64);
-}
-
-// Warps that share the pieces of one payload.
-uint32_t crc_warps(uint64_t payload_bytes) {
-  return least((payload_bytes / 16 + kCrcPieceUnits - 1) / kCrcPieceUnits, 1u << 20);
-}
-
-// CTAs of 8 warps for the kernels that check; a multiprocessor holds 8 of them.
-uint32_t checking_ctas(const Device& device, uint64_t warps, uint32_t max_ctas) {
-  const uint32_t ctas = least((warps + 7) / 8, static_cast<uint64_t>(device.multiprocessors.load(std::memory_order_relaxed)) * 8);
-  return max_ctas == 0 ? ctas : least(ctas, max_ctas);
 }
 
 int32_t check_batch(const kvz_segment* segments, const kvz_segment* device_segments, uint32_t num_segments, uint32_t num_blocks,
@@ -212,8 +192,7 @@ using namespace kvz::gpu;
 extern "C" {
 
 uint64_t kvz_cuda_workspace_bytes(uint32_t num_segments, uint32_t num_blocks) {
-  return counters_bytes() + states_bytes(num_segments, num_blocks) + round_up(num_blocks * sizeof(uint2), 64) +
-         round_up(num_blocks * sizeof(ulonglong2), 64);
+  return counters_bytes() + states_bytes(num_segments, num_blocks);
 }
 
 uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks, uint32_t header_bytes) {
@@ -264,9 +243,6 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   p.counters = reinterpret_cast<Counters*>(workspace);
   p.block_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes());
   p.page_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes() + round_up(a.num_blocks * 8ull, 64));
-  p.payload_crc32c = a.payload_crc32c;
-  p.crc_state = reinterpret_cast<uint2*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
-  p.extents = reinterpret_cast<ulonglong2*>(reinterpret_cast<uint8_t*>(p.crc_state) + round_up(a.num_blocks * sizeof(uint2), 64));
   p.arena_units = a.arena_bytes / 16;
   p.stride_units = a.record_stride / 16;
   p.header_units = static_cast<uint32_t>((static_cast<uint64_t>(a.header_bytes) + 15) / 16);
@@ -287,12 +263,6 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
   if (error == cudaSuccess && !p.clear_states) {
     error = cudaMemsetAsync(p.block_state, 0, states_bytes(a.num_segments, a.num_blocks), s);
-  }
-  if (error == cudaSuccess && p.payload_crc32c != nullptr) {
-    uint32_t most = crc_warps(worst);
-    void* crc_parameters[] = {&p, &most};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(crc_kernel), dim3(checking_ctas(*device, static_cast<uint64_t>(most) * a.num_blocks, a.max_ctas)),
-                             dim3(256), crc_parameters, 0, s);
   }
   return status_of(error);
 }
@@ -324,8 +294,6 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   uint8_t* const workspace = static_cast<uint8_t*>(a.workspace);
   p.counters = reinterpret_cast<Counters*>(workspace);
   p.bad = reinterpret_cast<uint32_t*>(workspace + counters_bytes());
-  p.payload_crc32c = a.payload_crc32c;
-  p.crc_state = reinterpret_cast<uint2*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
   p.num_segments = a.num_segments;
   p.num_blocks = a.num_blocks;
   p.all_or_nothing = a.all_or_nothing;
@@ -337,16 +305,14 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
   if (error != cudaSuccess) return status_of(error);
   ctas = least(ctas, pages);
-  if (a.max_ctas != 0) ctas = least(ctas, a.max_ctas);
-  uint64_t worst = 0;
-  for (uint32_t i = 0; i < a.num_segments; ++i) worst += kvz_max_segment_bytes(a.segments + i);
-  uint32_t most = crc_warps(worst);
-  uint64_t warps = pages;
-  if (a.payload_crc32c != nullptr && static_cast<uint64_t>(most) * a.num_blocks > warps) warps = static_cast<uint64_t>(most) * a.num_blocks;
-  void* check_parameters[] = {&p, &most};
+  uint32_t validating = least((pages + 7) / 8, static_cast<uint64_t>(device->multiprocessors.load(std::memory_order_relaxed)) * 8);
+  if (a.max_ctas != 0) {
+    ctas = least(ctas, a.max_ctas);
+    validating = least(validating, a.max_ctas);
+  }
   void* parameters[] = {&p};
   cudaStream_t s = static_cast<cudaStream_t>(stream);
-  error = cudaLaunchKernel(reinterpret_cast<const void*>(check_kernel), dim3(checking_ctas(*device, warps, a.max_ctas)), dim3(256), check_parameters, 0, s);
+  error = cudaLaunchKernel(reinterpret_cast<const void*>(validate_kernel), dim3(validating), dim3(256), parameters, 0, s);
   if (error == cudaSuccess) error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
   return status_of(error);
 }

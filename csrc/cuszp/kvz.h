@@ -133,8 +133,7 @@ typedef struct kvz_cuda_encode_args {
   kvz_entry* table;           // device memory, out: num_blocks * num_segments, 16-byte aligned
   uint64_t* payload_bytes;    // device memory, out: num_blocks
   uint64_t* record_offsets;   // device memory, out: num_blocks; bytes from the arena's start to a record's start
-  uint32_t* payload_crc32c;   // device memory, out: num_blocks; NULL: checksums are not wanted
-  uint32_t* status;           // device memory, out: [0] a kvz_status, then [1] = 1 (before the checksums); may be NULL
+  uint32_t* status;           // device memory, out: [0] a kvz_status, then [1] = 1; may be NULL
   void* workspace;            // kvz_cuda_workspace_bytes
   uint64_t workspace_bytes;
   uint32_t num_segments;
@@ -145,7 +144,7 @@ typedef struct kvz_cuda_encode_args {
   uint32_t reserved;          // 0
 } kvz_cuda_encode_args;
 
-// Encode block block_ids[b] for b < num_blocks in one launch (two with checksums). Record b begins at arena + record_offsets[b], its payload header_bytes
+// Encode block block_ids[b] for b < num_blocks in one launch. Record b begins at arena + record_offsets[b], its payload header_bytes
 // (rounded up to 16) later; payload and table are those of kvz_cpu_encode. When the arena is too small, status[0] is
 // KVZ_OUT_OF_SPACE, what did not fit was not written, and the table is complete. Capturable in a CUDA graph.
 KVZ_API int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream);
@@ -157,7 +156,6 @@ typedef struct kvz_cuda_decode_args {
   const uint64_t* payloads;            // device memory, num_blocks addresses of payloads in device memory, multiples of 16
   const uint64_t* payload_bytes;       // device memory, num_blocks
   const kvz_entry* table;              // device memory, num_blocks * num_segments, 16-byte aligned
-  const uint32_t* payload_crc32c;      // device memory, num_blocks: what the payloads must have; NULL: do not check
   uint32_t* block_status;              // device memory, out: KVZ_OK or KVZ_CORRUPT, num_blocks; may be NULL
   void* workspace;                     // kvz_cuda_workspace_bytes
   uint64_t workspace_bytes;
@@ -169,7 +167,7 @@ typedef struct kvz_cuda_decode_args {
   uint32_t reserved;                   // 0
 } kvz_cuda_decode_args;
 
-// Validate the payloads as kvz_cpu_validate does, and their checksums, then decode into block block_ids[b] of the segments. A block that is
+// Validate the payloads as kvz_cpu_validate does, then decode into block block_ids[b] of the segments. A block that is
 // corrupt is not written at all. Block ids must be distinct. Capturable in a CUDA graph.
 KVZ_API int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream);
 

@@ -23,6 +23,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(16) ulonglong2 {
+  unsigned long long x, y;
+};
+
 namespace emulation {
 
 struct Index {
@@ -216,6 +220,12 @@ inline uint32_t __reduce_add_sync(uint32_t, uint32_t v) {
   for (int i = 0; i < 32; ++i) r += static_cast<uint32_t>(all[i]);
   return r;
 }
+inline uint32_t __reduce_xor_sync(uint32_t, uint32_t v) {
+  const uint64_t* all = emulation::exchange(10, v);
+  uint32_t r = 0;
+  for (int i = 0; i < 32; ++i) r ^= static_cast<uint32_t>(all[i]);
+  return r;
+}
 inline int32_t __reduce_min_sync(uint32_t, int32_t v) {
   const uint64_t* all = emulation::exchange(8, static_cast<uint32_t>(v));
   int32_t r = emulation::as_signed(all[0]);
@@ -231,6 +241,11 @@ inline int32_t __reduce_max_sync(uint32_t, int32_t v) {
 inline uint32_t atomicAdd(uint32_t* to, uint32_t v) {
   const uint32_t before = *to;
   *to += v;
+  return before;
+}
+inline uint32_t atomicXor(uint32_t* to, uint32_t v) {
+  const uint32_t before = *to;
+  *to ^= v;
   return before;
 }
 inline uint32_t atomicMax(uint32_t* to, uint32_t v) {
