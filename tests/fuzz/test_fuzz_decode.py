@@ -21,12 +21,13 @@ def test_mutated_records(tmp_path: Path) -> None:
     cases = int(os.environ.get("KVZIP_FUZZ_CASES", "100000"))
     seed = int(os.environ.get("KVZIP_FUZZ_SEED", "1"))
     print(f"seed {seed}, {cases} cases")
+    memory_mib = "0" if "asan" in os.environ.get("LD_PRELOAD", "") else "512"
     share = -(-cases // PROCESSES)
     running = []
     for i in range(PROCESSES):
         note = tmp_path / f"case{i}"
         command = [sys.executable, "-X", "faulthandler", str(SCRIPT), "--cases", str(share), "--first", str(i * share)]
-        command += ["--seed", str(seed), "--last-case", str(note)]
+        command += ["--seed", str(seed), "--last-case", str(note), "--memory-mib", memory_mib]
         running.append((subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), note))
     for process, note in running:
         output, _ = process.communicate()
