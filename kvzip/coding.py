@@ -95,7 +95,7 @@ def encode_records(
     """
     layout = blocks.layout
     check_device(codec, blocks)
-    reason = Reason.AS_ASKED
+    reason = request.reason
     out = np.empty((len(blocks), max_record_bytes(codec, layout)), np.uint8)
     try:
         tables, sizes = codec.encode_blocks(blocks, request, out)
@@ -108,7 +108,7 @@ def encode_records(
         codec = get_codec("raw")
         tables, sizes = codec.encode_blocks(blocks, request, out)
     payloads = [out[i, : int(n)] for i, n in enumerate(sizes)]
-    errors = _measure(blocks, codec, request.bound, payloads, list(tables)) if measure_error else None
+    errors = measure_errors(blocks, codec, request.bound, payloads, list(tables)) if measure_error else None
     headers = pack_headers(
         layout,
         tables,
@@ -143,10 +143,14 @@ def check_device(codec: Codec, blocks: BlockView) -> None:
         )
 
 
-def _measure(
+def measure_errors(
     blocks: BlockView, codec: Codec, bound: ErrorBound, payloads: Sequence[Bytes], tables: Sequence[npt.NDArray[Any]]
 ) -> list[tuple[float, int]]:
-    """(largest absolute error, values that break the bound) of every block."""
+    """Decode payloads and compare with the blocks that they were made of, in host memory.
+
+    Returns:
+        For every block the largest absolute error, and the number of values that break the bound.
+    """
     layout = blocks.layout
     decoded = empty_view(layout, len(blocks))
     codec.decode_blocks(decoded, payloads, tables)

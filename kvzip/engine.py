@@ -12,14 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvzip.backends.base import Codec, EncodeRequest
-from kvzip.backends.registry import get_codec
-from kvzip.coding import EncodedRecord, check_device, check_geometry, encode_records, max_record_bytes
+from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
+from kvzip.coding import EncodedRecord, check_device, check_geometry, encode_records, log_once, max_record_bytes
 from kvzip.errors import (
+    BackendUnavailableError,
     BlockNotFoundError,
     ConfigError,
     CorruptRecordError,
@@ -29,9 +31,13 @@ from kvzip.errors import (
 from kvzip.index import Entry, RecordIndex
 from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
-from kvzip.record import RecordHeader, read_record
+from kvzip.record import Reason, RecordHeader, read_record
 from kvzip.transfer import Transfer, TransferResult
+from kvzip.transport import Staging
 from kvzip.types import BlockLayout, BlockView, ErrorBound
+
+if TYPE_CHECKING:
+    from kvzip.device import DeviceSwap
 
 _log = logging.getLogger("kvzip")
 
@@ -87,6 +93,7 @@ class Settings:
     codec: Codec
     bound: ErrorBound
     mode: str
+    reason: Reason = Reason.AS_ASKED
 
 
 class SwapEngine:
@@ -105,6 +112,7 @@ class SwapEngine:
         mode: encoding mode; by default the codec's first.
         policy: name of an eviction policy (``"lru"``), or a policy object of its own.
         threads: most host threads for coding; 0 = all cores that the process may use.
+        staging: bounds of the memory and of the thread blocks that transfers use on a GPU.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -121,10 +129,11 @@ class SwapEngine:
         mode: str | None = None,
         policy: str | EvictionPolicy = "lru",
         threads: int = 0,
+        staging: Staging | None = None,
     ) -> None:
         if threads < 0:
             raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
-        self._settings = _settings(get_codec(codec), ErrorBound.relative(1e-3) if bound is None else bound, mode)
+        self._settings = _settings(codec, ErrorBound.relative(1e-3) if bound is None else bound, mode)
         self._threads = threads
         self._owns_pool = not isinstance(pool, HostPool)
         self.pool = pool if isinstance(pool, HostPool) else HostPool(pool)
@@ -134,6 +143,8 @@ class SwapEngine:
         self._totals: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._seconds = {"store": 0.0, "load": 0.0}
+        self._staging = staging or Staging()
+        self._devices: dict[str, DeviceSwap] = {}
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
 
     # ---- settings
@@ -154,52 +165,62 @@ class SwapEngine:
         """
         with self._lock:
             now = self._settings
-            chosen = now.codec if codec is None else get_codec(codec)
-            if mode is None and now.mode in chosen.modes:
-                mode = now.mode
-            self._settings = _settings(chosen, now.bound if bound is None else bound, mode)
-            return self._settings
+            chosen = _settings(now.codec if codec is None else codec, now.bound if bound is None else bound, mode)
+            if mode is None and now.mode in chosen.codec.modes:
+                chosen = replace(chosen, mode=now.mode)
+            self._settings = chosen
+            return chosen
 
     # ---- store
 
-    def store(self, keys: Iterable[bytes], blocks: BlockView, *, measure_error: bool = False) -> Transfer:
-        """Encode blocks and keep their records. A key that is held gets the new record. Blocks the host on the CPU.
+    def store(
+        self, keys: Iterable[bytes], blocks: BlockView, *, measure_error: bool = False, stream: object = None
+    ) -> Transfer:
+        """Encode blocks and keep their records. A key that is held gets the new record.
+
+        Blocks the host when the blocks lie in host memory. On a GPU it returns at once; the pages must stay as they are
+        until the transfer is done (`Transfer.wait_stream` orders a stream behind it), and the keys are held from then
+        on.
 
         Args:
             keys: one opaque name a block.
             blocks: the blocks, in the same order.
             measure_error: decode and compare as well; slower. See `TransferResult`.
+            stream: CUDA stream that makes the pages: they are read behind the work that is queued on it now. A handle,
+                a torch stream, or None for torch's current stream.
 
         Returns:
-            A transfer that is done.
+            The transfer; done, when the blocks lie in host memory.
 
         Raises:
             ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks.
             LayoutError: the codec does not work where the blocks lie.
-            PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed.
+            PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed. For
+                blocks on a GPU it comes from the transfer.
         """
-        start = time.perf_counter()
         names = _check_keys(keys, blocks)
         settings = self._settings
+        request = EncodeRequest(settings.bound, settings.mode, self._threads, settings.reason)
+        self._codecs[settings.codec.name] = settings.codec
+        if blocks.device != "cpu":
+            self._index.check_open()
+            return self._device(blocks.device).store(names, blocks, settings.codec, request, measure_error, stream)
         with self._store_lock:
             self._index.check_open()
-            result = self._store(names, blocks, settings, measure_error)
-        seconds = time.perf_counter() - start
-        with self._lock:
-            self._seconds["store"] += seconds
+            result = self.store_blocks(names, blocks, settings.codec, request, measure_error)
         transfer = Transfer()
-        transfer._finish(replace(result, seconds=seconds))
+        transfer._finish(result)
         return transfer
 
-    def _store(
-        self, keys: Sequence[bytes], blocks: BlockView, settings: Settings, measure_error: bool
+    def store_blocks(
+        self, keys: Sequence[bytes], blocks: BlockView, codec: Codec, request: EncodeRequest, measure_error: bool
     ) -> TransferResult:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        started = time.perf_counter()
         layout = blocks.layout
-        request = EncodeRequest(settings.bound, settings.mode, self._threads)
-        self._codecs[settings.codec.name] = settings.codec
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
         # everything is encoded first, so that a refusal comes before anything was changed.
-        worst = len(keys) * self.pool.round_up(max_record_bytes(settings.codec, layout))
+        worst = len(keys) * self.pool.round_up(max_record_bytes(codec, layout))
         streaming = self._index.can_hold(worst, keys)
         fresh: dict[bytes, Entry] = {}
         pending: list[tuple[bytes, EncodedRecord]] = []
@@ -211,7 +232,7 @@ class SwapEngine:
         try:
             for first, last in _chunks(len(keys), layout):
                 batch = encode_records(
-                    blocks[blocks.block_ids[first:last]], settings.codec, request, measure_error=measure_error
+                    blocks[blocks.block_ids[first:last]], codec, request, measure_error=measure_error
                 )
                 fallbacks.update(batch.fallbacks)
                 for key, record in zip(keys[first:last], batch.records, strict=True):
@@ -233,22 +254,18 @@ class SwapEngine:
         except BaseException:
             self._index.cancel(fresh.values(), keys)
             raise
-        with self._lock:
-            self._totals["stored_blocks"] += len(keys)
-            self._totals["stored_raw_bytes"] += blocks.nbytes
-            self._totals["stored_record_bytes"] += record_bytes
-            self._totals["violations"] += violations
-            self._fallbacks.update(fallbacks)
-        return TransferResult(
+        result = TransferResult(
             blocks=len(keys),
             raw_bytes=blocks.nbytes,
             record_bytes=record_bytes,
-            seconds=0.0,
+            seconds=time.perf_counter() - started,
             evicted=self._index.evicted - evicted_before,
             fallbacks=dict(fallbacks),
             max_error=max_error if measure_error else None,
             violations=violations if measure_error else None,
         )
+        self.count_store(result)
+        return result
 
     def _keep(
         self,
@@ -268,25 +285,32 @@ class SwapEngine:
 
     # ---- load
 
-    def load(self, keys: Iterable[bytes], out: BlockView) -> Transfer:
-        """Decode records into blocks. Blocks the host on the CPU.
+    def load(self, keys: Iterable[bytes], out: BlockView, *, stream: object = None) -> Transfer:
+        """Decode records into blocks.
 
-        Every record is verified (lengths, checksum, codes) before the first page is written.
+        Blocks the host when the blocks lie in host memory. On a GPU it returns at once, and what reads the pages must
+        wait: the host with `Transfer.wait`, a stream with `Transfer.wait_stream`.
+
+        Every record is verified (lengths, checksum, codes) before its pages are written: in host memory all records
+        before the first page, on a GPU each block by itself.
 
         Args:
             keys: names of the records.
             out: where they go, in the same order; the page geometry must be the one that was stored, memory strides
                 and block numbers may differ.
+            stream: CUDA stream whose queued work may still use the pages: they are written behind it. As in `store`.
 
         Returns:
-            A transfer that is done.
+            The transfer; done, when the blocks lie in host memory.
 
         Raises:
             BlockNotFoundError: a key is not held; nothing was changed.
             LayoutError: a record does not fit the blocks; nothing was changed.
-            CorruptRecordError: a record is damaged; no page was written. The record stays until it is discarded.
+            CorruptRecordError: a record is damaged. In host memory no page was written; on a GPU it comes from the
+                transfer, names the damaged ones in `blocks`, and the others were loaded. The record stays until it is
+                discarded.
         """
-        start = time.perf_counter()
+        started = time.perf_counter()
         names = _check_keys(keys, out, repeats=True)
         if not out.writable:
             raise LayoutError("the blocks to load into are read-only: pass writable tensors")
@@ -298,53 +322,93 @@ class SwapEngine:
             with self._lock:
                 self._totals["missing_blocks"] += len(error.keys)
             raise
+        if out.device != "cpu":
+            try:
+                swap = self._device(out.device)
+            except BaseException:
+                self._index.end_load(entries)
+                raise
+            return swap.load(names, entries, out, stream)
         try:
-            self._decode(entries, out)
+            self.load_blocks(entries, out)
         except CorruptRecordError:
-            with self._lock:
-                self._totals["corrupt_blocks"] += 1
+            self.count_corrupt(1)
             raise
         finally:
             self._index.end_load(entries)
-        seconds = time.perf_counter() - start
-        with self._lock:
-            self._totals["loaded_blocks"] += len(names)
-            self._totals["loaded_raw_bytes"] += out.nbytes
-            self._seconds["load"] += seconds
-        transfer = Transfer()
         record_bytes = sum(entry.allocation.nbytes for entry in entries)
-        transfer._finish(TransferResult(len(names), out.nbytes, record_bytes, seconds))
+        result = TransferResult(len(names), out.nbytes, record_bytes, time.perf_counter() - started)
+        self.count_load(result)
+        transfer = Transfer()
+        transfer._finish(result)
         return transfer
 
-    def _decode(self, entries: Sequence[Entry], out: BlockView) -> None:
+    def load_blocks(self, entries: Sequence[Entry], out: BlockView) -> None:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
         groups: dict[tuple[str, BlockLayout], list[int]] = {}
-        headers: list[RecordHeader] = []
+        tables: list[npt.NDArray[Any]] = []
         payloads: list[npt.NDArray[np.uint8]] = []
         for i, entry in enumerate(entries):
             header, payload = _read_own(self.pool.read(entry.allocation))
             layout = check_geometry(header.geometry, out.layout)
-            headers.append(header)
+            tables.append(header.table)
             payloads.append(np.frombuffer(payload, np.uint8))
             groups.setdefault((header.codec, layout), []).append(i)
         for name, _ in groups:
-            check_device(self._codec(name), out)
+            check_device(self.codec_of(name), out)
         # A codec validates its own batch before it writes; with several, all must be valid before the first writes.
         if len(groups) > 1:
             for (name, layout), members in groups.items():
-                self._codec(name).validate_blocks(
-                    layout, [payloads[i] for i in members], [headers[i].table for i in members]
+                self.codec_of(name).validate_blocks(
+                    layout, [payloads[i] for i in members], [tables[i] for i in members]
                 )
         for (name, layout), members in groups.items():
             view = out[out.block_ids[members]].with_groups(layout)
-            self._codec(name).decode_blocks(
-                view,
-                [payloads[i] for i in members],
-                [headers[i].table for i in members],
-                threads=self._threads,
+            self.codec_of(name).decode_blocks(
+                view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
 
-    def _codec(self, name: str) -> Codec:
+    # ---- what the paths share
+
+    def codec_of(self, name: str) -> Codec:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
         return self._codecs.get(name) or get_codec(name)
+
+    def count_store(self, result: TransferResult) -> None:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        with self._lock:
+            self._totals["stored_blocks"] += result.blocks
+            self._totals["stored_raw_bytes"] += result.raw_bytes
+            self._totals["stored_record_bytes"] += result.record_bytes
+            self._totals["violations"] += result.violations or 0
+            self._fallbacks.update(result.fallbacks)
+            self._seconds["store"] += result.seconds
+
+    def count_load(self, result: TransferResult) -> None:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        with self._lock:
+            self._totals["loaded_blocks"] += result.blocks
+            self._totals["loaded_raw_bytes"] += result.raw_bytes
+            self._seconds["load"] += result.seconds
+
+    def count_corrupt(self, blocks: int) -> None:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        with self._lock:
+            self._totals["corrupt_blocks"] += blocks
+
+    def _device(self, name: str) -> DeviceSwap:
+        """The GPU side for ``"cuda:N"``, made at its first use."""
+        with self._lock:
+            if name not in self._devices:
+                kind, _, number = name.partition(":")
+                if kind != "cuda":
+                    raise LayoutError(f"blocks on {name}: kvzip works on host memory and CUDA GPUs; copy them there")
+                from kvzip.device import DeviceSwap  # needs the native library, which a store of raw pages does not
+
+                self._devices[name] = DeviceSwap(
+                    int(number or 0), self._index, self.pool, self._store_lock, self, self._staging
+                )
+            return self._devices[name]
 
     # ---- the rest
 
@@ -421,6 +485,8 @@ class SwapEngine:
 
         Waits for transfers under way; may be called twice.
         """
+        for swap in self._devices.values():
+            swap.close()
         with self._store_lock:
             if self._index.close() and self._owns_pool:
                 self.pool.close()
@@ -442,10 +508,18 @@ def _read_own(record: npt.NDArray[np.uint8]) -> tuple[RecordHeader, memoryview]:
         raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 
 
-def _settings(codec: Codec, bound: ErrorBound, mode: str | None) -> Settings:
+def _settings(codec: str | Codec, bound: ErrorBound, mode: str | None) -> Settings:
     if not isinstance(bound, ErrorBound):
         raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
-    return Settings(codec, bound, codec.modes[0] if mode is None else codec.check_mode(mode))
+    try:
+        chosen, reason = get_codec(codec), Reason.AS_ASKED
+    except BackendUnavailableError as error:
+        if codec not in LOSSLESS_STAND_INS:
+            raise
+        log_once(f"codec {codec!r} is not available, cuszp takes its place, lossless", str(error))
+        chosen, bound, reason = get_codec("cuszp"), ErrorBound.lossless(), Reason.CODEC_UNAVAILABLE
+        mode = None
+    return Settings(chosen, bound, chosen.modes[0] if mode is None else chosen.check_mode(mode), reason)
 
 
 def _key_list(keys: object) -> list[bytes]:

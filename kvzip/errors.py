@@ -63,7 +63,15 @@ class FormatVersionError(FormatError):
 
 
 class CorruptRecordError(FormatError):
-    """A record is damaged: a length, a checksum or a field contradicts the format."""
+    """A record is damaged: a length, a checksum or a field contradicts the format.
+
+    Attributes:
+        blocks: positions of the damaged records in the load that found them, where they are known.
+    """
+
+    def __init__(self, message: str, *, blocks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.blocks = blocks
 
 
 class NativeError(KvzipError, RuntimeError):

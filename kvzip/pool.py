@@ -270,6 +270,11 @@ class HostPool:
         return self._region.pinned
 
     @property
+    def piece_bytes(self) -> int:
+        """Bytes that are registered with CUDA at a time: no copy may cross a multiple of it, counted from `address`."""
+        return self._region.piece_bytes
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._bytes is None

@@ -11,7 +11,7 @@ import enum
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -393,6 +393,58 @@ def read_header(record: Buffer) -> RecordHeader:
         geometry=geometry,
         table=table,
     )
+
+
+def read_own_headers(heads: Sequence[npt.NDArray[np.uint8]]) -> list[RecordHeader]:
+    """Parse and check the headers of records that this process wrote, of one layout: fast when they are alike.
+
+    Args:
+        heads: the first `header_nbytes` bytes of each record.
+
+    Raises:
+        CorruptRecordError: a header is damaged.
+    """
+    if not heads:
+        return []
+    rows = np.stack(heads)
+    first = _read_own_header(rows[0])
+    alike = rows.copy()
+    table_at = _FIXED.size + _GEOMETRY.size * len(first.geometry)
+    table_end = table_at + ENTRY_DTYPE.itemsize * first.num_segments
+    for at, end in ((_CRC_AT, 24), (32, 36), (56, 64), (table_at, table_end)):
+        alike[:, at:end] = 0
+    if (alike != alike[0]).any():
+        return [_read_own_header(row) for row in rows]
+    crcs = rows[:, _CRC_AT : _CRC_AT + 4].copy().view("<u4").ravel()
+    blank = rows.copy()
+    blank[:, _CRC_AT : _CRC_AT + 4] = 0
+    if any(crc32c(row) != crc for row, crc in zip(blank, crcs.tolist(), strict=True)):
+        raise CorruptRecordError("a header's checksum does not match: a record in the pool is damaged")
+    payload_bytes = rows[:, 16:24].copy().view("<u8").ravel()
+    payload_crcs = rows[:, 32:36].copy().view("<u4").ravel()
+    max_errors = rows[:, 56:64].copy().view("<f8").ravel()
+    tables = rows[:, table_at:table_end].copy().view(ENTRY_DTYPE)
+    for table, nbytes in zip(tables, payload_bytes.tolist(), strict=True):
+        _check_table(table, nbytes)
+    return [
+        replace(
+            first,
+            payload_bytes=nbytes,
+            payload_crc32c=crc,
+            max_error=None if math.isnan(error) else error,
+            table=table,
+        )
+        for nbytes, crc, error, table in zip(
+            payload_bytes.tolist(), payload_crcs.tolist(), max_errors.tolist(), tables, strict=True
+        )
+    ]
+
+
+def _read_own_header(head: npt.NDArray[np.uint8]) -> RecordHeader:
+    try:
+        return read_header(head)
+    except FormatVersionError as error:
+        raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 
 
 def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:

@@ -7,8 +7,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvzip.errors import KvzipError, TransferError
+from kvzip.interop.torch import stream_handle
+
+
+class StreamDriver(Protocol):
+    """The device functions that a transfer needs (see `kvzip.transport.Driver`)."""
+
+    def set_device(self, device: int) -> None: ...  # noqa: D102
+    def stream_wait_event(self, stream: int, event: int) -> None: ...  # noqa: D102
+    def event_create(self, *, timing: bool = False) -> int: ...  # noqa: D102
+    def event_destroy(self, event: int) -> None: ...  # noqa: D102
+    def event_record(self, event: int, stream: int) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,19 @@ class TransferResult:
 class Transfer:
     """A store or a load that was accepted. Thread-safe.
 
-    On the CPU the work is done when `store` or `load` returns, and an error has been raised there.
+    On the CPU the work is done when `store` or `load` returns, and an error has been raised there. On a GPU it goes on
+    in the background: pages that are being stored must stay as they are, and pages that are being loaded must not be
+    read, until the transfer is done, or, for work on the GPU, behind `wait_stream`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, driver: StreamDriver | None = None, device: int = 0) -> None:
         self._finished = threading.Event()
+        self._queued = threading.Event()
         self._result: TransferResult | None = None
         self._error: KvzipError | None = None
+        self._driver = driver
+        self._device = device
+        self._event = 0
 
     def done(self) -> bool:
         """Whether the transfer has ended, well or not. Never blocks."""
@@ -80,6 +98,53 @@ class Transfer:
         assert self._result is not None
         return self._result
 
+    def wait_stream(self, stream: object = None) -> None:
+        """Make a CUDA stream wait for the transfer's work on the pages: what is queued there next comes after it.
+
+        After a load, kernels of that stream see the loaded values; after a store, they may overwrite the pages. Blocks
+        the host only until the transfer's kernels are queued. On the CPU it does nothing: the work is done.
+
+        Whether a load found every record intact is known at its end: ask `result` before the values are trusted.
+
+        Args:
+            stream: a CUDA stream handle, anything with ``cuda_stream`` (torch), or None for torch's current stream.
+
+        Raises:
+            TransferError: the transfer has failed, or was never queued.
+        """
+        if self._driver is None:
+            self.wait()
+            return
+        self._queued.wait()
+        if self._event == 0:
+            self.wait()
+            return
+        self._driver.set_device(self._device)
+        self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
+
+    @property
+    def cuda_event(self) -> int:
+        """Handle of the event behind the last kernel, for integrators; 0 before it is queued, and on the CPU."""
+        return self._event
+
+    def _mark_queued(self, stream: int) -> None:
+        """All kernels are queued on this stream of the pipeline."""
+        assert self._driver is not None
+        event = self._driver.event_create()
+        self._driver.event_record(event, stream)
+        self._event = event
+        self._queued.set()
+
     def _finish(self, result: TransferResult) -> None:
         self._result = result
         self._finished.set()
+        self._queued.set()
+
+    def _fail(self, error: KvzipError) -> None:
+        self._error = error
+        self._finished.set()
+        self._queued.set()
+
+    def __del__(self) -> None:
+        if self._event and self._driver is not None:
+            self._driver.event_destroy(self._event)

@@ -45,11 +45,13 @@ class EncodeRequest:
         bound: the error bound, for every page.
         mode: encoding mode, one of the codec's `modes`.
         threads: most threads that the host may use; 0 = all cores that the process may use.
+        reason: why this request is not what the caller asked for first, for the records' headers.
     """
 
     bound: ErrorBound
     mode: str = "fixed"
     threads: int = 0
+    reason: Reason = Reason.AS_ASKED
 
 
 class Codec(abc.ABC):

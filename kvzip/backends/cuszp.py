@@ -26,7 +26,8 @@ _CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTL
 class CuszpCodec(Codec):
     """Error-bounded and lossless coding along tokens.
 
-    Modes: ``fixed`` (each value by itself), ``plain`` (differences along the group), ``outlier`` (differences, the first
+    Modes: ``fixed`` (each value by itself), ``plain`` (differences along the group), ``outlier`` (differences, the
+        first
     value kept apart where that is smaller).
     """
 
@@ -46,9 +47,8 @@ class CuszpCodec(Codec):
             BackendUnavailableError: the native library cannot be loaded.
             NativeError: it reported a failure.
         """
-        lossless = request.bound.kind is BoundKind.LOSSLESS
-        coding = Coding.LOSSLESS if lossless else _CODINGS[self.check_mode(request.mode)]
-        segments = _native.segments_array(blocks, request.bound, coding)
+        self.check_mode(request.mode)
+        segments = _native.segments_array(blocks, request.bound, coding_of(request))
         return _native.cpu_encode(segments, blocks.block_ids, out, threads=request.threads)
 
     def validate_blocks(self, layout: BlockLayout, payloads: Sequence[Bytes], tables: Sequence[Table]) -> None:
@@ -63,6 +63,11 @@ class CuszpCodec(Codec):
         if payloads:
             segments = _native.segments_array(blocks)
             _native.cpu_decode(segments, blocks.block_ids, payloads, _stack(tables), threads=threads)
+
+
+def coding_of(request: EncodeRequest) -> Coding:
+    """The coding that a request asks for."""
+    return Coding.LOSSLESS if request.bound.kind is BoundKind.LOSSLESS else _CODINGS[request.mode]
 
 
 def _stack(tables: Sequence[Table]) -> npt.NDArray[Any]:

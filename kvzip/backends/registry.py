@@ -12,8 +12,11 @@ from kvzip.backends.base import Codec
 from kvzip.errors import CodecNotFoundError, ConfigError
 
 ENTRY_POINT_GROUP = "kvzip.codecs"
+#: Lossless codecs whose place cuszp takes, lossless as well, where they cannot run.
+LOSSLESS_STAND_INS = ("nvcomp",)
 _BUILT_IN = {
     "cuszp": ("kvzip.backends.cuszp", "CuszpCodec"),
+    "nvcomp": ("kvzip.backends.nvcomp", "NvcompCodec"),
     "raw": ("kvzip.backends.raw", "RawCodec"),
 }
 

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Stores and loads of blocks that lie on a GPU: one worker thread for each direction drives the staged pipelines.
+
+The caller's thread records an event on its stream and goes on. Codecs that the pipelines do not know (a third party's)
+work too, by way of host memory: slower, and counted as what they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from kvzip import _native
+from kvzip.backends.base import Codec, EncodeRequest
+from kvzip.backends.cuszp import coding_of
+from kvzip.coding import check_geometry, empty_view, max_record_bytes, measure_errors
+from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError, TransferError
+from kvzip.index import Entry, RecordIndex
+from kvzip.interop.torch import stream_handle
+from kvzip.pool import HostPool
+from kvzip.record import (
+    Coding,
+    Reason,
+    crc32c,
+    fallback_reasons,
+    header_nbytes,
+    pack_headers,
+    read_own_headers,
+)
+from kvzip.transfer import Transfer, TransferResult
+from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Source, Staging
+from kvzip.types import BlockLayout, BlockView, ErrorBound
+
+_log = logging.getLogger("kvzip")
+
+_LOSSLESS = ErrorBound.lossless()
+
+
+class HostPaths(Protocol):
+    """What the engine does with blocks in host memory; a device falls back on it, and reports to it."""
+
+    def store_blocks(
+        self, keys: Sequence[bytes], blocks: BlockView, codec: Codec, request: EncodeRequest, measure_error: bool
+    ) -> TransferResult:
+        """Encode with the codec's own functions, keep the records, count them."""
+        ...
+
+    def load_blocks(self, entries: Sequence[Entry], out: BlockView) -> None:
+        """Decode with the codecs' own functions; the payloads' checksums are verified here."""
+        ...
+
+    def codec_of(self, name: str) -> Codec:
+        """The codec that records of this name were made with."""
+        ...
+
+    def count_store(self, result: TransferResult) -> None:
+        """Add a finished store to the counters."""
+        ...
+
+    def count_load(self, result: TransferResult) -> None:
+        """Add a finished load to the counters."""
+        ...
+
+    def count_corrupt(self, blocks: int) -> None:
+        """Count records that were found damaged."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: Callable[[], TransferResult]
+    transfer: Transfer
+    what: str
+
+
+class _Worker:
+    """A thread that runs jobs in order; started with the first one."""
+
+    def __init__(self, name: str, start: Callable[[], None]) -> None:
+        self._name = name
+        self._start = start
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: _Job) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _loop(self) -> None:
+        self._start()
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.transfer._finish(job.run())
+            except BaseException as error:
+                _log.warning("a %s failed: %s", job.what, error)
+                if not isinstance(error, KvzipError):
+                    wrapped = TransferError(f"a {job.what} failed: {type(error).__name__}: {error}")
+                    wrapped.__cause__ = error
+                    error = wrapped
+                job.transfer._fail(error)
+
+    def close(self) -> None:
+        """Let the jobs that were submitted end, then the thread. Blocks the host."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class DeviceSwap:
+    """The GPU side of an engine.
+
+    Args:
+        device: index of the GPU.
+        index: the engine's records.
+        pool: where they lie; pinned memory is what makes it fast.
+        store_lock: held by one store at a time.
+        host: the engine's own paths.
+        staging: bounds of the pipelines.
+        transport: pipelines of another make, for tests.
+
+    Raises:
+        BackendUnavailableError: there is no usable GPU, or the native library was built without CUDA.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        index: RecordIndex,
+        pool: HostPool,
+        store_lock: threading.Lock,
+        host: HostPaths,
+        staging: Staging,
+        transport: CudaTransport | None = None,
+    ) -> None:
+        self._transport = CudaTransport(device, staging=staging) if transport is None else transport
+        self._driver = self._transport.driver
+        self._device = device
+        self._index = index
+        self._pool = pool
+        self._store_lock = store_lock
+        self._host = host
+
+        def start() -> None:
+            self._driver.set_device(device)
+
+        self._out = _Worker(f"kvzip-out-{device}", start)
+        self._into = _Worker(f"kvzip-in-{device}", start)
+
+    # ---- what the engine calls, in the caller's thread
+
+    def store(
+        self,
+        keys: Sequence[bytes],
+        blocks: BlockView,
+        codec: Codec,
+        request: EncodeRequest,
+        measure_error: bool,
+        stream: object,
+    ) -> Transfer:
+        """Queue a store. The pages must stay as they are until the transfer is done."""
+        started = time.perf_counter()
+        after = self._mark(stream)
+        transfer = Transfer(self._driver, self._device)
+
+        def run() -> TransferResult:
+            try:
+                with self._store_lock:
+                    self._index.check_open()
+                    if codec.name not in ("cuszp", "raw"):
+                        self._driver.event_synchronize(after)
+                        pages = blocks if "cuda" in codec.devices else self._to_host(blocks, after)
+                        return self._host.store_blocks(keys, pages, codec, request, measure_error)
+                    result = self._store(keys, blocks, codec, request, measure_error, after, transfer)
+            finally:
+                self._driver.event_destroy(after)
+            result = replace(result, seconds=time.perf_counter() - started)
+            self._host.count_store(result)
+            return result
+
+        self._out.submit(_Job(run, transfer, "store"))
+        return transfer
+
+    def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
+        """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
+        started = time.perf_counter()
+        transfer = Transfer(self._driver, self._device)
+        try:
+            after = self._mark(stream)
+        except BaseException:
+            self._index.end_load(entries)
+            raise
+
+        def run() -> TransferResult:
+            try:
+                self._load(keys, entries, out, after, transfer)
+            finally:
+                self._index.end_load(entries)
+                self._driver.event_destroy(after)
+            result = TransferResult(
+                len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started
+            )
+            self._host.count_load(result)
+            return result
+
+        self._into.submit(_Job(run, transfer, "load"))
+        return transfer
+
+    def close(self) -> None:
+        """Let everything that was queued end, and free the device's memory. Blocks the host."""
+        self._out.close()
+        self._into.close()
+        self._transport.close()
+
+    def _mark(self, stream: object) -> int:
+        """An event at the end of the caller's stream."""
+        self._driver.set_device(self._device)
+        event = self._driver.event_create()
+        self._driver.event_record(event, stream_handle(stream, self._device))
+        return event
+
+    # ---- stores, in the worker
+
+    def _store(
+        self,
+        keys: Sequence[bytes],
+        blocks: BlockView,
+        codec: Codec,
+        request: EncodeRequest,
+        measure_error: bool,
+        after: int,
+        transfer: Transfer,
+    ) -> TransferResult:
+        coding = coding_of(request) if codec.name == "cuszp" else Coding.RAW
+        try:
+            return self._encode(keys, blocks, codec, request, coding, request.reason, measure_error, after, transfer)
+        except CudaError:
+            raise  # the device is at fault: another encoder would fail as well
+        except NativeError as error:
+            _log.warning("encoding on the GPU failed, blocks are stored raw: %s", error)
+            return self._encode(
+                keys, blocks, codec, request, Coding.RAW, Reason.ENCODER_FAILED, measure_error, after, transfer
+            )
+
+    def _encode(
+        self,
+        keys: Sequence[bytes],
+        blocks: BlockView,
+        codec: Codec,
+        request: EncodeRequest,
+        coding: Coding,
+        reason: Reason,
+        measure_error: bool,
+        after: int,
+        transfer: Transfer,
+    ) -> TransferResult:
+        layout, index, pool = blocks.layout, self._index, self._pool
+        header = header_nbytes(layout)
+        worst = len(keys) * pool.round_up(max_record_bytes(codec, layout))
+        if not index.can_hold(worst, keys):
+            # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
+            sizes = self._transport.out.sizes(blocks, request.bound, coding, after)
+            needed = sum(pool.round_up(int(n)) for n in sizes)
+            if needed > index.room(keys):
+                raise index.refuse(needed, len(keys), keys)
+        original = self._to_host(blocks, after) if measure_error else None
+        fresh: list[Entry] = []
+        tables = []
+        record_bytes = violations = 0
+        max_error = 0.0
+        evicted_before = index.evicted
+
+        def admit(chunk: EncodedChunk) -> list[Runs]:
+            entries = index.admit([header + int(n) for n in chunk.payload_bytes], layout.nbytes, keys)
+            fresh.extend(entries)
+            return [self._runs(entry) for entry in entries]
+
+        def landed(chunk: EncodedChunk) -> None:
+            nonlocal record_bytes, violations, max_error
+            entries = fresh[chunk.first : chunk.first + len(chunk.tables)]
+            errors = None
+            if original is not None:
+                measured = measure_errors(
+                    original[original.block_ids[chunk.first : chunk.first + len(entries)]],
+                    codec,
+                    request.bound,
+                    [pool.read(e.allocation)[header:] for e in entries],
+                    list(chunk.tables),
+                )
+                errors = np.array([error for error, _ in measured])
+                max_error = max(max_error, float(errors.max()))
+                violations += sum(bad for _, bad in measured)
+            headers = pack_headers(
+                layout,
+                chunk.tables,
+                chunk.payload_bytes,
+                chunk.payload_crc32c,
+                codec=codec.name,
+                mode=request.mode if request.mode in codec.modes else "none",
+                bound=request.bound,
+                reason=reason,
+                max_errors=errors,
+            )
+            for entry, row in zip(entries, headers, strict=True):
+                pool.write(entry.allocation, row)
+                record_bytes += entry.allocation.nbytes
+            tables.append(chunk.tables)
+
+        try:
+            self._transport.out.run(
+                blocks, request.bound, coding, after, admit, landed, self._joins, transfer._mark_queued
+            )
+            index.publish(dict(zip(keys, fresh, strict=True)))
+        except BaseException:
+            index.cancel(fresh, keys)
+            raise
+        fallbacks = fallback_reasons(tables)
+        if reason is not Reason.AS_ASKED:
+            fallbacks = {reason.name.lower(): sum(t.size for t in tables)}
+        return TransferResult(
+            blocks=len(keys),
+            raw_bytes=blocks.nbytes,
+            record_bytes=record_bytes,
+            seconds=0.0,
+            evicted=index.evicted - evicted_before,
+            fallbacks=fallbacks,
+            max_error=max_error if measure_error else None,
+            violations=violations if measure_error else None,
+        )
+
+    def _runs(self, entry: Entry) -> Runs:
+        """Host addresses of a record. Whole extents where they match the arena's: then neighbours are one copy."""
+        base, extent = self._pool.address, self._pool.extent_bytes
+        if extent != RECORD_ALIGNMENT:
+            return [(base + offset, nbytes) for offset, nbytes in entry.allocation.runs]
+        return [(base + offset, -(-nbytes // extent) * extent) for offset, nbytes in entry.allocation.runs]
+
+    def _joins(self, address: int) -> bool:
+        return (address - self._pool.address) % self._pool.piece_bytes != 0
+
+    def _to_host(self, blocks: BlockView, after: int) -> BlockView:
+        """A copy of blocks in host memory, through the same pipeline."""
+        copy = empty_view(blocks.layout, len(blocks))
+        header = header_nbytes(blocks.layout)
+        buffers: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
+
+        def admit(chunk: EncodedChunk) -> list[Runs]:
+            fresh = [np.empty(header + int(n), np.uint8) for n in chunk.payload_bytes]
+            buffers.extend(fresh)
+            return [[(_address(b), b.size)] for b in fresh]
+
+        def landed(chunk: EncodedChunk) -> None:
+            last = chunk.first + len(chunk.tables)
+            _native.cpu_decode(
+                _native.segments_array(copy),
+                copy.block_ids[chunk.first : last],
+                [b[header:] for b in buffers[chunk.first : last]],
+                chunk.tables,
+            )
+
+        self._transport.out.run(blocks, _LOSSLESS, Coding.RAW, after, admit, landed)
+        return copy
+
+    # ---- loads, in the worker
+
+    def _load(
+        self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
+    ) -> None:
+        header_bytes = header_nbytes(out.layout)
+        headers = read_own_headers([self._head(entry, header_bytes) for entry in entries])
+        native: dict[BlockLayout, list[int]] = {}
+        others: dict[tuple[str, BlockLayout], list[int]] = {}
+        for i, (header, entry) in enumerate(zip(headers, entries, strict=True)):
+            if header.record_bytes != entry.allocation.nbytes:
+                self._host.count_corrupt(1)
+                raise CorruptRecordError(f"the record under key {keys[i]!r} is damaged: discard it")
+            layout = check_geometry(header.geometry, out.layout)
+            if header.codec in ("cuszp", "raw"):
+                native.setdefault(layout, []).append(i)
+            else:
+                others.setdefault((header.codec, layout), []).append(i)
+        if others or not native:
+            self._driver.event_synchronize(after)
+        for (name, layout), members in others.items():
+            view = out[out.block_ids[members]].with_groups(layout)
+            records = [entries[i] for i in members]
+            if "cuda" in self._host.codec_of(name).devices:
+                self._host.load_blocks(records, view)
+            else:
+                pages = empty_view(layout, len(members))
+                self._host.load_blocks(records, pages)
+                self._from_host(pages, view, after)
+        bad: list[int] = []
+        groups = list(native.items())
+        for number, (layout, members) in enumerate(groups):
+            sources = [
+                Source(
+                    self._runs(entries[i]),
+                    entries[i].allocation.nbytes,
+                    headers[i].header_bytes,
+                    headers[i].payload_bytes,
+                    headers[i].payload_crc32c,
+                    headers[i].table,
+                )
+                for i in members
+            ]
+            view = out[out.block_ids[members]].with_groups(layout)
+            last = number == len(groups) - 1
+            statuses = self._transport.into.run(
+                view, sources, after, transfer._mark_queued if last else (lambda stream: None), self._joins
+            )
+            bad += [members[i] for i in np.flatnonzero(statuses)]
+        if bad:
+            self._host.count_corrupt(len(bad))
+            raise CorruptRecordError(
+                f"{len(bad)} of {len(keys)} records are damaged (the first under key {keys[min(bad)]!r}); their pages "
+                "are as they were, the other blocks were loaded: discard these records",
+                blocks=tuple(sorted(bad)),
+            )
+
+    def _head(self, entry: Entry, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        views = self._pool.views(entry.allocation)
+        head = views[0] if views[0].size >= nbytes else np.concatenate(views)
+        return head[:nbytes]
+
+    def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:
+        """Copy host blocks into device blocks, through the same pipeline."""
+        segments = _native.segments_array(pages, _LOSSLESS, Coding.RAW)
+        payloads = np.empty((len(pages), _native.max_payload_bytes(segments)), np.uint8)
+        tables, sizes = _native.cpu_encode(segments, pages.block_ids, payloads)
+        rows = [payloads[i, : int(n)] for i, n in enumerate(sizes)]
+        sources = [
+            Source([(_address(row), row.size)], row.size, 0, row.size, crc32c(row), table)
+            for row, table in zip(rows, tables, strict=True)
+        ]
+        self._transport.into.run(out, sources, after, lambda stream: None)
+
+
+def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:
+    return int(array.__array_interface__["data"][0])
