@@ -72,3 +72,19 @@ def test_golden_record(name: str) -> None:
         view, MODES[case.mode], case.bound_kind, case.bound, codec=case.codec, measure_error=case.measured
     )
     assert again == record
+
+
+def test_the_generator_refuses_to_change_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(golden, "FOLDER", tmp_path)
+    monkeypatch.setattr(golden, "MANIFEST", tmp_path / "manifest.json")
+    monkeypatch.setattr(golden, "cases", lambda: [CASES["absolute"], CASES["codec_raw"]])
+    assert golden.main() == 0
+    written = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert golden.main() == 0
+    (tmp_path / "absolute.kvz").write_bytes(b"old")
+    assert golden.main() == 1
+    assert "would change" in capsys.readouterr().out
+    assert (tmp_path / "absolute.kvz").read_bytes() == b"old"
+    assert (tmp_path / "manifest.json").read_bytes() == written["manifest.json"]
