@@ -6,7 +6,7 @@
 Run ``python bench/gpu_triton.py --out FOLDER`` on a machine with a GPU (a minute or two); it writes
 ``triton_codec.json``. Pages are 16 tokens x 32 heads x head_dim 64 of bfloat16 (64 KiB), 16 pages a block, cut from a
 KV cache (uint16 bit patterns, shape [layers, 2 (K, V), tokens, kv_heads, head_dim]) and repeated until the batch is
-full; 4,096 pages are 256 MiB, more than the L2 cache holds. Times are between CUDA events around a call, so they include
+full; 4,096 pages are 256 MiB, more than the L2 cache holds. Times are between CUDA events around a call: they include
 the gaps between its launches; ``host_us`` is what the caller waits for. GB/s count raw bytes; ``ceiling_fraction``
 compares raw plus encoded bytes with what a copy in device memory reads plus writes in the same run. Every case is
 checked: the bytes against the CUDA codec (without it against the CPU codec), and the decoded pages of both codecs
