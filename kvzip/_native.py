@@ -340,7 +340,7 @@ def cpu_encode(
         or out.ndim != 2
         or out.shape[0] < n
         or out.shape[1] < worst
-        or out.strides[1] != 1
+        or (n > 0 and out.strides[1] != 1)
         or not out.flags.writeable
         or (n > 1 and out.strides[0] < out.shape[1])
     ):

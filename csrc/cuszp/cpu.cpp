@@ -3,7 +3,6 @@
 //
 // The CPU codec behind kvz.h: arguments, validation of foreign bytes, the spread of a batch over threads. The pages
 // themselves are coded by cpu_kernels.inl.
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -314,61 +313,6 @@ uint64_t most_groups(const kvz_segment* segments, uint32_t num_segments) {
   return most;
 }
 
-// ---- comparison
-// -------------------------------------------------------------------------------------------------------
-
-template <int DTYPE>
-void compare_page(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations) {
-  using Word = typename Traits<DTYPE>::word;
-  double largest = 0.0;
-  uint64_t broken = 0;
-  for (uint32_t t = 0; t < a.tokens; ++t) {
-    for (uint32_t h = 0; h < a.heads; ++h) {
-      const uint8_t* x = a.base + static_cast<int64_t>(t) * a.token_stride + static_cast<int64_t>(h) * a.head_stride;
-      const uint8_t* y = b.base + static_cast<int64_t>(t) * b.token_stride + static_cast<int64_t>(h) * b.head_stride;
-      for (uint32_t d = 0; d < a.head_dim; ++d, x += sizeof(Word), y += sizeof(Word)) {
-        Word u, v;
-        memcpy(&u, x, sizeof u);
-        memcpy(&v, y, sizeof v);
-        if (u == v) continue;
-        if (!is_finite<DTYPE>(u)) {
-          ++broken;
-          continue;
-        }
-        if (!is_finite<DTYPE>(v)) {
-          ++broken;
-          largest = HUGE_VAL;
-          continue;
-        }
-        const double error =
-            fabs(static_cast<double>(Traits<DTYPE>::to_float(u)) - static_cast<double>(Traits<DTYPE>::to_float(v)));
-        largest = error > largest ? error : largest;
-        broken += error > limit;
-      }
-    }
-  }
-  *max_error = largest;
-  *violations = broken;
-}
-
-void compare_bytes(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations) {
-  int largest = 0;
-  uint64_t broken = 0;
-  for (uint32_t t = 0; t < a.tokens; ++t) {
-    for (uint32_t h = 0; h < a.heads; ++h) {
-      const uint8_t* x = a.base + static_cast<int64_t>(t) * a.token_stride + static_cast<int64_t>(h) * a.head_stride;
-      const uint8_t* y = b.base + static_cast<int64_t>(t) * b.token_stride + static_cast<int64_t>(h) * b.head_stride;
-      for (uint32_t d = 0; d < a.head_dim; ++d) {
-        const int error = abs(static_cast<int>(x[d]) - static_cast<int>(y[d]));
-        largest = error > largest ? error : largest;
-        broken += error > limit;
-      }
-    }
-  }
-  *max_error = largest;
-  *violations = broken;
-}
-
 }  // namespace
 }  // namespace kvz
 
@@ -527,22 +471,12 @@ int32_t kvz_cpu_compare(const kvz_segment* a, const int64_t* a_blocks, const kvz
       return KVZ_INVALID_ARGUMENT;
     }
   }
+  const Kernels& codec = *kernels();
   parallel_for(static_cast<uint64_t>(num_blocks) * num_segments, threads, [&](uint64_t item) {
     const FloatEnvironment environment;
     const uint64_t block = item / num_segments, s = item % num_segments;
-    const Page x = page_of(a[s], a_blocks[block]), y = page_of(b[s], b_blocks[block]);
-    double* error = max_errors + item;
-    uint64_t* broken = violations + item;
-    switch (x.dtype) {
-      case KVZ_BF16:
-        return compare_page<KVZ_BF16>(x, y, limits[item], error, broken);
-      case KVZ_FP16:
-        return compare_page<KVZ_FP16>(x, y, limits[item], error, broken);
-      case KVZ_FP32:
-        return compare_page<KVZ_FP32>(x, y, limits[item], error, broken);
-      default:
-        return compare_bytes(x, y, limits[item], error, broken);
-    }
+    codec.compare(page_of(a[s], a_blocks[block]), page_of(b[s], b_blocks[block]), limits[item], max_errors + item,
+                  violations + item);
   });
   return KVZ_OK;
 }

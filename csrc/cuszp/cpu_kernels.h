@@ -65,6 +65,9 @@ struct Kernels {
 
   // Decode a validated segment into a page.
   void (*decode)(const Page& page, const uint8_t* segment, const kvz_entry& entry, Scratch& scratch);
+
+  // One page of kvz_cpu_compare.
+  void (*compare)(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations);
 };
 
 // Bytes of the class array, with its padding, and of the base array of a lossless segment.

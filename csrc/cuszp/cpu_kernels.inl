@@ -1386,8 +1386,109 @@ static void decode_page(const Page& page, const uint8_t* segment, const kvz_entr
   }
 }
 
+// ---- compare
+// ----------------------------------------------------------------------------------------------------------
+
+constexpr int kCompared = 256;  // values at a time
+
+struct Difference {
+  double largest = 0.0;
+  uint64_t violations = 0;
+};
+
+// Values among which there are NaNs or infinities.
+template <class Word, class IsFinite, class ToFloat>
+KVZ_INLINE void compare_carefully(const Word* x, const Word* y, uint32_t n, double limit, IsFinite finite,
+                                  ToFloat value, Difference& found) {
+  for (uint32_t k = 0; k < n; ++k) {
+    if (x[k] == y[k]) continue;
+    const bool both = finite(x[k]) && finite(y[k]);
+    const double error =
+        both ? __builtin_fabs(static_cast<double>(value(x[k])) - static_cast<double>(value(y[k]))) : __builtin_inf();
+    if (finite(x[k]) && error > found.largest) found.largest = error;
+    found.violations += !both || error > limit;
+  }
+}
+
+template <int DTYPE>
+KVZ_INLINE void compare_values(const typename Traits<DTYPE>::word* x, const typename Traits<DTYPE>::word* y, uint32_t n,
+                               double limit, Difference& found) {
+  double errors[kCompared];
+  for (uint32_t k = 0; k < n; ++k) {
+    errors[k] = __builtin_fabs(static_cast<double>(Traits<DTYPE>::to_float(x[k])) -
+                               static_cast<double>(Traits<DTYPE>::to_float(y[k])));
+  }
+  int64_t largest = 0;  // the bits of non-negative numbers order like them; NaN is above all
+  uint64_t violations = 0;
+  uint32_t nonfinite = 0;
+  for (uint32_t k = 0; k < n; ++k) nonfinite |= !is_finite<DTYPE>(x[k]) || !is_finite<DTYPE>(y[k]);
+  if (nonfinite != 0) {
+    const auto finite = [](uint32_t v) { return is_finite<DTYPE>(v); };
+    const auto value = [](uint32_t v) { return Traits<DTYPE>::to_float(v); };
+    return compare_carefully(x, y, n, limit, finite, value, found);
+  }
+  for (uint32_t k = 0; k < n; ++k) {
+    int64_t bits;
+    memcpy(&bits, errors + k, sizeof bits);
+    largest = bits > largest ? bits : largest;
+    violations += errors[k] > limit ? 1 : 0;
+  }
+  double error;
+  memcpy(&error, &largest, sizeof error);
+  found.largest = error > found.largest ? error : found.largest;
+  found.violations += violations;
+}
+
+// Bytes count as unsigned integers.
+KVZ_INLINE void compare_bytes(const uint8_t* x, const uint8_t* y, uint32_t n, double limit, Difference& found) {
+  for (uint32_t k = 0; k < n; ++k) {
+    const int difference = static_cast<int>(x[k]) - static_cast<int>(y[k]);
+    const double error = difference < 0 ? -difference : difference;
+    found.largest = error > found.largest ? error : found.largest;
+    found.violations += error > limit;
+  }
+}
+
+template <int DTYPE, class Word>
+static void compare_typed(const Geometry& a, const Geometry& b, double limit, Difference& found) {
+  alignas(64) Word x[kCompared], y[kCompared];
+  for (uint32_t t = 0; t < a.page.tokens; ++t) {
+    for (uint32_t c = 0; c < a.channels; c += kCompared) {
+      const uint32_t n = least(kCompared, a.channels - c);
+      copy_channels<false>(a, t, c, n, reinterpret_cast<uint8_t*>(x), sizeof(Word));
+      copy_channels<false>(b, t, c, n, reinterpret_cast<uint8_t*>(y), sizeof(Word));
+      if constexpr (DTYPE == KVZ_OPAQUE) {
+        compare_bytes(x, y, n, limit, found);
+      } else {
+        compare_values<DTYPE>(x, y, n, limit, found);
+      }
+    }
+  }
+}
+
+static void compare_page(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations) {
+  const Geometry x(a), y(b);
+  Difference found;
+  switch (a.dtype) {
+    case KVZ_BF16:
+      compare_typed<KVZ_BF16, uint16_t>(x, y, limit, found);
+      break;
+    case KVZ_FP16:
+      compare_typed<KVZ_FP16, uint16_t>(x, y, limit, found);
+      break;
+    case KVZ_FP32:
+      compare_typed<KVZ_FP32, uint32_t>(x, y, limit, found);
+      break;
+    default:
+      compare_typed<KVZ_OPAQUE, uint8_t>(x, y, limit, found);
+      break;
+  }
+  *max_error = found.largest;
+  *violations = found.violations;
+}
+
 }  // namespace
 
-const Kernels KVZ_ISA_TABLE = {KVZ_ISA_NAME, encode_page, decode_page};
+const Kernels KVZ_ISA_TABLE = {KVZ_ISA_NAME, encode_page, decode_page, compare_page};
 
 }  // namespace kvz
