@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The CUDA part of the native library, called through ctypes: codec launches, memory, copies, streams, events, devices.
+
+Handles and addresses are integers, sizes are bytes, streams are ``cudaStream_t`` (0 = the legacy default stream). Calls
+act on the thread's current device and block the host only where their docstring says so. ``csrc/cuszp/kvz.h`` documents
+the interface; `kvzip.transport` says what it needs of it (``Driver``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip import _native
+from kvzip.errors import BackendUnavailableError, CudaError
+
+if TYPE_CHECKING:
+    from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs
+
+Words = npt.NDArray[np.uint64]
+
+_P, _U32, _U64, _I32 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
+_PI32, _PU64, _PP = ctypes.POINTER(_I32), ctypes.POINTER(_U64), ctypes.POINTER(_P)
+
+_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "kvz_cuda_workspace_bytes": (_U64, [_U32, _U32]),
+    "kvz_cuda_arena_bytes": (_U64, [_P, _U32, _U32, _U32]),
+    "kvz_cuda_encode": (_I32, [_P, _P]),
+    "kvz_cuda_decode": (_I32, [_P, _P]),
+    "kvz_cuda_crc32c": (_I32, [_P, _P]),
+    "kvz_cuda_last_error": (_I32, [_P, _U64]),
+    "kvz_cuda_available": (_I32, [_PI32]),
+    "kvz_cuda_device_info": (_I32, [_I32, _P]),
+    "kvz_cuda_versions": (_I32, [_PI32, _PI32]),
+    "kvz_cuda_get_device": (_I32, [_PI32]),
+    "kvz_cuda_set_device": (_I32, [_I32]),
+    "kvz_cuda_memory": (_I32, [_PU64, _PU64]),
+    "kvz_cuda_malloc": (_I32, [_U64, _PP]),
+    "kvz_cuda_free": (_I32, [_P]),
+    "kvz_cuda_host_register": (_I32, [_P, _U64]),
+    "kvz_cuda_host_unregister": (_I32, [_P]),
+    "kvz_cuda_host_device_address": (_I32, [_P, _PU64]),
+    "kvz_cuda_memset": (_I32, [_P, _I32, _U64, _P]),
+    "kvz_cuda_copy": (_I32, [_P, _P, _U64, _P]),
+    "kvz_cuda_copy_batch": (_I32, [_P, _P, _P, _U64, _P]),
+    "kvz_cuda_stream_create": (_I32, [_I32, _PP]),
+    "kvz_cuda_stream_destroy": (_I32, [_P]),
+    "kvz_cuda_stream_wait_event": (_I32, [_P, _P]),
+    "kvz_cuda_stream_synchronize": (_I32, [_P]),
+    "kvz_cuda_event_create": (_I32, [_I32, _PP]),
+    "kvz_cuda_event_destroy": (_I32, [_P]),
+    "kvz_cuda_event_record": (_I32, [_P, _P]),
+    "kvz_cuda_event_query": (_I32, [_P, _PI32]),
+    "kvz_cuda_event_synchronize": (_I32, [_P]),
+    "kvz_cuda_event_elapsed": (_I32, [_P, _P, ctypes.POINTER(ctypes.c_float)]),
+}
+
+
+class _EncodeArgs(ctypes.Structure):
+    """``kvz_cuda_encode_args``."""
+
+    _fields_ = (
+        ("segments", _P),
+        ("device_segments", _P),
+        ("block_ids", _P),
+        ("arena", _P),
+        ("arena_bytes", _U64),
+        ("record_stride", _U64),
+        ("table", _P),
+        ("payload_bytes", _P),
+        ("record_offsets", _P),
+        ("status", _P),
+        ("workspace", _P),
+        ("workspace_bytes", _U64),
+        ("num_segments", _U32),
+        ("num_blocks", _U32),
+        ("header_bytes", _U32),
+        ("max_ctas", _U32),
+        ("strips_per_warp", _U32),
+        ("reserved", _U32),
+    )
+
+
+class _DecodeArgs(ctypes.Structure):
+    """``kvz_cuda_decode_args``."""
+
+    _fields_ = (
+        ("segments", _P),
+        ("device_segments", _P),
+        ("block_ids", _P),
+        ("payloads", _P),
+        ("payload_bytes", _P),
+        ("table", _P),
+        ("block_status", _P),
+        ("workspace", _P),
+        ("workspace_bytes", _U64),
+        ("num_segments", _U32),
+        ("num_blocks", _U32),
+        ("all_or_nothing", _U32),
+        ("max_ctas", _U32),
+        ("strips_per_warp", _U32),
+        ("reserved", _U32),
+    )
+
+
+class _CrcArgs(ctypes.Structure):
+    """``kvz_cuda_crc_args``."""
+
+    _fields_ = (
+        ("base", _P),
+        ("offsets", _P),
+        ("skip", _U64),
+        ("payload_bytes", _P),
+        ("crc32c", _P),
+        ("scratch", _P),
+        ("max_payload_bytes", _U64),
+        ("count", _U32),
+        ("check", _U32),
+        ("max_ctas", _U32),
+        ("reserved", _U32),
+    )
+
+
+class _DeviceInfo(ctypes.Structure):
+    """``kvz_cuda_device``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * 256),
+        ("memory_bytes", _U64),
+        ("capability_major", _I32),
+        ("capability_minor", _I32),
+        ("multiprocessors", _I32),
+        ("l2_bytes", _I32),
+        ("shared_bytes", _I32),
+        ("copy_engines", _I32),
+        ("pci_domain", _I32),
+        ("pci_bus", _I32),
+        ("pci_device", _I32),
+        ("host_native_atomics", _I32),
+    )
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One GPU.
+
+    Attributes:
+        index: number of the device.
+        name: what the driver calls it.
+        memory_bytes: device memory.
+        capability: compute capability, (major, minor).
+        multiprocessors: their number.
+        l2_bytes: second-level cache.
+        shared_bytes: most shared memory of one thread block.
+        copy_engines: copies that can run at a time.
+        pci_bus_id: such as ``"0000:01:00.0"``.
+    """
+
+    index: int
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+    multiprocessors: int
+    l2_bytes: int
+    shared_bytes: int
+    copy_engines: int
+    pci_bus_id: str
+
+
+_lock = threading.Lock()
+_driver: CudaDriver | None = None
+
+
+def driver() -> CudaDriver:
+    """The device functions of this process. Thread-safe.
+
+    Raises:
+        BackendUnavailableError: the native library was built without CUDA, or no GPU can be used; says what to do.
+    """
+    global _driver
+    with _lock:
+        if _driver is None:
+            _driver = CudaDriver()
+        return _driver
+
+
+def unavailable() -> str:
+    """Why the GPU cannot be used, as a sentence that says what to do; ``""`` when it can."""
+    try:
+        driver()
+    except BackendUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def describe() -> dict[str, Any]:
+    """Versions and devices, for reports.
+
+    Raises:
+        BackendUnavailableError: as `driver`.
+    """
+    found = driver()
+    driver_version, runtime_version = found.versions()
+    return {
+        "driver": f"{driver_version // 1000}.{driver_version % 1000 // 10}",
+        "runtime": f"{runtime_version // 1000}.{runtime_version % 1000 // 10}",
+        "devices": [found.device_info(i) for i in range(found.device_count())],
+    }
+
+
+def _bind() -> ctypes.CDLL:
+    library = _native.library()
+    for name, (result, arguments) in _PROTOTYPES.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise BackendUnavailableError(
+                f"the native library has no {name}: it belongs to another version; reinstall kvzip"
+            ) from None
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class CudaDriver:
+    """Device functions as methods; every failure is a `CudaError` (or `NativeError` for a refused argument).
+
+    Raises:
+        BackendUnavailableError: the native library was built without CUDA, or no GPU can be used.
+    """
+
+    def __init__(self) -> None:
+        self._library = _bind()
+        count = _I32()
+        status = self._library.kvz_cuda_available(ctypes.byref(count))
+        if status == _native.NO_CUDA:
+            raise BackendUnavailableError(
+                "the native library was built without CUDA: reinstall kvzip with KVZIP_CUDA=on and nvcc on PATH"
+            )
+        if status != _native.OK:
+            code, text = self._last_error()
+            raise BackendUnavailableError(f"no GPU can be used: {text} (CUDA error {code}). {_remedy(code)}")
+        self._devices = count.value
+
+    # ---- errors
+
+    def _last_error(self) -> tuple[int, str]:
+        text = ctypes.create_string_buffer(512)
+        code = self._library.kvz_cuda_last_error(text, len(text))
+        return int(code), text.value.decode("utf-8", "replace")
+
+    def _check(self, status: int, what: str) -> None:
+        if status == _native.OK:
+            return
+        if status == _native.CUDA_ERROR:
+            code, text = self._last_error()
+            raise CudaError(f"{what} failed: {text}", code=code, name=text.partition(":")[0], status=status)
+        _native.check(status, what)
+
+    # ---- devices
+
+    def device_count(self) -> int:
+        """Number of GPUs that this process sees."""
+        return self._devices
+
+    def versions(self) -> tuple[int, int]:
+        """CUDA versions of the driver and of the runtime that the library holds; 13000 is 13.0."""
+        driver_version, runtime_version = _I32(), _I32()
+        status = self._library.kvz_cuda_versions(ctypes.byref(driver_version), ctypes.byref(runtime_version))
+        self._check(status, "asking for the CUDA versions")
+        return driver_version.value, runtime_version.value
+
+    def device_info(self, device: int) -> DeviceInfo:
+        """What the driver says of one GPU."""
+        info = _DeviceInfo()
+        self._check(self._library.kvz_cuda_device_info(device, ctypes.byref(info)), f"asking about device {device}")
+        return DeviceInfo(
+            index=device,
+            name=info.name.decode("utf-8", "replace"),
+            memory_bytes=info.memory_bytes,
+            capability=(info.capability_major, info.capability_minor),
+            multiprocessors=info.multiprocessors,
+            l2_bytes=info.l2_bytes,
+            shared_bytes=info.shared_bytes,
+            copy_engines=info.copy_engines,
+            pci_bus_id=f"{info.pci_domain:04x}:{info.pci_bus:02x}:{info.pci_device:02x}.0",
+        )
+
+    def get_device(self) -> int:
+        """The thread's current device."""
+        device = _I32()
+        self._check(self._library.kvz_cuda_get_device(ctypes.byref(device)), "asking for the current device")
+        return device.value
+
+    def set_device(self, device: int) -> None:
+        """Make a device the thread's current one."""
+        self._check(self._library.kvz_cuda_set_device(device), f"switching to device {device}")
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the current device."""
+        free, total = _U64(), _U64()
+        self._check(self._library.kvz_cuda_memory(ctypes.byref(free), ctypes.byref(total)), "asking for device memory")
+        return free.value, total.value
+
+    # ---- memory and copies
+
+    def malloc(self, nbytes: int) -> int:
+        """Allocate device memory. May block the host."""
+        address = _P()
+        status = self._library.kvz_cuda_malloc(nbytes, ctypes.byref(address))
+        self._check(status, f"allocating {nbytes} bytes of device memory")
+        return address.value or 0
+
+    def free(self, address: int) -> None:
+        """Free device memory; 0 is allowed. May block the host."""
+        if address:
+            self._check(self._library.kvz_cuda_free(address), "freeing device memory")
+
+    def host_register(self, address: int, nbytes: int) -> None:
+        """Pin host memory and map it for all devices. Blocks the host."""
+        self._check(self._library.kvz_cuda_host_register(address, nbytes), f"pinning {nbytes} bytes of host memory")
+
+    def host_unregister(self, address: int) -> None:
+        """Undo `host_register`. Blocks the host."""
+        self._check(self._library.kvz_cuda_host_unregister(address), "unpinning host memory")
+
+    def host_device_address(self, address: int) -> int:
+        """Where the device sees an address of pinned host memory."""
+        found = _U64()
+        status = self._library.kvz_cuda_host_device_address(address, ctypes.byref(found))
+        self._check(status, "asking for the device address of host memory")
+        return found.value
+
+    def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None:
+        """Fill device memory, in stream order."""
+        self._check(self._library.kvz_cuda_memset(address, byte, nbytes, stream), f"filling {nbytes} bytes")
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy in any direction, in stream order. Host memory must be pinned, or the call may block."""
+        self._check(self._library.kvz_cuda_copy(to, source, nbytes, stream), f"copying {nbytes} bytes")
+
+    def copy_batch(self, to: Words, source: Words, nbytes: Words, stream: int) -> None:
+        """Many copies in one call, in stream order; they may run in any order among themselves.
+
+        Args:
+            to: addresses, uint64.
+            source: addresses, uint64.
+            nbytes: sizes, uint64; none may be 0.
+            stream: stream.
+        """
+        to, source, nbytes = (np.ascontiguousarray(a, np.uint64) for a in (to, source, nbytes))
+        status = self._library.kvz_cuda_copy_batch(
+            to.ctypes.data, source.ctypes.data, nbytes.ctypes.data, len(nbytes), stream
+        )
+        self._check(status, f"copying {len(nbytes)} pieces")
+
+    # ---- streams and events
+
+    def stream_create(self, priority: int = 0) -> int:
+        """Make a stream that does not wait for the legacy default stream; -1 is served before 0."""
+        stream = _P()
+        self._check(self._library.kvz_cuda_stream_create(priority, ctypes.byref(stream)), "creating a stream")
+        return stream.value or 0
+
+    def stream_destroy(self, stream: int) -> None:
+        """Give a stream up; its work still ends."""
+        self._check(self._library.kvz_cuda_stream_destroy(stream), "destroying a stream")
+
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        """Have later work of a stream wait for what an event stands for now."""
+        self._check(self._library.kvz_cuda_stream_wait_event(stream, event), "making a stream wait")
+
+    def stream_synchronize(self, stream: int) -> None:
+        """Wait for a stream. Blocks the host."""
+        self._check(self._library.kvz_cuda_stream_synchronize(stream), "waiting for a stream")
+
+    def event_create(self, *, timing: bool = False) -> int:
+        """Make an event; waiting for it sleeps, it does not spin."""
+        event = _P()
+        self._check(self._library.kvz_cuda_event_create(int(timing), ctypes.byref(event)), "creating an event")
+        return event.value or 0
+
+    def event_destroy(self, event: int) -> None:
+        """Give an event up."""
+        self._check(self._library.kvz_cuda_event_destroy(event), "destroying an event")
+
+    def event_record(self, event: int, stream: int) -> None:
+        """Let an event stand for all work of a stream so far."""
+        self._check(self._library.kvz_cuda_event_record(event, stream), "recording an event")
+
+    def event_query(self, event: int) -> bool:
+        """Whether the work that an event stands for is done."""
+        done = _I32()
+        self._check(self._library.kvz_cuda_event_query(event, ctypes.byref(done)), "asking for an event")
+        return bool(done.value)
+
+    def event_synchronize(self, event: int) -> None:
+        """Wait for an event. Blocks the host."""
+        self._check(self._library.kvz_cuda_event_synchronize(event), "waiting for an event")
+
+    def event_elapsed_seconds(self, start: int, stop: int) -> float:
+        """Time between two events that were made with timing."""
+        milliseconds = ctypes.c_float()
+        status = self._library.kvz_cuda_event_elapsed(start, stop, ctypes.byref(milliseconds))
+        self._check(status, "timing events")
+        return milliseconds.value / 1e3
+
+    # ---- codec
+
+    def workspace_bytes(self, num_segments: int, num_blocks: int) -> int:
+        """Scratch of `encode` and `decode`; zero it once, it stays zero between calls."""
+        return int(self._library.kvz_cuda_workspace_bytes(num_segments, num_blocks))
+
+    def arena_bytes(self, segments: npt.NDArray[Any], num_blocks: int, header_bytes: int) -> int:
+        """Most bytes that the records of a batch can take in an arena."""
+        found = int(self._library.kvz_cuda_arena_bytes(segments.ctypes.data, len(segments), num_blocks, header_bytes))
+        if found == 0 and num_blocks:
+            self._check(_native.INVALID_ARGUMENT, "sizing an arena")
+        return found
+
+    def encode(self, args: EncodeArgs, stream: int, *, record_stride: int = 0, strips_per_warp: int = 0) -> None:
+        """Launch an encoder (``kvz_cuda_encode``).
+
+        Args:
+            args: what and where to.
+            stream: stream.
+            record_stride: bytes from one record to the next in the arena; 0 packs them.
+            strips_per_warp: tuning; 0 = automatic.
+        """
+        native = _EncodeArgs(
+            segments=args.segments.ctypes.data,
+            device_segments=args.device_segments,
+            block_ids=args.block_ids,
+            arena=args.arena,
+            arena_bytes=args.arena_bytes,
+            record_stride=record_stride,
+            table=args.table,
+            payload_bytes=args.payload_bytes,
+            record_offsets=args.record_offsets,
+            status=args.status,
+            workspace=args.workspace,
+            workspace_bytes=args.workspace_bytes,
+            num_segments=len(args.segments),
+            num_blocks=args.num_blocks,
+            header_bytes=args.header_bytes,
+            max_ctas=args.max_ctas,
+            strips_per_warp=strips_per_warp,
+            reserved=0,
+        )
+        self._check(self._library.kvz_cuda_encode(ctypes.byref(native), stream), "encoding on the GPU")
+
+    def decode(self, args: DecodeArgs, stream: int, *, all_or_nothing: bool = False, strips_per_warp: int = 0) -> None:
+        """Launch validation and decoder (``kvz_cuda_decode``).
+
+        Args:
+            args: what and where to.
+            stream: stream.
+            all_or_nothing: one corrupt block keeps every block of the batch from being written.
+            strips_per_warp: tuning; 0 = automatic.
+        """
+        native = _DecodeArgs(
+            segments=args.segments.ctypes.data,
+            device_segments=args.device_segments,
+            block_ids=args.block_ids,
+            payloads=args.payloads,
+            payload_bytes=args.payload_bytes,
+            table=args.table,
+            block_status=args.block_status,
+            workspace=args.workspace,
+            workspace_bytes=args.workspace_bytes,
+            num_segments=len(args.segments),
+            num_blocks=args.num_blocks,
+            all_or_nothing=int(all_or_nothing),
+            max_ctas=args.max_ctas,
+            strips_per_warp=strips_per_warp,
+            reserved=0,
+        )
+        self._check(self._library.kvz_cuda_decode(ctypes.byref(native), stream), "decoding on the GPU")
+
+    def crc32c(self, args: CrcArgs, stream: int) -> None:
+        """Launch checksums of payloads, or their check (``kvz_cuda_crc32c``)."""
+        native = _CrcArgs(
+            base=args.base,
+            offsets=args.offsets,
+            skip=args.skip,
+            payload_bytes=args.payload_bytes,
+            crc32c=args.crc32c,
+            scratch=args.scratch,
+            max_payload_bytes=args.max_payload_bytes,
+            count=args.count,
+            check=int(args.check),
+            max_ctas=args.max_ctas,
+            reserved=0,
+        )
+        self._check(self._library.kvz_cuda_crc32c(ctypes.byref(native), stream), "checksumming on the GPU")
+
+
+_NO_DEVICE = 100  # cudaErrorNoDevice
+_OLD_DRIVER = 35  # cudaErrorInsufficientDriver, also without any driver
+
+
+def _remedy(code: int) -> str:
+    if code == _NO_DEVICE:
+        return "Run on a machine with an NVIDIA GPU, and let CUDA_VISIBLE_DEVICES name one."
+    if code == _OLD_DRIVER:
+        return "Install an NVIDIA driver for CUDA 13 (580 or newer)."
+    return "See whether nvidia-smi works."
