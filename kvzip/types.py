@@ -331,7 +331,7 @@ class BlockLayout:
             memory = TensorMemory.of(tensor, dtype)
             expected = memory.dtype.itemsize
             for size, stride in reversed(list(zip(memory.shape[1:], memory.strides_bytes[1:], strict=True))):
-                if size > 1 and stride != expected:
+                if size > 1 and stride != expected and 0 not in memory.shape[1:]:
                     raise LayoutError(
                         f"tensor {index}: its blocks are not contiguous: give the page geometry (dims) instead"
                     )
