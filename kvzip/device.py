@@ -108,6 +108,8 @@ class _Worker:
                     wrapped.__cause__ = error
                     error = wrapped
                 job.transfer._fail(error)
+                del error
+            del job  # a transfer must not live on until the next one comes
 
     def close(self) -> None:
         """Let the jobs that were submitted end, then the thread. Blocks the host."""
@@ -225,8 +227,9 @@ class DeviceSwap:
     def _mark(self, stream: object) -> int:
         """An event at the end of the caller's stream."""
         self._driver.set_device(self._device)
+        handle = stream_handle(stream, self._device)
         event = self._driver.event_create()
-        self._driver.event_record(event, stream_handle(stream, self._device))
+        self._driver.event_record(event, handle)
         return event
 
     # ---- stores, in the worker
@@ -346,7 +349,8 @@ class DeviceSwap:
         return [(base + offset, -(-nbytes // extent) * extent) for offset, nbytes in entry.allocation.runs]
 
     def _joins(self, address: int) -> bool:
-        return (address - self._pool.address) % self._pool.piece_bytes != 0
+        piece = self._pool.piece_bytes
+        return piece == 0 or (address - self._pool.address) % piece != 0
 
     def _to_host(self, blocks: BlockView, after: int) -> BlockView:
         """A copy of blocks in host memory, through the same pipeline."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""A GPU made of host memory: the device functions of `kvzip.transport.Driver`, with the CPU codec behind them.
+
+Streams run at once, in order; events and the use of freed memory are checked. With it the pipelines, the workers and the
+engine's GPU side run where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import crc32c
+import numpy as np
+
+from kvzip import _native
+from kvzip.errors import CorruptRecordError, CudaError
+from kvzip.record import ENTRY_DTYPE
+
+
+def at(address: int, dtype: Any, count: int) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    buffer = (ctypes.c_uint8 * (dtype.itemsize * count)).from_address(address)
+    return np.frombuffer(buffer, dtype, count)
+
+
+class FakeTensor:
+    """A NumPy array that says it lies on a GPU."""
+
+    def __init__(self, array: np.ndarray, dtype: str = "bfloat16", index: int = 0) -> None:
+        self.array = array
+        self.dtype = f"torch.{dtype}"
+        self.device = SimpleNamespace(type="cuda", index=index)
+        self.shape = array.shape
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+
+class FakeDriver:
+    """`fail` maps the name of a function to an exception that its next call raises."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+        self.events: set[int] = set()
+        self.streams: set[int] = set()
+        self.calls: list[str] = []
+        self.fail: dict[str, BaseException] = {}
+        self.hold = threading.Event()
+        self.hold.set()
+        self.peak_bytes = 0
+        self._next = 1
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        self.hold.wait(30)
+        error = self.fail.pop(name, None)
+        if error is not None:
+            raise error
+
+    def _handle(self) -> int:
+        self._next += 1
+        return self._next
+
+    def set_device(self, device: int) -> None:
+        assert device >= 0
+
+    def malloc(self, nbytes: int) -> int:
+        self._called("malloc")
+        array = np.full(nbytes + 256, 0xEE, np.uint8)
+        address = -(-array.ctypes.data // 256) * 256
+        self.memory[address] = array
+        self.peak_bytes = max(self.peak_bytes, sum(a.size for a in self.memory.values()))
+        return address
+
+    def free(self, address: int) -> None:
+        if address:
+            del self.memory[address]
+
+    def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None:
+        ctypes.memset(address, byte, nbytes)
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self._called("copy")
+        assert stream in self.streams
+        ctypes.memmove(to, source, nbytes)
+
+    def copy_batch(self, to: np.ndarray, source: np.ndarray, nbytes: np.ndarray, stream: int) -> None:
+        self._called("copy_batch")
+        for t, s, n in zip(to.tolist(), source.tolist(), nbytes.tolist(), strict=True):
+            ctypes.memmove(t, s, n)
+
+    def stream_create(self, priority: int = 0) -> int:
+        self.streams.add(self._handle())
+        return self._next
+
+    def stream_destroy(self, stream: int) -> None:
+        self.streams.remove(stream)
+
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        assert event in self.events
+
+    def event_create(self, *, timing: bool = False) -> int:
+        self.events.add(self._handle())
+        return self._next
+
+    def event_destroy(self, event: int) -> None:
+        self.events.remove(event)
+
+    def event_record(self, event: int, stream: int) -> None:
+        assert event in self.events
+
+    def event_synchronize(self, event: int) -> None:
+        assert event in self.events
+        self._called("event_synchronize")
+
+    def workspace_bytes(self, num_segments: int, num_blocks: int) -> int:
+        return 64 + num_blocks * 4
+
+    def encode(self, a: Any, stream: int) -> None:
+        self._called("encode")
+        segments = at(a.device_segments, _native.SEGMENT_DTYPE, len(a.segments))
+        ids = at(a.block_ids, np.int64, a.num_blocks).copy()
+        worst = _native.max_payload_bytes(segments)
+        out = np.empty((a.num_blocks, worst), np.uint8)
+        table, sizes = _native.cpu_encode(segments.copy(), ids, out, threads=1)
+        at(a.table, ENTRY_DTYPE, table.size)[:] = table.ravel()
+        at(a.payload_bytes, np.uint64, a.num_blocks)[:] = sizes
+        where = 0
+        for b, size in enumerate(sizes.tolist()):
+            at(a.record_offsets, np.uint64, a.num_blocks)[b] = where
+            assert where + a.header_bytes + size <= a.arena_bytes
+            at(a.arena + where + a.header_bytes, np.uint8, size)[:] = out[b, :size]
+            where += -(-(a.header_bytes + size) // 256) * 256
+
+    def crc32c(self, a: Any, stream: int) -> None:
+        self._called("crc32c")
+        scratch = at(a.scratch, np.uint32, 2 * a.count)
+        assert not scratch.any()
+        offsets, sizes = at(a.offsets, np.uint64, a.count), at(a.payload_bytes, np.uint64, a.count)
+        crcs = at(a.crc32c, np.uint32, a.count)
+        for b in range(a.count):
+            assert sizes[b] <= a.max_payload_bytes
+            crc = crc32c.crc32c(bytes(at(a.base + int(offsets[b]) + a.skip, np.uint8, int(sizes[b]))))
+            if not a.check:
+                crcs[b] = crc
+            elif crcs[b] != crc:
+                sizes[b] = 0
+
+    def decode(self, a: Any, stream: int) -> None:
+        self._called("decode")
+        segments = at(a.device_segments, _native.SEGMENT_DTYPE, len(a.segments)).copy()
+        ids = at(a.block_ids, np.int64, a.num_blocks).copy()
+        payloads, sizes = at(a.payloads, np.uint64, a.num_blocks), at(a.payload_bytes, np.uint64, a.num_blocks)
+        table = at(a.table, ENTRY_DTYPE, a.num_blocks * len(segments)).reshape(a.num_blocks, -1)
+        for b in range(a.num_blocks):
+            status = 0
+            try:
+                payload = at(int(payloads[b]), np.uint8, int(sizes[b]))
+                _native.cpu_decode(segments, ids[b : b + 1], [payload], table[b : b + 1], threads=1)
+            except CorruptRecordError:
+                status = 2
+            at(a.block_status, np.uint32, a.num_blocks)[b] = status
+
+
+def cuda_error() -> CudaError:
+    return CudaError("a copy failed: cudaErrorLaunchFailure", code=719, name="cudaErrorLaunchFailure", status=6)
