@@ -102,7 +102,7 @@ class _Worker:
             try:
                 job.transfer._finish(job.run())
             except BaseException as error:
-                _log.warning("a %s failed: %s", job.what, error)
+                _log.warning("a %s failed: %s", job.what, str(error))
                 if not isinstance(error, KvzipError):
                     wrapped = TransferError(f"a {job.what} failed: {type(error).__name__}: {error}")
                     wrapped.__cause__ = error
@@ -250,7 +250,7 @@ class DeviceSwap:
         except CudaError:
             raise  # the device is at fault: another encoder would fail as well
         except NativeError as error:
-            _log.warning("encoding on the GPU failed, blocks are stored raw: %s", error)
+            _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
             return self._encode(
                 keys, blocks, codec, request, Coding.RAW, Reason.ENCODER_FAILED, measure_error, after, transfer
             )
