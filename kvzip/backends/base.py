@@ -188,6 +188,8 @@ class PageCodec(Codec):
         data = payload[start : start + size]
         if start % ALIGNMENT or data.size != size:
             raise CorruptRecordError(f"a segment of {size} bytes at {start} leaves its payload of {payload.size} bytes")
+        if payload[start + size : align(start + size)].any():
+            raise CorruptRecordError(f"the padding after a segment of {size} bytes is not zero: the record is damaged")
         if entry["coding"] == Coding.RAW:
             if size != segment.nbytes:
                 raise CorruptRecordError(f"a raw segment of {size} bytes, its page has {segment.nbytes}")
