@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The engine on a real GPU: the same records as on the CPU, order against streams, asynchrony, both ways at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvzip import BlockView, CorruptRecordError, ErrorBound, HostPool, SwapEngine, read_header
+from kvzip.memory import PinnedMemory
+from kvzip.transport import Staging
+
+torch = pytest.importorskip("torch", reason="needs torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+BLOCKS, LAYERS = 96, 4
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[HostPool]:
+    made = HostPool(256 << 20, resource=PinnedMemory())
+    yield made
+    made.close()
+
+
+def pages(device: str = "cuda", seed: int = 0, blocks: int = BLOCKS, heads: int = 4, dim: int = 64) -> list[Any]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    made = []
+    for _ in range(LAYERS):
+        x = torch.randn((blocks, 2, 16, heads, dim), generator=generator)
+        x *= torch.rand((1, 2, 1, heads, dim), generator=generator) * 4
+        x[3, 0, 5, 1, 7] = float("nan")
+        x[4, 1, 5, 1, 7] = float("-inf")
+        x[5] = 0
+        made.append(x.to(torch.bfloat16).to(device))
+    return made
+
+
+KEYS = [b"%d" % i for i in range(BLOCKS)]
+
+
+@pytest.mark.parametrize("codec", ["cuszp", "raw"])
+@pytest.mark.parametrize("mode", ["fixed", "plain", "outlier"])
+@pytest.mark.parametrize("bound", ["1e-3", "1e-2", "abs:0.05", "lossless"])
+def test_records_are_the_ones_that_the_cpu_makes(pool: HostPool, codec: str, mode: str, bound: str) -> None:
+    if codec == "raw" and mode != "fixed":
+        pytest.skip("codec raw has no modes")
+    gpu = pages()
+    cpu = [t.cpu() for t in gpu]
+    settings: dict[str, Any] = {"codec": codec, "bound": ErrorBound.parse(bound)}
+    if codec == "cuszp":
+        settings["mode"] = mode
+    with SwapEngine(pool, **settings) as engine, SwapEngine(256 << 20, **settings) as on_cpu:
+        engine.store(KEYS, BlockView(gpu, "2NHD")).wait()
+        on_cpu.store(KEYS, BlockView(cpu, "2NHD"))
+        for key in KEYS:
+            assert engine.read_record(key) == on_cpu.read_record(key)
+        order = np.random.default_rng(0).permutation(BLOCKS)
+        for t in gpu:
+            t.fill_(7)
+        engine.load([KEYS[i] for i in order], BlockView(gpu, "2NHD")).wait()
+        on_cpu.load([KEYS[i] for i in order], BlockView(cpu, "2NHD"))
+        for g, c in zip(gpu, cpu, strict=True):
+            assert torch.equal(g.cpu().view(torch.int16), c.view(torch.int16))
+
+
+def test_store_waits_for_the_stream_that_makes_the_pages(pool: HostPool) -> None:
+    x = torch.zeros((64, 2, 16, 4, 64), dtype=torch.bfloat16, device="cuda")
+    want = torch.randn_like(x)
+    producer = torch.cuda.Stream()
+    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+        view = BlockView([x], "2NHD")
+        engine.store([b"warm"], view[[0]]).wait()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(producer):
+            torch.cuda._sleep(200_000_000)
+            x.copy_(want)
+        transfer = engine.store(KEYS[:64], view, stream=producer)
+        assert not transfer.done()  # it returned while the producer still sleeps
+        transfer.wait(30)
+        x.zero_()
+        engine.load(KEYS[:64], view).wait()
+        assert torch.equal(x.view(torch.int16), want.view(torch.int16))
+
+
+def test_streams_wait_for_a_load(pool: HostPool) -> None:
+    (x,) = pages()[:1]
+    want = x.clone()
+    consumer = torch.cuda.Stream()
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=Staging(chunk_bytes=1 << 20)) as engine:
+        view = BlockView([x], "2NHD")
+        engine.store(KEYS, view).wait()
+        for _ in range(20):
+            x.fill_(3)
+            torch.cuda.synchronize()
+            transfer = engine.load(KEYS, view)
+            transfer.wait_stream(consumer)
+            with torch.cuda.stream(consumer):
+                seen = x.clone()
+            consumer.synchronize()
+            assert torch.equal(seen.view(torch.int16), want.view(torch.int16))
+            transfer.wait()
+
+
+def test_a_load_waits_for_readers_of_the_pages(pool: HostPool) -> None:
+    (x,) = pages()[:1]
+    reader = torch.cuda.Stream()
+    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+        view = BlockView([x], "2NHD")
+        engine.store(KEYS, view).wait()
+        x.fill_(3)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(reader):
+            torch.cuda._sleep(100_000_000)
+            seen = x.clone()
+        engine.load(KEYS, view, stream=reader).wait(30)
+        reader.synchronize()
+        assert bool((seen == 3).all())
+
+
+def test_out_and_in_at_the_same_time(pool: HostPool) -> None:
+    first, second = pages(seed=1), pages(seed=2)
+    want = [t.clone() for t in first]
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=Staging(chunk_bytes=1 << 20)) as engine:
+        a, b = BlockView(first, "2NHD"), BlockView(second, "2NHD")
+        engine.store(KEYS, a).wait()
+        for round_ in range(5):
+            for t in first:
+                t.zero_()
+            torch.cuda.synchronize()
+            out = engine.store([b"%d-%d" % (round_, i) for i in range(BLOCKS)], b)
+            back = engine.load(KEYS, a)
+            out.wait()
+            back.wait()
+            for t, w in zip(first, want, strict=True):
+                assert torch.equal(t.view(torch.int16), w.view(torch.int16))
+
+
+def test_several_threads(pool: HostPool) -> None:
+    failures: list[BaseException] = []
+
+    def work(seed: int, engine: SwapEngine) -> None:
+        try:
+            mine = pages(seed=seed, blocks=16)
+            want = [t.clone() for t in mine]
+            view = BlockView(mine, "2NHD")
+            for i in range(6):
+                keys = [b"%d-%d-%d" % (seed, i, b) for b in range(16)]
+                engine.store(keys, view).wait()
+                for t in mine:
+                    t.zero_()
+                torch.cuda.current_stream().synchronize()
+                engine.load(keys, view).wait()
+                for t, w in zip(mine, want, strict=True):
+                    assert torch.equal(t.view(torch.int16), w.view(torch.int16))
+                engine.discard(keys)
+        except BaseException as error:
+            failures.append(error)
+
+    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+        threads = [threading.Thread(target=work, args=(seed, engine)) for seed in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert not failures, failures[0]
+
+
+def test_damaged_records_leave_their_pages_alone(pool: HostPool) -> None:
+    mine = pages()
+    with SwapEngine(pool, bound=ErrorBound.relative(1e-3)) as engine:
+        view = BlockView(mine, "2NHD")
+        engine.store(KEYS, view).wait()
+        for place in (0, 17, 95):
+            entry = engine._index.find([KEYS[place]])[0]
+            run = pool.views(entry.allocation)[0]
+            run[read_header(engine.read_record(KEYS[place])).header_bytes + 100 + place] ^= 0x10
+        for t in mine:
+            t.fill_(9)
+        with pytest.raises(CorruptRecordError) as caught:
+            engine.load(KEYS, view).wait()
+        assert caught.value.blocks == (0, 17, 95)
+        for t in mine:
+            assert bool((t[[0, 17, 95]] == 9).all())
+            assert not bool((t[1] == 9).all())
+
+
+def test_measured_error(pool: HostPool) -> None:
+    mine = pages()
+    with SwapEngine(pool, bound=ErrorBound.absolute(0.02)) as engine:
+        result = engine.store(KEYS, BlockView(mine, "2NHD"), measure_error=True).result()
+        assert result.violations == 0
+        assert result.max_error is not None
+        assert 0 < result.max_error <= 0.02
+
+
+def test_layouts_and_dtypes(pool: HostPool) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        nhd = torch.randn((20, 24, 3, 48), device="cuda").to(dtype)
+        hnd = torch.empty((20, 3, 24, 48), device="cuda", dtype=dtype)
+        with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+            engine.store(KEYS[:20], BlockView([nhd], "NHD")).wait()
+            engine.load(KEYS[:20], BlockView([hnd], "HND")).wait()
+            assert torch.equal(hnd.transpose(1, 2), nhd)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_a_pool(pool: HostPool) -> None:
+    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+        made = []
+        for device in range(2):
+            with torch.cuda.device(device):
+                mine = pages(f"cuda:{device}", seed=device)
+                torch.cuda.synchronize()
+                made.append((mine, [t.clone() for t in mine], BlockView(mine, "2NHD")))
+        transfers = [
+            engine.store([b"%d-%d" % (d, i) for i in range(BLOCKS)], view) for d, (_, _, view) in enumerate(made)
+        ]
+        for t in transfers:
+            t.wait()
+        # What one GPU stored, the other loads.
+        for device, (mine, _, view) in enumerate(made):
+            engine.load([b"%d-%d" % (1 - device, i) for i in range(BLOCKS)], view).wait()
+            for t, w in zip(mine, made[1 - device][1], strict=True):
+                assert torch.equal(t.cpu().view(torch.int16), w.cpu().view(torch.int16))
