@@ -207,7 +207,8 @@ def to_float64(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
         values: npt.NDArray[Any] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
         values = np.ascontiguousarray(bits).view(np.float16 if dtype is DType.FLOAT16 else np.float32)
-    return values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return np.asarray(values, np.float64)
 
 
 def empty_view(layout: BlockLayout, num_blocks: int) -> BlockView:
