@@ -193,9 +193,11 @@ def hostile(encoded: Encoded, rng: np.random.Generator) -> Encoded:
             at = start + int(encoded.table[b, s]["offset"]) * 16
             damage = int(rng.integers(8))
             if damage == 0:
-                entry["offset"] = rng.choice([0, entry["offset"] + 1, 2**32 - 1, rng.integers(2**32)])
+                entry["offset"] = rng.choice([0, int(entry["offset"]) + 1, 2**32 - 1, rng.integers(2**32)])
             elif damage == 1:
-                entry["size"] = rng.choice([0, entry["size"] ^ 1, entry["size"] + 16, 2**32 - 1, rng.integers(2**32)])
+                entry["size"] = rng.choice(
+                    [0, int(entry["size"]) ^ 1, int(entry["size"]) + 16, 2**32 - 1, rng.integers(2**32)]
+                )
             elif damage == 2:
                 entry["coding"] = rng.integers(256) if rng.integers(2) else rng.integers(6)
             elif damage == 3:
