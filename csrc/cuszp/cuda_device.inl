@@ -84,7 +84,16 @@ KVZ_DEV uint32_t narrow2(float low, float high) {
   return Traits<DTYPE>::from_float(low) | Traits<DTYPE>::from_float(high) << 16;
 }
 
+KVZ_DEV uint32_t sign_fill_2(uint32_t q) { return (q >> 15 & 0x00010001u) * 0xffffu; }
+
 #else
+
+// The sign of each half in all of its bits. __byte_perm would drop the bits of the selector that replicate signs.
+KVZ_DEV uint32_t sign_fill_2(uint32_t q) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(r) : "r"(q));
+  return r;
+}
 
 // 16 bytes from device memory to shared memory, in the background.
 KVZ_DEV void copy_async_16(void* shared, const void* global) {
@@ -188,7 +197,7 @@ KVZ_DEV void transpose_16(uint32_t (&a)[16]) {
 }
 
 // Zigzag and its inverse in both halves.
-KVZ_DEV uint32_t zigzag_2(uint32_t q) { return ((q << 1) & 0xfffefffeu) ^ __byte_perm(q, 0, 0xbb99); }
+KVZ_DEV uint32_t zigzag_2(uint32_t q) { return ((q << 1) & 0xfffefffeu) ^ sign_fill_2(q); }
 KVZ_DEV uint32_t unzigzag_2(uint32_t z) { return ((z >> 1) & 0x7fff7fffu) ^ ((z & 0x00010001u) * 0xffffu); }
 
 // The order of words in a lossless group is fraction, sign, exponent: patterns of raw groups go through the same stores,
