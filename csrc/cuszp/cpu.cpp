@@ -42,8 +42,7 @@ bool Scratch::reserve(uint64_t groups) {
 
 namespace {
 
-// ---- instruction sets
-// -------------------------------------------------------------------------------------------------
+// ---- instruction sets ---------------------------------------------------------------------------
 
 #if defined(KVZIP_X86_64)
 bool has_avx2() {
@@ -104,8 +103,7 @@ class FloatEnvironment {
 
 thread_local Scratch t_scratch;
 
-// ---- arguments
-// --------------------------------------------------------------------------------------------------------
+// ---- arguments ----------------------------------------------------------------------------------
 
 uint64_t round_up(uint64_t bytes) { return (bytes + (KVZ_ALIGNMENT - 1)) & ~static_cast<uint64_t>(KVZ_ALIGNMENT - 1); }
 
@@ -150,8 +148,7 @@ uint64_t slot_bytes(const kvz_segment& s) { return round_up(raw_bytes_of(s)); }
 
 uint64_t groups_of(const kvz_segment& s) { return page_groups(page_of(s, 0)); }
 
-// ---- validation of foreign segments
-// -----------------------------------------------------------------------------------
+// ---- validation of foreign segments -------------------------------------------------------------
 
 bool zeros(const uint8_t* from, uint64_t bytes) {
   uint32_t any = 0;
@@ -167,34 +164,32 @@ struct ClassRules {
 
 // Words of a nibble-class segment; false when a class is out of range.
 bool count_nibbles(const uint8_t* classes, uint64_t groups, const ClassRules& rules, uint64_t* words) {
-  uint32_t words_of[16];
-  bool bad_of[16];
-  for (uint32_t c = 0; c < 16; ++c) {
-    words_of[c] = c == KVZ_NIBBLE_RAW ? rules.raw_words : c + rules.extra;
-    bad_of[c] = c != KVZ_NIBBLE_RAW && c > rules.widest;
-  }
-  uint16_t pair_words[256];
-  uint8_t pair_bad[256];
-  const bool table = groups >= 512;
-  if (table) {
-    for (uint32_t b = 0; b < 256; ++b) {
-      pair_words[b] = static_cast<uint16_t>(words_of[b & 15] + words_of[b >> 4]);
-      pair_bad[b] = bad_of[b & 15] || bad_of[b >> 4];
-    }
-  }
-  uint64_t sum = 0;
+  const uint8_t widest = static_cast<uint8_t>(rules.widest);
+  uint64_t widths = 0, raws = 0;  // sum of the nibbles, raw groups among them
   uint32_t bad = 0;
-  for (uint64_t i = 0; i < groups / 2; ++i) {
-    const uint8_t b = classes[i];
-    sum += table ? pair_words[b] : words_of[b & 15] + words_of[b >> 4];
-    bad |= table ? pair_bad[b] : static_cast<uint32_t>(bad_of[b & 15] | bad_of[b >> 4]);
+  const uint64_t pairs = groups / 2;
+  for (uint64_t i = 0; i < pairs;) {
+    const uint64_t end = pairs - i < 1024 ? pairs : i + 1024;  // as many as 16-bit sums hold
+    uint16_t width_sum = 0, raw_sum = 0;
+    uint8_t any_bad = 0;
+    for (; i < end; ++i) {
+      const uint8_t low = classes[i] & 15, high = classes[i] >> 4;
+      const uint8_t low_raw = low == KVZ_NIBBLE_RAW, high_raw = high == KVZ_NIBBLE_RAW;
+      width_sum = static_cast<uint16_t>(width_sum + low + high);
+      raw_sum = static_cast<uint16_t>(raw_sum + low_raw + high_raw);
+      any_bad |= static_cast<uint8_t>(((low > widest) & (low_raw ^ 1)) | ((high > widest) & (high_raw ^ 1)));
+    }
+    widths += width_sum;
+    raws += raw_sum;
+    bad |= any_bad;
   }
   if (groups % 2 != 0) {
-    const uint8_t b = classes[groups / 2];
-    sum += words_of[b & 15];
-    bad |= bad_of[b & 15];
+    const uint8_t last = classes[pairs] & 15;
+    widths += last;
+    raws += last == KVZ_NIBBLE_RAW;
+    bad |= last > widest && last != KVZ_NIBBLE_RAW;
   }
-  *words = sum;
+  *words = widths - raws * KVZ_NIBBLE_RAW + raws * rules.raw_words + (groups - raws) * rules.extra;
   return bad == 0;
 }
 
@@ -384,6 +379,7 @@ int32_t kvz_cpu_encode(const kvz_segment* segments, uint32_t num_segments, const
       if (!ready()) return;
       uint64_t at = 0;
       for (uint32_t s = 0; s < num_segments; ++s) {
+        if (s + 1 < num_segments) codec.prefetch(page_of(segments[s + 1], block_ids[b]));
         encode(b, s, output + b * output_stride + at);
         kvz_entry& entry = table[b * num_segments + s];
         entry.offset = static_cast<uint32_t>(at / KVZ_ALIGNMENT);
@@ -443,15 +439,26 @@ int32_t kvz_cpu_decode(const kvz_segment* segments, uint32_t num_segments, const
   const Kernels& codec = *kernels();
   const uint64_t groups = most_groups(segments, num_segments);
   std::atomic<int32_t> failure{KVZ_OK};
-  parallel_for(static_cast<uint64_t>(num_blocks) * num_segments, threads, [&](uint64_t item) {
+  // Pages s to `end` of block b.
+  const auto decode = [&](uint64_t b, uint32_t s, uint32_t end) {
     const FloatEnvironment environment;
     if (!t_scratch.reserve(groups)) return failure.store(KVZ_OUT_OF_MEMORY);
-    const uint64_t b = item / num_segments;
-    const kvz_segment& segment = segments[item % num_segments];
-    const kvz_entry& entry = table[item];
-    codec.decode(page_of(segment, block_ids[b]), payloads[b] + static_cast<uint64_t>(entry.offset) * KVZ_ALIGNMENT,
-                 entry, t_scratch);
-  });
+    for (; s < end; ++s) {
+      if (s + 1 < end) codec.prefetch(page_of(segments[s + 1], block_ids[b]));
+      const kvz_entry& entry = table[b * num_segments + s];
+      codec.decode(page_of(segments[s], block_ids[b]),
+                   payloads[b] + static_cast<uint64_t>(entry.offset) * KVZ_ALIGNMENT, entry, t_scratch);
+    }
+  };
+  if (threads == 0) threads = num_blocks * static_cast<uint64_t>(num_segments) > 1 ? usable_cores() : 1;
+  if (num_blocks >= 2 * static_cast<uint64_t>(threads) || threads == 1) {
+    parallel_for(num_blocks, threads, [&](uint64_t b) { decode(b, 0, num_segments); });
+  } else {
+    parallel_for(static_cast<uint64_t>(num_blocks) * num_segments, threads, [&](uint64_t item) {
+      const uint32_t s = static_cast<uint32_t>(item % num_segments);
+      decode(item / num_segments, s, s + 1);
+    });
+  }
   return failure.load();
 }
 

@@ -68,6 +68,9 @@ struct Kernels {
 
   // One page of kvz_cpu_compare.
   void (*compare)(const Page& a, const Page& b, double limit, double* max_error, uint64_t* violations);
+
+  // Hint that a page comes next.
+  void (*prefetch)(const Page& page);
 };
 
 // Bytes of the class array, with its padding, and of the base array of a lossless segment.

@@ -28,8 +28,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-e
 namespace kvz {
 namespace {
 
-// ---- vectors
-// ----------------------------------------------------------------------------------------------------------
+// ---- vectors ------------------------------------------------------------------------------------
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define KVZ_AVX512 1
@@ -165,8 +164,7 @@ KVZ_INLINE void transpose_bits(U16 (&a)[8]) {
   for (int i = 0; i < 8; i += 2) exchange_bits<1>(a[i], a[i + 1], 0x5555);
 }
 
-// ---- dtypes as vectors
-// ------------------------------------------------------------------------------------------------
+// ---- dtypes as vectors --------------------------------------------------------------------------
 
 // Two 16-bit values in a 32-bit lane: the lower one, the upper one, as float32.
 template <int DTYPE>
@@ -237,8 +235,7 @@ KVZ_INLINE bool nonfinite_keys(Key<DTYPE> low, Key<DTYPE> high) {
   return high >= infinity || low <= -infinity - 1;
 }
 
-// ---- tiles
-// ------------------------------------------------------------------------------------------------------------
+// ---- tiles --------------------------------------------------------------------------------------
 
 struct Geometry {
   Page page;
@@ -379,8 +376,36 @@ KVZ_NOINLINE void write_tile(const Geometry& geo, uint32_t r, uint32_t j, Tile<W
   }
 }
 
-// ---- extremes
-// ---------------------------------------------------------------------------------------------------------
+// The encoder's first pass and the decoder's writes meet a page in slow memory, 16 rows at a time, which defeats the
+// hardware's prefetching: ask for tiles some way ahead.
+constexpr uint32_t kTilesAhead = 8;
+
+template <class Word>
+KVZ_INLINE void prefetch_tile(const Geometry& geo, uint32_t r, uint32_t j) {
+  Tile<Word> tile;
+  if (!direct_rows(geo, r, j, tile)) return;
+  for (int i = 0; i < kValues; ++i) {
+    for (size_t at = 0; at < kTile * sizeof(Word); at += 64) __builtin_prefetch(tile.row(i) + at);
+  }
+}
+
+template <class Word>
+KVZ_INLINE void prefetch_ahead(const Geometry& geo, uint32_t r, uint32_t j) {
+  j += kTilesAhead * kTile;
+  if (j >= geo.columns) {
+    j -= (geo.columns + kTile - 1) / kTile * kTile;
+    ++r;
+  }
+  if (r < geo.rows && j < geo.columns) prefetch_tile<Word>(geo, r, j);
+}
+
+// The first tiles of a page, which prefetch_ahead comes too late for.
+template <class Word>
+KVZ_INLINE void prefetch_first(const Geometry& geo) {
+  for (uint32_t j = 0; j < geo.columns && j < kTilesAhead * kTile; j += kTile) prefetch_tile<Word>(geo, 0, j);
+}
+
+// ---- extremes -----------------------------------------------------------------------------------
 
 struct Arrays16 {
   using U = U16;
@@ -440,16 +465,6 @@ struct PageExtremes {
   uint32_t exponent;  // largest exponent field of the finite values
 };
 
-// The first pass over a page meets it in slow memory, 16 rows at a time, which defeats the hardware's prefetching; so
-// do the writes of the decoder.
-constexpr int64_t kPrefetchBytes = 512;
-
-KVZ_INLINE void prefetch_rows(const uint8_t* from, int64_t stride, int64_t bytes) {
-  for (int i = 0; i < kValues; ++i, from += stride) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
-  }
-}
-
 template <int DTYPE>
 KVZ_NOINLINE PageExtremes page_extremes(const Geometry& geo, Scratch& scratch) {
   using Word = typename Traits<DTYPE>::word;
@@ -460,8 +475,8 @@ KVZ_NOINLINE PageExtremes page_extremes(const Geometry& geo, Scratch& scratch) {
   uint64_t group = 0;
   for (uint32_t r = 0; r < geo.rows; ++r) {
     for (uint32_t j = 0; j < geo.columns; j += kTile) {
+      prefetch_ahead<Word>(geo, r, j);
       read_tile(geo, r, j, tile);
-      prefetch_rows(tile.base + kPrefetchBytes, tile.stride, sizeof(Word) * kTile);
       tile_extremes<DTYPE>(tile, low + group, high + group);
       group += tile.count;
     }
@@ -505,8 +520,7 @@ KVZ_NOINLINE PageExtremes page_extremes(const Geometry& geo, Scratch& scratch) {
   return page;
 }
 
-// ---- codes
-// ------------------------------------------------------------------------------------------------------------
+// ---- codes --------------------------------------------------------------------------------------
 
 // Codes of a tile as 16-bit halves, value by value: half[h][i][lane].
 struct Codes {
@@ -642,8 +656,7 @@ KVZ_NOINLINE void clear_outside(const Tile<Word>& tile, Codes& codes) {
   }
 }
 
-// ---- classes
-// ----------------------------------------------------------------------------------------------------------
+// ---- classes ------------------------------------------------------------------------------------
 
 // n of a group in 16-bit words, without the number that `outlier` keeps apart.
 template <int DTYPE>
@@ -847,8 +860,7 @@ KVZ_NOINLINE const uint8_t* take_bytes(const uint8_t* in, uint64_t groups, uint1
   return in + (groups + 3) / 4 * 4;
 }
 
-// ---- words
-// ------------------------------------------------------------------------------------------------------------
+// ---- words --------------------------------------------------------------------------------------
 
 // What the words of a tile depend on, lane by lane.
 struct Widths {
@@ -1006,8 +1018,7 @@ KVZ_NOINLINE void take_tile(const uint8_t* in, const Widths& widths, int32_t* fi
   if (DTYPE == KVZ_FP32 && widths.widest <= 16) memset(codes.half[1], 0, sizeof codes.half[1]);
 }
 
-// ---- encode
-// -----------------------------------------------------------------------------------------------------------
+// ---- encode -------------------------------------------------------------------------------------
 
 template <int DTYPE, int CODING>
 static void encode_words(const Geometry& geo, const uint16_t* classes, const uint16_t* bases, uint32_t page_exponent,
@@ -1175,8 +1186,7 @@ static void encode_page(const Page& page, uint8_t coding, uint8_t bound_kind, do
   }
 }
 
-// ---- decode
-// -----------------------------------------------------------------------------------------------------------
+// ---- decode -------------------------------------------------------------------------------------
 
 // Values of a tile from its codes; lanes of raw groups are mended afterwards.
 template <int DTYPE, bool DELTA>
@@ -1303,8 +1313,8 @@ static void decode_words(const Geometry& geo, const uint8_t* in, const kvz_entry
   uint8_t spill[kTileBytes + kOverrun];
   for (uint32_t r = 0; r < geo.rows; ++r) {
     for (uint32_t j = 0; j < geo.columns; j += kTile) {
+      prefetch_ahead<Word>(geo, r, j);
       const bool direct = place_tile(geo, r, j, tile);
-      prefetch_rows(tile.base + kPrefetchBytes, tile.stride, sizeof(Word) * kTile);
       tile_widths<DTYPE>(classes, tile.count, CODING, widths);
       const uint8_t* from = in;
       if (static_cast<uint64_t>(end - in) < static_cast<uint64_t>(widths.bytes) + kOverrun) {
@@ -1386,8 +1396,7 @@ static void decode_page(const Page& page, const uint8_t* segment, const kvz_entr
   }
 }
 
-// ---- compare
-// ----------------------------------------------------------------------------------------------------------
+// ---- compare ------------------------------------------------------------------------------------
 
 constexpr int kCompared = 256;  // values at a time
 
@@ -1487,8 +1496,17 @@ static void compare_page(const Page& a, const Page& b, double limit, double* max
   *violations = found.violations;
 }
 
+static void prefetch_page(const Page& page) {
+  const Geometry geo(page);
+  if (page.dtype == KVZ_FP32) {
+    prefetch_first<uint32_t>(geo);
+  } else if (page.dtype != KVZ_OPAQUE) {
+    prefetch_first<uint16_t>(geo);
+  }
+}
+
 }  // namespace
 
-const Kernels KVZ_ISA_TABLE = {KVZ_ISA_NAME, encode_page, decode_page, compare_page};
+const Kernels KVZ_ISA_TABLE = {KVZ_ISA_NAME, encode_page, decode_page, compare_page, prefetch_page};
 
 }  // namespace kvz
