@@ -254,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fill = fills(256 * MIB if quick else 2 * GIB, 1 if quick else 5)
     for row in (*copy, *fill):
         print(json.dumps(row))
+    around["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     result = {"environment": around, "churn": rows, "scale": scale, "copy": copy, "fill": fill}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
