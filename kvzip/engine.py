@@ -221,7 +221,10 @@ class SwapEngine:
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
         # everything is encoded first, so that a refusal comes before anything was changed.
         worst = len(keys) * self.pool.round_up(max_record_bytes(codec, layout))
-        streaming = self._index.can_hold(worst, keys)
+        # So it is for keys that are held: their records make room for the new ones, and nothing else need leave.
+        streaming = worst <= self.pool.free_bytes or (
+            self._index.can_hold(worst, keys) and not any(key in self._index for key in keys)
+        )
         fresh: dict[bytes, Entry] = {}
         pending: list[tuple[bytes, EncodedRecord]] = []
         pending_bytes = record_bytes = 0
