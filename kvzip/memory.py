@@ -9,10 +9,10 @@ the budget that is used (``cudaHostAlloc`` and power-of-two allocators do not gi
 How `PinnedMemory` fills and pins, and why:
 
 * Anonymous ``mmap``, then a parallel first touch, then ``cudaHostRegister``: about nine times faster per GiB than
-  ``cudaHostAlloc``, which zeroes and pins page by page in one thread. Touching is the larger part; on an
-  otherwise idle 2-core virtual machine it took 1,040 ms per GiB in one thread with 4 KiB pages, 280 ms in two, and
-  84 ms in two with transparent huge pages (``bench/bench_pool.py`` measures it again). One written byte per page from NumPy, which releases the interpreter lock, was as fast as
-  ``MADV_POPULATE_WRITE`` or faster, and works on every kernel.
+  ``cudaHostAlloc``, which zeroes and pins page by page in one thread. Touching is the larger part; on an otherwise idle
+  2-core virtual machine it took 1,040 ms per GiB in one thread with 4 KiB pages, 280 ms in two, and 84 ms in two with
+  transparent huge pages (``bench/bench_pool.py`` measures it again). One written byte per page from NumPy, which
+  releases the interpreter lock, was as fast as ``MADV_POPULATE_WRITE`` or faster, and works on every kernel.
 * Registration goes piece by piece (`Region.piece_bytes`), so that no single call holds the kernel's memory lock for
   seconds, progress can be shown, and the touching of one piece overlaps the registration of the one before it. CUDA
   promises copies within one registered range only: whoever cuts a region up must not let a copy cross a multiple of
