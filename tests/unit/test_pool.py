@@ -344,6 +344,7 @@ def test_runs_never_cross_a_piece() -> None:
     resource = Pieces(1024)
     with HostPool(3 * 1024 + 512, resource=resource) as pool:
         assert pool.pinned
+        assert pool.piece_bytes == 1024
         assert pool.stats().free_runs == 4
         whole = pool.allocate(pool.free_bytes)
         assert whole.runs == ((2048, 1024), (1024, 1024), (0, 1024), (3072, 512))
