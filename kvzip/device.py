@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -31,12 +32,13 @@ from kvzip.record import (
     Reason,
     crc32c,
     fallback_reasons,
+    geometry_of,
     header_nbytes,
     pack_headers,
     read_own_headers,
 )
 from kvzip.transfer import Transfer, TransferResult
-from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Source, Staging
+from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Sources, Staging
 from kvzip.types import BlockLayout, BlockView, ErrorBound
 
 _log = logging.getLogger("kvzip")
@@ -268,7 +270,7 @@ class DeviceSwap:
         transfer: Transfer,
     ) -> TransferResult:
         layout, index, pool = blocks.layout, self._index, self._pool
-        header = header_nbytes(layout)
+        header, geometry = header_nbytes(layout), geometry_of(layout)
         worst = len(keys) * pool.round_up(max_record_bytes(codec, layout))
         if not index.can_hold(worst, keys):
             # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
@@ -284,7 +286,9 @@ class DeviceSwap:
         evicted_before = index.evicted
 
         def admit(chunk: EncodedChunk) -> list[Runs]:
-            entries = index.admit([header + int(n) for n in chunk.payload_bytes], layout.nbytes, keys)
+            entries = index.admit(
+                [header + n for n in chunk.payload_bytes.tolist()], layout.nbytes, codec.name, geometry, keys
+            )
             fresh.extend(entries)
             return [self._runs(entry) for entry in entries]
 
@@ -314,9 +318,8 @@ class DeviceSwap:
                 reason=reason,
                 max_errors=errors,
             )
-            for entry, row in zip(entries, headers, strict=True):
-                pool.write(entry.allocation, row)
-                record_bytes += entry.allocation.nbytes
+            pool.write_many([entry.allocation for entry in entries], headers)
+            record_bytes += sum(entry.allocation.nbytes for entry in entries)
             tables.append(chunk.tables)
 
         try:
@@ -380,22 +383,14 @@ class DeviceSwap:
     def _load(
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
-        header_bytes = header_nbytes(out.layout)
-        headers = read_own_headers([self._head(entry, header_bytes) for entry in entries])
-        native: dict[BlockLayout, list[int]] = {}
-        others: dict[tuple[str, BlockLayout], list[int]] = {}
-        for i, (header, entry) in enumerate(zip(headers, entries, strict=True)):
-            if header.record_bytes != entry.allocation.nbytes:
-                self._host.count_corrupt(1)
-                raise CorruptRecordError(f"the record under key {keys[i]!r} is damaged: discard it")
-            layout = check_geometry(header.geometry, out.layout)
-            if header.codec in ("cuszp", "raw"):
-                native.setdefault(layout, []).append(i)
-            else:
-                others.setdefault((header.codec, layout), []).append(i)
-        if others or not native:
+        groups: dict[tuple[str, BlockLayout], list[int]] = {}
+        for i, entry in enumerate(entries):
+            codec = "" if entry.codec in ("cuszp", "raw") else entry.codec
+            groups.setdefault((codec, check_geometry(entry.geometry, out.layout)), []).append(i)
+        others = [(name, layout, members) for (name, layout), members in groups.items() if name]
+        native = [(layout, members) for (name, layout), members in groups.items() if not name]
+        for name, layout, members in others:
             self._driver.event_synchronize(after)
-        for (name, layout), members in others.items():
             view = out[out.block_ids[members]].with_groups(layout)
             records = [entries[i] for i in members]
             if "cuda" in self._host.codec_of(name).devices:
@@ -405,23 +400,14 @@ class DeviceSwap:
                 self._host.load_blocks(records, pages)
                 self._from_host(pages, view, after)
         bad: list[int] = []
-        groups = list(native.items())
-        for number, (layout, members) in enumerate(groups):
-            sources = [
-                Source(
-                    self._runs(entries[i]),
-                    entries[i].allocation.nbytes,
-                    headers[i].header_bytes,
-                    headers[i].payload_bytes,
-                    headers[i].payload_crc32c,
-                    headers[i].table,
-                )
-                for i in members
-            ]
+        for number, (layout, members) in enumerate(native):
             view = out[out.block_ids[members]].with_groups(layout)
-            last = number == len(groups) - 1
             statuses = self._transport.into.run(
-                view, sources, after, transfer._mark_queued if last else (lambda stream: None), self._joins
+                view,
+                partial(self._sources, [entries[i] for i in members], layout),
+                after,
+                transfer._mark_queued if number == len(native) - 1 else (lambda stream: None),
+                self._joins,
             )
             bad += [members[i] for i in np.flatnonzero(statuses)]
         if bad:
@@ -432,10 +418,21 @@ class DeviceSwap:
                 blocks=tuple(sorted(bad)),
             )
 
-    def _head(self, entry: Entry, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        views = self._pool.views(entry.allocation)
-        head = views[0] if views[0].size >= nbytes else np.concatenate(views)
-        return head[:nbytes]
+    def _sources(self, entries: Sequence[Entry], layout: BlockLayout, first: int, last: int) -> Sources:
+        """Records of blocks first to last - 1; what a header says is checked here."""
+        chunk = entries[first:last]
+        header = header_nbytes(layout)
+        record_bytes = np.array([entry.allocation.nbytes for entry in chunk], np.int64)
+        rows = self._pool.heads([entry.allocation for entry in chunk], header)
+        headers = read_own_headers(rows, record_bytes, len(layout.segments))
+        return Sources(
+            [self._runs(entry) for entry in chunk],
+            record_bytes,
+            header,
+            headers.payload_bytes,
+            headers.payload_crc32c,
+            headers.tables,
+        )
 
     def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:
         """Copy host blocks into device blocks, through the same pipeline."""
@@ -443,10 +440,13 @@ class DeviceSwap:
         payloads = np.empty((len(pages), _native.max_payload_bytes(segments)), np.uint8)
         tables, sizes = _native.cpu_encode(segments, pages.block_ids, payloads)
         rows = [payloads[i, : int(n)] for i, n in enumerate(sizes)]
-        sources = [
-            Source([(_address(row), row.size)], row.size, 0, row.size, crc32c(row), table)
-            for row, table in zip(rows, tables, strict=True)
-        ]
+        crcs = np.array([crc32c(row) for row in rows], np.uint32)
+
+        def sources(first: int, last: int) -> Sources:
+            part = slice(first, last)
+            runs = [[(_address(row), row.size)] for row in rows[part]]
+            return Sources(runs, sizes[part].astype(np.int64), 0, sizes[part], crcs[part], tables[part])
+
         self._transport.into.run(out, sources, after, lambda stream: None)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
 from kvzip.policy import EvictionPolicy
 from kvzip.pool import Allocation, HostPool
+from kvzip.record import Geometry
 
 _LOADS_TIMEOUT_SECONDS = 60.0  # how long a store waits for loads that hold the bytes it needs
 
@@ -31,6 +32,8 @@ class Entry:
 
     allocation: Allocation
     raw_bytes: int
+    codec: str
+    geometry: tuple[Geometry, ...]
     loads: int = 0  # loads in flight
     pins: Pins = field(default_factory=Pins)
     dropped: bool = False  # out of the index, or about to be; freed when the last load ends
@@ -104,13 +107,22 @@ class RecordIndex:
         )
 
     def admit(
-        self, record_bytes: Sequence[int], raw_bytes: int, keys: Sequence[bytes], *, replacing: bool = False
+        self,
+        record_bytes: Sequence[int],
+        raw_bytes: int,
+        codec: str,
+        geometry: tuple[Geometry, ...],
+        keys: Sequence[bytes],
+        *,
+        replacing: bool = False,
     ) -> list[Entry]:
         """Allocate records of these sizes, evicting as needed. They are not visible before `publish`.
 
         Args:
             record_bytes: size of each record.
             raw_bytes: raw bytes of each.
+            codec: what they are coded with.
+            geometry: shapes of their pages.
             keys: all keys of the store that they belong to; their records are not evicted.
             replacing: the records that the store replaces may be freed now: `publish` follows under the same lock.
 
@@ -126,14 +138,8 @@ class RecordIndex:
                 ):
                     raise self.refuse(needed, len(record_bytes), keys)
                 self._make_room(needed, keys, replacing)
-            entries: list[Entry] = []
-            try:
-                for nbytes in record_bytes:
-                    entries.append(Entry(self.pool.allocate(nbytes), raw_bytes))
-            except BaseException:
-                self.cancel(entries)
-                raise
-            return entries
+            allocations = self.pool.allocate_many(record_bytes)
+            return [Entry(allocation, raw_bytes, codec, geometry) for allocation in allocations]
 
     def _make_room(self, needed: int, keys: Sequence[bytes], replacing: bool) -> None:
         """Free bytes for a store of `keys`: what it replaces first, then the coldest."""

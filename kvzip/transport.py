@@ -130,15 +130,24 @@ class EncodedChunk:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the record of one block lies in host memory, and what its header says."""
+class Sources:
+    """Records of a chunk of blocks in host memory, and what their headers say.
 
-    runs: Runs
-    nbytes: int
+    Attributes:
+        runs: where each record lies.
+        record_bytes: bytes of each, header included, shape ``[blocks]``.
+        header_bytes: bytes before each payload.
+        payload_bytes: sizes of the payloads, shape ``[blocks]``; 0 makes the decoder refuse a block.
+        payload_crc32c: their checksums, shape ``[blocks]``.
+        tables: segment tables, shape ``[blocks, pages]``.
+    """
+
+    runs: Sequence[Runs]
+    record_bytes: npt.NDArray[np.int64]
     header_bytes: int
-    payload_bytes: int
-    payload_crc32c: int
-    table: npt.NDArray[Any]
+    payload_bytes: Words
+    payload_crc32c: npt.NDArray[np.uint32]
+    tables: npt.NDArray[Any]
 
 
 class _Slot:
@@ -477,7 +486,7 @@ class DecodePipeline(_Pipeline):
     def run(
         self,
         blocks: BlockView,
-        sources: Sequence[Source],
+        sources: Callable[[int, int], Sources],
         after: int,
         queued: Callable[[int], None],
         joins: Joins = lambda address: True,
@@ -486,7 +495,7 @@ class DecodePipeline(_Pipeline):
 
         Args:
             blocks: where the values go.
-            sources: one record a block.
+            sources: the records of blocks first to last - 1; called chunk by chunk, while the chunk before is moving.
             after: event after which the pages may be written.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last value was written.
@@ -515,7 +524,8 @@ class DecodePipeline(_Pipeline):
                 slot = self._next_slot()
                 while slot.busy and pending:
                     collect()
-                pending.append((slot, self._launch(slot, segments, blocks, sources, first, last, joins), first, last))
+                chunk = sources(first, last)
+                pending.append((slot, self._launch(slot, segments, blocks, chunk, first, last, joins), first, last))
             queued(self._kernels)
             while pending:
                 collect()
@@ -528,7 +538,7 @@ class DecodePipeline(_Pipeline):
         slot: _Slot,
         segments: npt.NDArray[Any],
         blocks: BlockView,
-        sources: Sequence[Source],
+        chunk: Sources,
         first: int,
         last: int,
         joins: Joins,
@@ -543,20 +553,16 @@ class DecodePipeline(_Pipeline):
             table=(ENTRY_DTYPE, count * pages),
             block_status=(_U32, count),
         )
-        chunk = sources[first:last]
-        spans = np.array([-(-s.nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT for s in chunk], np.uint64)
-        starts = np.cumsum(spans) - spans
+        spans = -(-chunk.record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        starts = (np.cumsum(spans) - spans).astype(np.uint64)
         slot.fit(int(spans.sum()), fields.nbytes, pages, count)
         host = slot.host_meta
         fields.array(host, "segments")[:] = segments
         fields.array(host, "block_ids")[:] = blocks.block_ids[first:last]
-        headers = np.array([s.header_bytes for s in chunk], np.uint64)
-        fields.array(host, "payloads")[:] = starts + headers + np.uint64(slot.arena)
-        fields.array(host, "payload_bytes")[:] = [s.payload_bytes for s in chunk]
-        fields.array(host, "payload_crc32c")[:] = [s.payload_crc32c for s in chunk]
-        tables = fields.array(host, "table").reshape(count, pages)
-        for row, source in zip(tables, chunk, strict=True):
-            row[:] = source.table
+        fields.array(host, "payloads")[:] = starts + np.uint64(slot.arena + chunk.header_bytes)
+        fields.array(host, "payload_bytes")[:] = chunk.payload_bytes
+        fields.array(host, "payload_crc32c")[:] = chunk.payload_crc32c
+        fields.array(host, "table")[:] = chunk.tables.ravel()
         inputs = fields.address(0, "block_status")
         driver.copy(slot.device_meta, slot.host_meta_address, inputs, self._copies)
         self._copy_in(slot, starts, chunk, joins)
@@ -570,7 +576,7 @@ class DecodePipeline(_Pipeline):
                 payload_bytes=fields.address(slot.device_meta, "payload_bytes"),
                 crc32c=fields.address(slot.device_meta, "payload_crc32c"),
                 scratch=slot.crc_scratch,
-                max_payload_bytes=max(s.payload_bytes for s in chunk),
+                max_payload_bytes=int(chunk.payload_bytes.max()),
                 count=count,
                 check=True,
                 max_ctas=self._staging.max_ctas,
@@ -597,13 +603,13 @@ class DecodePipeline(_Pipeline):
         slot.busy = True
         return fields
 
-    def _copy_in(self, slot: _Slot, starts: Words, chunk: Sequence[Source], joins: Joins) -> None:
+    def _copy_in(self, slot: _Slot, starts: Words, chunk: Sources, joins: Joins) -> None:
         to: list[int] = []
         origin: list[int] = []
         nbytes: list[int] = []
-        for start, source in zip(starts.tolist(), chunk, strict=True):
+        for start, runs in zip(starts.tolist(), chunk.runs, strict=True):
             at = slot.arena + start
-            for address, length in source.runs:
+            for address, length in runs:
                 if nbytes and origin[-1] + nbytes[-1] == address and to[-1] + nbytes[-1] == at and joins(address):
                     nbytes[-1] += length
                 else:

@@ -192,14 +192,20 @@ def test_damaged_record_leaves_its_pages_alone(rig: Rig) -> None:
     assert rig.engine.discard([rig.keys[2], rig.keys[7]]) == 2
 
 
-def test_damaged_header_writes_nothing(rig: Rig) -> None:
+@pytest.mark.parametrize("at", [0, 4, 10, 20, 33, 60, 130])
+@pytest.mark.parametrize("place", [0, 4])
+def test_damaged_header_is_found(rig: Rig, place: int, at: int) -> None:
     rig.engine.store(rig.keys, rig.view).wait()
-    entry = rig.engine._index.find([rig.keys[4]])[0]
-    rig.pool.views(entry.allocation)[0][20] ^= 1
+    entry = rig.engine._index.find([rig.keys[place]])[0]
+    rig.pool.views(entry.allocation)[0][at] ^= 1
     rig.poison()
-    with pytest.raises(CorruptRecordError):
+    with pytest.raises(CorruptRecordError) as caught:
         rig.engine.load(rig.keys, rig.view).wait()
-    assert all((array == 0xA5A5).all() for array in rig.arrays)
+    assert caught.value.blocks == (place,)
+    good = [i for i in range(BLOCKS) if i != place]
+    for array, original in zip(rig.arrays, rig.original, strict=True):
+        assert np.array_equal(array[good], original[good])
+        assert (array[place] == 0xA5A5).all()
 
 
 @pytest.mark.parametrize("call", ["encode", "copy", "copy_batch", "event_synchronize", "malloc", "crc32c"])

@@ -569,3 +569,41 @@ def test_everything_that_fits_is_accepted_down_to_the_last_extent() -> None:
         pool.allocate(pool.free_bytes)
         pool.check()
         assert pool.free_bytes == 0
+
+
+def test_many_allocations_stand_side_by_side() -> None:
+    with HostPool(64 * 1024) as pool:
+        made = pool.allocate_many([1000, 256, 5, 300])
+        assert [a.nbytes for a in made] == [1000, 256, 5, 300]
+        assert [a.runs for a in made] == [((0, 1000),), ((1024, 256),), ((1280, 5),), ((1536, 300),)]
+        pool.check()
+        assert pool.allocate_many([]) == []
+        with pytest.raises(PoolExhaustedError):
+            pool.allocate_many([60_000, 60_000])
+        with pytest.raises(ConfigError):
+            pool.allocate_many([5, 0])
+        pool.check()
+        for allocation in made:
+            pool.free(allocation)
+
+
+def test_many_allocations_in_a_fragmented_pool() -> None:
+    with HostPool(64 * 256) as pool:
+        single = [pool.allocate(256) for _ in range(64)]
+        for allocation in single[::2]:
+            pool.free(allocation)
+        made = pool.allocate_many([600, 256, 1000])
+        pool.check()
+        rows = np.arange(2 * 256, dtype=np.uint16).view(np.uint8)[: 3 * 250].reshape(3, 250)
+        pool.write_many(made, rows)
+        assert np.array_equal(pool.heads(made, 250), rows)
+        for allocation, row in zip(made, rows, strict=True):
+            assert np.array_equal(pool.read(allocation)[:250], row)
+        wide = np.tile(rows[:1], (2, 2))
+        pool.write_many([made[0], made[2]], wide)
+        assert np.array_equal(pool.heads([made[0], made[2]], 500), wide)
+        with pytest.raises(ConfigError, match="do not fit"):
+            pool.write_many(made, np.zeros((3, 300), np.uint8))
+        for allocation in made:
+            pool.free(allocation)
+        pool.check()
