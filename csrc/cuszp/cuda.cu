@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// The CUDA codec behind kvz.h: kernels, the choice between them, and their launch. cuda_device.inl and cuda_general.inl hold the
-// code that runs on the device.
+// The CUDA codec behind kvz.h: kernels, the choice between them, and their launch. cuda_device.inl and cuda_general.inl
+// hold the code that runs on the device.
 #include <atomic>
 
+#include "cuda_crc.inl"
 #include "cuda_general.inl"
 #include "cuda_transport.inl"
-#include "cuda_crc.inl"
 
 namespace kvz {
 namespace gpu {
@@ -15,7 +15,8 @@ namespace {
 
 extern __shared__ __align__(16) uint8_t g_shared[];
 
-// Two CTAs of 512 threads, or four of 256: enough pages in flight to cover the latency of device memory, with 64 registers a thread.
+// Two CTAs of 512 threads, or four of 256: enough pages in flight to cover the latency of device memory, with 64
+// registers a thread.
 template <int DTYPE>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 2) encode_fast_kernel(const __grid_constant__ EncodeParams p) {
   encode_fast<DTYPE>(p, g_shared);
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(cons
 }
 __global__ void __launch_bounds__(256) validate_kernel(const __grid_constant__ DecodeParams p) { validate(p); }
 
-// ---- the device -------------------------------------------------------------------------------------------------------
+// ---- the device
+// -------------------------------------------------------------------------------------------------------
 
 constexpr int kMaxDevices = 64;
 
@@ -60,7 +62,8 @@ struct Device {
   std::atomic<int> multiprocessors{0};
   std::atomic<int> shared_bytes{0};
   std::atomic<bool> prepared[kKernels];
-  // CTAs of a kernel that fit on a multiprocessor, of the launch shape asked for last: threads << 40 | shared bytes << 8 | CTAs.
+  // CTAs of a kernel that fit on a multiprocessor, of the launch shape asked for last: threads << 40 | shared bytes <<
+  // 8 | CTAs.
   std::atomic<uint64_t> resident[kKernels];
 };
 Device g_devices[kMaxDevices];
@@ -98,17 +101,20 @@ cudaError_t resident_ctas(Device& device, Kernel kernel, uint32_t threads, uint3
   uint64_t known = device.resident[kernel].load(std::memory_order_relaxed);
   if ((known & ~255ull) != shape) {
     int fit = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, function, static_cast<int>(threads), shared_bytes);
+    const cudaError_t error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, function, static_cast<int>(threads), shared_bytes);
     if (error != cudaSuccess) return error;
     if (fit < 1) return cudaErrorInvalidConfiguration;
     known = shape | static_cast<uint64_t>(fit);
     device.resident[kernel].store(known, std::memory_order_relaxed);
   }
-  ctas = static_cast<uint32_t>(known & 255u) * static_cast<uint32_t>(device.multiprocessors.load(std::memory_order_relaxed));
+  ctas = static_cast<uint32_t>(known & 255u) *
+         static_cast<uint32_t>(device.multiprocessors.load(std::memory_order_relaxed));
   return cudaSuccess;
 }
 
-// ---- arguments --------------------------------------------------------------------------------------------------------
+// ---- arguments
+// --------------------------------------------------------------------------------------------------------
 
 constexpr uint32_t kClearedInKernel = 8192;  // pages; more states are cleared by a memset behind the kernel
 constexpr uint64_t kMaxPages = 1u << 30;
@@ -144,18 +150,20 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
   shape.dtype = segments[0].dtype;
   for (uint32_t i = 0; i < count && shape.fast; ++i) {
     const kvz_segment& s = segments[i];
-    uint64_t all = s.base | static_cast<uint64_t>(s.block_stride) | static_cast<uint64_t>(s.token_stride) | static_cast<uint64_t>(s.head_dim) * 2;
+    uint64_t all = s.base | static_cast<uint64_t>(s.block_stride) | static_cast<uint64_t>(s.token_stride) |
+                   static_cast<uint64_t>(s.head_dim) * 2;
     if (s.heads > 1) all |= static_cast<uint64_t>(s.head_stride);
     const uint64_t channels = static_cast<uint64_t>(s.heads) * s.head_dim;
     const uint64_t strips = s.tokens / 16 * ((channels + kStripChannels - 1) / kStripChannels);
-    shape.fast = s.dtype == shape.dtype && s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 && all % 16 == 0 &&
-                 strips <= most_strips;
+    shape.fast = s.dtype == shape.dtype && s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 &&
+                 all % 16 == 0 && strips <= most_strips;
     if (shape.fast && strips > shape.strips) shape.strips = static_cast<uint32_t>(strips);
   }
   return shape;
 }
 
-// Two strips a warp share what a warp does once a page, and leave several CTAs on a multiprocessor; large pages take more.
+// Two strips a warp share what a warp does once a page, and leave several CTAs on a multiprocessor; large pages take
+// more.
 uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
   if (strips_per_warp == 0) strips_per_warp = 2;
   const uint32_t warps = (strips + strips_per_warp - 1) / strips_per_warp;
@@ -170,9 +178,10 @@ uint64_t states_bytes(uint64_t num_segments, uint64_t num_blocks) {
   return round_up(num_blocks * sizeof(uint64_t), 64) + round_up(num_segments * num_blocks * sizeof(uint64_t), 64);
 }
 
-int32_t check_batch(const kvz_segment* segments, const kvz_segment* device_segments, uint32_t num_segments, uint32_t num_blocks,
-                    const void* workspace, uint64_t workspace_bytes) {
-  if (segments == nullptr || device_segments == nullptr || num_segments == 0 || num_segments > 65536) return KVZ_INVALID_ARGUMENT;
+int32_t check_batch(const kvz_segment* segments, const kvz_segment* device_segments, uint32_t num_segments,
+                    uint32_t num_blocks, const void* workspace, uint64_t workspace_bytes) {
+  if (segments == nullptr || device_segments == nullptr || num_segments == 0 || num_segments > 65536)
+    return KVZ_INVALID_ARGUMENT;
   if (static_cast<uint64_t>(num_segments) * num_blocks > kMaxPages) return KVZ_INVALID_ARGUMENT;
   if (workspace == nullptr || !aligned(workspace, 16)) return KVZ_INVALID_ARGUMENT;
   if (workspace_bytes < kvz_cuda_workspace_bytes(num_segments, num_blocks)) return KVZ_OUT_OF_SPACE;
@@ -195,7 +204,8 @@ uint64_t kvz_cuda_workspace_bytes(uint32_t num_segments, uint32_t num_blocks) {
   return counters_bytes() + states_bytes(num_segments, num_blocks);
 }
 
-uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks, uint32_t header_bytes) {
+uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
+                              uint32_t header_bytes) {
   if (segments == nullptr) return 0;
   uint64_t payload = 0;
   for (uint32_t i = 0; i < num_segments; ++i) {
@@ -209,7 +219,8 @@ uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments
 int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   if (args == nullptr || args->reserved != 0) return KVZ_INVALID_ARGUMENT;
   const kvz_cuda_encode_args& a = *args;
-  const int32_t status = check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
+  const int32_t status =
+      check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
   if (status != KVZ_OK) return status;
   uint64_t worst = 0;
   for (uint32_t i = 0; i < a.num_segments; ++i) {
@@ -218,10 +229,12 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   }
   if (worst / KVZ_ALIGNMENT > 0xffffffffu) return KVZ_INVALID_ARGUMENT;
   if (a.num_blocks == 0) return KVZ_OK;
-  if (a.block_ids == nullptr || a.arena == nullptr || a.table == nullptr || a.payload_bytes == nullptr || a.record_offsets == nullptr) {
+  if (a.block_ids == nullptr || a.arena == nullptr || a.table == nullptr || a.payload_bytes == nullptr ||
+      a.record_offsets == nullptr) {
     return KVZ_INVALID_ARGUMENT;
   }
-  if (!aligned(a.arena, 16) || !aligned(a.table, 16) || a.record_stride % (kRecordUnits * 16) != 0) return KVZ_INVALID_ARGUMENT;
+  if (!aligned(a.arena, 16) || !aligned(a.table, 16) || a.record_stride % (kRecordUnits * 16) != 0)
+    return KVZ_INVALID_ARGUMENT;
 
   Device* device = nullptr;
   cudaError_t error = current_device(device);
@@ -270,17 +283,20 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
 int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   if (args == nullptr || args->reserved != 0) return KVZ_INVALID_ARGUMENT;
   const kvz_cuda_decode_args& a = *args;
-  const int32_t status = check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
+  const int32_t status =
+      check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
   if (status != KVZ_OK) return status;
   if (a.num_blocks == 0) return KVZ_OK;
-  if (a.block_ids == nullptr || a.payloads == nullptr || a.payload_bytes == nullptr || a.table == nullptr) return KVZ_INVALID_ARGUMENT;
+  if (a.block_ids == nullptr || a.payloads == nullptr || a.payload_bytes == nullptr || a.table == nullptr)
+    return KVZ_INVALID_ARGUMENT;
   if (!aligned(a.table, 16)) return KVZ_INVALID_ARGUMENT;
 
   Device* device = nullptr;
   cudaError_t error = current_device(device);
   if (error != cudaSuccess) return status_of(error);
   const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
-  const uint32_t most_strips = least(kMaxStrips, (room - kSharedBytes - 16) / (fast_decode_bytes(1) - kSharedBytes - 16));
+  const uint32_t most_strips =
+      least(kMaxStrips, (room - kSharedBytes - 16) / (fast_decode_bytes(1) - kSharedBytes - 16));
   const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
   const uint32_t pages = a.num_segments * a.num_blocks;
 
@@ -305,15 +321,18 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
   if (error != cudaSuccess) return status_of(error);
   ctas = least(ctas, pages);
-  uint32_t validating = least((pages + 7) / 8, static_cast<uint64_t>(device->multiprocessors.load(std::memory_order_relaxed)) * 8);
+  uint32_t validating =
+      least((pages + 7) / 8, static_cast<uint64_t>(device->multiprocessors.load(std::memory_order_relaxed)) * 8);
   if (a.max_ctas != 0) {
     ctas = least(ctas, a.max_ctas);
     validating = least(validating, a.max_ctas);
   }
   void* parameters[] = {&p};
   cudaStream_t s = static_cast<cudaStream_t>(stream);
-  error = cudaLaunchKernel(reinterpret_cast<const void*>(validate_kernel), dim3(validating), dim3(256), parameters, 0, s);
-  if (error == cudaSuccess) error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
+  error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(validate_kernel), dim3(validating), dim3(256), parameters, 0, s);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
   return status_of(error);
 }
 

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// CRC32C of payloads in device memory. The CRC of a message is linear in its words: sum of word i times x^(32 (N - i)) modulo
-// the polynomial, so lanes, warps and thread blocks work on parts and shift their results into place (see M. Adler,
-// crc32_combine in zlib, for the arithmetic). Numbers are bit-reflected, as CRC32C is: x^0 is the highest bit. Included by
-// cuda.cu.
+// CRC32C of payloads in device memory. The CRC of a message is linear in its words: sum of word i times x^(32 (N - i))
+// modulo the polynomial, so lanes, warps and thread blocks work on parts and shift their results into place (see M.
+// Adler, crc32_combine in zlib, for the arithmetic). Numbers are bit-reflected, as CRC32C is: x^0 is the highest bit.
+// Included by cuda.cu.
 #include <stdint.h>
 
+#include "cuda_transport.inl"
 #include "kvz.h"
 
 namespace kvz {
@@ -135,9 +136,11 @@ int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args* args, void* stream) {
   if (args->count == 0) return KVZ_OK;
   const uint64_t pieces = (args->max_payload_bytes + kPieceBytes - 1) / kPieceBytes;
   const uint32_t most_pieces = pieces == 0 ? 1 : static_cast<uint32_t>(pieces);
-  const uint64_t needed = (static_cast<uint64_t>(args->count) * most_pieces + kCrcThreads / 32 - 1) / (kCrcThreads / 32);
+  const uint64_t needed =
+      (static_cast<uint64_t>(args->count) * most_pieces + kCrcThreads / 32 - 1) / (kCrcThreads / 32);
   const uint64_t limit = args->max_ctas != 0 ? args->max_ctas : 4096;
-  crc_kernel<<<static_cast<uint32_t>(needed < limit ? needed : limit), kCrcThreads, 0, stream_of(stream)>>>(*args, most_pieces);
+  crc_kernel<<<static_cast<uint32_t>(needed < limit ? needed : limit), kCrcThreads, 0, stream_of(stream)>>>(
+      *args, most_pieces);
   return status_of(cudaGetLastError());
 }
 

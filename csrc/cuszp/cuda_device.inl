@@ -3,18 +3,19 @@
 //
 // Device code of the CUDA codec: the same bytes as cpu_kernels.inl, for thousands of scattered pages in one launch.
 //
-// Encoding (docs/reference/format.md, "What the encoder does"). A CTA takes pages in order from an atomic ticket. It reads a page once
-// from device memory into shared memory, decides coding and size, publishes the size, builds the segment in place of
-// the page, and writes it to its final position in the arena. That position is the sum of the sizes before it, found by looking
-// back over the published sizes (Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016), which
-// overlaps with building the bit planes. Sizes could instead be reserved by one atomic a page, or pages be written to
-// worst-case slots and compacted afterwards: the first gives another order in every run, the second moves the encoded bytes three
-// times instead of once. No CTA waits for a page with a later ticket, so the wait ends whatever number of CTAs is resident.
+// Encoding (docs/reference/format.md, "What the encoder does"). A CTA takes pages in order from an atomic ticket. It
+// reads a page once from device memory into shared memory, decides coding and size, publishes the size, builds the
+// segment in place of the page, and writes it to its final position in the arena. That position is the sum of the sizes
+// before it, found by looking back over the published sizes (Merrill and Garland, "Single-pass parallel prefix scan
+// with decoupled look-back", 2016), which overlaps with building the bit planes. Sizes could instead be reserved by one
+// atomic a page, or pages be written to worst-case slots and compacted afterwards: the first gives another order in
+// every run, the second moves the encoded bytes three times instead of once. No CTA waits for a page with a later
+// ticket, so the wait ends whatever number of CTAs is resident.
 //
-// The fast path handles G = 16 with 16-bit values, T a multiple of 16 and rows of 16-byte chunks. A warp owns *strips* of
-// 16 tokens x 64 channels, a lane two adjacent channels, that is two groups, in the halves of 16 registers. Extremes need no
-// communication, and a 16 x 16 bit transpose of the registers gives the planes of both groups. Everything else takes the general
-// path, a thread per group, which reads a page up to three times through the caches.
+// The fast path handles G = 16 with 16-bit values, T a multiple of 16 and rows of 16-byte chunks. A warp owns *strips*
+// of 16 tokens x 64 channels, a lane two adjacent channels, that is two groups, in the halves of 16 registers. Extremes
+// need no communication, and a 16 x 16 bit transpose of the registers gives the planes of both groups. Everything else
+// takes the general path, a thread per group, which reads a page up to three times through the caches.
 //
 // This file compiles for the host as well (tests/gpu/emulation), so that its logic is tested where there is no GPU.
 #pragma once
@@ -39,14 +40,15 @@ constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kStripChannels = 64;
 constexpr uint32_t kStripBytes = 16 * kStripChannels * 2;
-constexpr uint32_t kStripClassBytes = 64;  // most that the classes (and bases) of a strip take in any coding
+constexpr uint32_t kStripClassBytes = 64;   // most that the classes (and bases) of a strip take in any coding
 constexpr uint32_t kStripStateBytes = 256;  // encode: extremes of the strip's groups, 8 bytes a lane
 constexpr uint32_t kMaxWarps = 16;
 constexpr uint32_t kMaxStrips = 128;
 constexpr uint32_t kGeneralThreads = 256;
 constexpr uint32_t kRecordUnits = 16;  // records start at multiples of 256 bytes
 
-// ---- machine ----------------------------------------------------------------------------------------------------------
+// ---- machine
+// ----------------------------------------------------------------------------------------------------------
 
 #if defined(KVZ_EMULATE)
 
@@ -97,9 +99,10 @@ KVZ_DEV uint32_t sign_fill_2(uint32_t q) {
 
 // 16 bytes from device memory to shared memory, in the background.
 KVZ_DEV void copy_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
 }
 KVZ_DEV void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -149,7 +152,9 @@ template <int DTYPE>
 KVZ_DEV uint32_t narrow2(float low, float high) {
   if (DTYPE == KVZ_BF16) return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
   uint32_t r;
-  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(fminf(fmaxf(high, -65504.0f), 65504.0f)), "f"(fminf(fmaxf(low, -65504.0f), 65504.0f)));
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;"
+      : "=r"(r)
+      : "f"(fminf(fmaxf(high, -65504.0f), 65504.0f)), "f"(fminf(fmaxf(low, -65504.0f), 65504.0f)));
   return r;
 }
 
@@ -162,12 +167,25 @@ KVZ_DEV float widen_high(uint32_t v) {
 
 KVZ_DEV uint32_t low_half(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }  // low halves of a and b
 
-// ---- bits -------------------------------------------------------------------------------------------------------------
+// ---- bits
+// -------------------------------------------------------------------------------------------------------------
+
+// Bits of `yes` where the mask is set, else those of `no`. One instruction, which the compiler is not to take apart: it
+// sees through masks and shifts, and makes three times as many of a transpose.
+KVZ_DEV uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) {
+#if defined(KVZ_EMULATE)
+  return (yes & mask) | (no & ~mask);
+#else
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(yes), "r"(no));
+  return r;
+#endif
+}
 
 template <int SHIFT>
 KVZ_DEV void exchange(uint32_t& a, uint32_t& b, uint32_t mask) {
-  const uint32_t x = (a & mask) | ((b << SHIFT) & ~mask);
-  b = ((a >> SHIFT) & mask) | (b & ~mask);
+  const uint32_t x = choose(mask, a, b << SHIFT);
+  b = choose(mask, a >> SHIFT, b);
   a = x;
 }
 
@@ -200,8 +218,8 @@ KVZ_DEV void transpose_16(uint32_t (&a)[16]) {
 KVZ_DEV uint32_t zigzag_2(uint32_t q) { return ((q << 1) & 0xfffefffeu) ^ sign_fill_2(q); }
 KVZ_DEV uint32_t unzigzag_2(uint32_t z) { return ((z >> 1) & 0x7fff7fffu) ^ ((z & 0x00010001u) * 0xffffu); }
 
-// The order of words in a lossless group is fraction, sign, exponent: patterns of raw groups go through the same stores,
-// with bits FRACTION .. 15 turned left by one, and back.
+// The order of words in a lossless group is fraction, sign, exponent: patterns of raw groups go through the same
+// stores, with bits FRACTION .. 15 turned left by one, and back.
 template <int DTYPE>
 KVZ_DEV uint32_t sign_to_top(uint32_t x) {
   constexpr uint32_t f = Traits<DTYPE>::kFraction;
@@ -215,6 +233,17 @@ KVZ_DEV uint32_t sign_from_top(uint32_t z) {
   constexpr uint32_t fraction = ((1u << f) - 1u) * 0x00010001u, exponent = (0x7fffu & ~((1u << f) - 1u)) * 0x00010001u;
   constexpr uint32_t lowest = (1u << f) * 0x00010001u;
   return (z & fraction) | ((z & exponent) << 1) | ((z >> (15 - f)) & lowest);
+}
+
+// Number of the highest bit that is set; -1 for 0.
+KVZ_DEV int32_t top_bit(uint32_t v) {
+#if defined(KVZ_EMULATE)
+  return bit_length(v) - 1;
+#else
+  int32_t r;
+  asm("bfind.u32 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+#endif
 }
 
 // Keys order as the values do.
@@ -232,11 +261,25 @@ KVZ_DEV float value_of_key_32(int32_t key) { return float_of(static_cast<uint32_
 KVZ_DEV uint32_t lane_of(uint32_t thread) { return thread & 31u; }
 
 KVZ_DEV uint32_t inclusive_sum(uint32_t v, uint32_t lane) {
+#if !defined(KVZ_EMULATE)
+  // The shuffle itself says whether there was a lane to read from.
+#define KVZ_STEP(d)                                                            \
+  asm volatile("{.reg .u32 u;\n .reg .pred p;\n shfl.sync.up.b32 u|p, %0, " #d \
+               ", 0, 0xffffffff;\n @p add.u32 %0, %0, u;}"                     \
+               : "+r"(v))
+  KVZ_STEP(1);
+  KVZ_STEP(2);
+  KVZ_STEP(4);
+  KVZ_STEP(8);
+  KVZ_STEP(16);
+#undef KVZ_STEP
+#else
 #pragma unroll
   for (uint32_t d = 1; d < 32; d *= 2) {
     const uint32_t u = __shfl_up_sync(kAllLanes, v, d);
     if (lane >= d) v += u;
   }
+#endif
   return v;
 }
 
@@ -246,7 +289,8 @@ KVZ_DEV uint32_t widest_code(float low, float high, float inverse) {
   return static_cast<uint32_t>(a > b ? a : b);
 }
 
-// ---- parameters -------------------------------------------------------------------------------------------------------
+// ---- parameters
+// -------------------------------------------------------------------------------------------------------
 
 // Counters that every launch leaves as it found them: zero.
 struct Counters {
@@ -305,7 +349,8 @@ constexpr uint32_t kSharedBytes = 1536;
 
 constexpr uint32_t kDiffers = 0x80000000u;  // in Shared::equal: the warp saw two bit patterns
 
-// ---- look-back --------------------------------------------------------------------------------------------------------
+// ---- look-back
+// --------------------------------------------------------------------------------------------------------
 
 constexpr uint64_t kSizeKnown = 1ull << 62;    // the value is the page's (or record's) own size, in units
 constexpr uint64_t kPrefixKnown = 2ull << 62;  // the value is the sum up to and including it
@@ -343,8 +388,8 @@ KVZ_DEV void publish_size(const EncodeParams& p, uint32_t page, uint32_t s, uint
 }
 
 // Find where the segment goes, and write its table entry (whose offset is not set yet). By one warp.
-KVZ_DEV void place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, uint32_t units, kvz_entry entry,
-                   uint32_t lane) {
+KVZ_DEV void place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, uint32_t units,
+                   kvz_entry entry, uint32_t lane) {
   const uint64_t before = look_back(p.page_state + (page - s), s, lane);
   if (s != 0 && lane == 0) store_relaxed(p.page_state + page, kPrefixKnown | (before + units));
   const bool last = s + 1 == p.num_segments;
@@ -357,7 +402,8 @@ KVZ_DEV void place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_
   }
   if (lane == 0) {
     uint64_t destination = record + p.header_units + before;
-    const uint64_t limit = p.stride_units == 0 || record + p.stride_units > p.arena_units ? p.arena_units : record + p.stride_units;
+    const uint64_t limit =
+        p.stride_units == 0 || record + p.stride_units > p.arena_units ? p.arena_units : record + p.stride_units;
     if (destination + units > limit) {
       atomicMax(&p.counters->error, static_cast<uint32_t>(KVZ_OUT_OF_SPACE));
       destination = ~0ull;
@@ -408,7 +454,8 @@ KVZ_DEV void finish_encode(const EncodeParams& p, Shared& shared) {
 
 KVZ_DEV uint32_t units_of(uint64_t bytes) { return static_cast<uint32_t>((bytes + 15) / 16); }
 
-KVZ_DEV kvz_entry make_entry(const kvz_segment& segment, uint64_t size, uint8_t coding, float bound, uint32_t param, uint8_t reason) {
+KVZ_DEV kvz_entry make_entry(const kvz_segment& segment, uint64_t size, uint8_t coding, float bound, uint32_t param,
+                             uint8_t reason) {
   kvz_entry e;
   e.offset = 0;
   e.size = static_cast<uint32_t>(size);
@@ -420,12 +467,14 @@ KVZ_DEV kvz_entry make_entry(const kvz_segment& segment, uint64_t size, uint8_t 
   return e;
 }
 
-// ---- fast path: a page as strips --------------------------------------------------------------------------------------
+// ---- fast path: a page as strips
+// --------------------------------------------------------------------------------------
 
 struct Strips {
   uint8_t* base;  // of the page
   int64_t token_stride, head_stride;
   uint32_t channels, head_dim, per_row, count;
+  bool whole;  // every strip has all its channels
 };
 
 KVZ_DEV Strips strips_of(const kvz_segment& segment, int64_t block_id) {
@@ -437,6 +486,7 @@ KVZ_DEV Strips strips_of(const kvz_segment& segment, int64_t block_id) {
   s.channels = segment.heads * segment.head_dim;
   s.per_row = (s.channels + kStripChannels - 1) / kStripChannels;
   s.count = segment.tokens / 16 * s.per_row;
+  s.whole = s.channels % kStripChannels == 0;
   return s;
 }
 
@@ -451,9 +501,27 @@ KVZ_DEV Strip strip_at(const Strips& s, uint32_t index) {
   return at;
 }
 
+// A lane's two groups of a strip: number of the first, and whether they exist.
+struct Groups {
+  uint32_t first;
+  bool inside;
+};
+KVZ_DEV Groups groups_at(const Strips& s, uint32_t index, uint32_t lane) {
+  Groups g;
+  g.first = index * kStripChannels + lane * 2;
+  g.inside = true;
+  if (!s.whole) {
+    const Strip at = strip_at(s, index);
+    g.first = at.row * s.channels + at.channel + lane * 2;
+    g.inside = at.channel + lane * 2 < s.channels;
+  }
+  return g;
+}
+
 // Address of a value; head_dim is usually a power of two.
 KVZ_DEV uint8_t* value_address(const Strips& s, uint32_t token, uint32_t channel) {
-  const uint32_t head = (s.head_dim & (s.head_dim - 1)) == 0 ? channel >> (31 - __clz(static_cast<int>(s.head_dim))) : channel / s.head_dim;
+  const uint32_t head = (s.head_dim & (s.head_dim - 1)) == 0 ? channel >> (31 - __clz(static_cast<int>(s.head_dim)))
+                                                             : channel / s.head_dim;
   return s.base + token * s.token_stride + head * s.head_stride + (channel - head * s.head_dim) * 2;
 }
 
@@ -489,13 +557,30 @@ KVZ_DEV void quantise_2(uint32_t x, float inverse_low, float inverse_high, uint3
 }
 constexpr uint32_t kCodeZero = 0x4b400000u;  // bits of 12582912.0f, whose low half is 0
 
-// What a lane knows of its two groups of a strip: number of words and, in the quantised codings, the width.
+// What a lane knows of its two groups of a strip.
 struct Pair {
-  uint32_t width0, width1;  // 16 in a raw group
-  uint32_t words0, words1;
-  uint32_t raw;    // mask of the raw halves
-  uint32_t apart;  // mask of the halves whose first value is kept apart
+  uint32_t width0, width1;  // planes: 16 in a raw group
+  uint32_t words0, words1;  // with the first values that are kept apart
+  uint32_t raw;             // mask of the raw halves
+  uint32_t apart;           // mask of the halves whose first value is kept apart
 };
+
+// The same in a word, kept from pass to pass. The bases are those of the lossless coding.
+constexpr uint32_t kStateApart = 0x20u, kStateRaw = 0x40u;
+KVZ_DEV uint32_t make_state(uint32_t width0, uint32_t width1) { return width0 | width1 << 8; }
+KVZ_DEV uint32_t state_words(uint32_t state) {
+  return (state & 31u) + ((state >> 8) & 31u) + ((state >> 5) & 1u) + ((state >> 13) & 1u);
+}
+KVZ_DEV Pair pair_of_state(uint32_t state) {
+  Pair p;
+  p.width0 = state & 31u;
+  p.width1 = (state >> 8) & 31u;
+  p.words0 = p.width0 + ((state >> 5) & 1u);
+  p.words1 = p.width1 + ((state >> 13) & 1u);
+  p.raw = ((state >> 6) & 1u) * 0xffffu + ((state >> 14) & 1u) * 0xffff0000u;
+  p.apart = ((state >> 5) & 1u) * 0xffffu + ((state >> 13) & 1u) * 0xffff0000u;
+  return p;
+}
 
 template <int DTYPE>
 KVZ_DEV Pair pair_of_classes(uint32_t coding, uint32_t class0, uint32_t class1) {
@@ -523,51 +608,54 @@ KVZ_DEV Pair pair_of_classes(uint32_t coding, uint32_t class0, uint32_t class1) 
 
 // Sum over strips, and over those before `strip`. By every warp.
 KVZ_DEV uint32_t sum_words(const uint32_t* words, uint32_t count, uint32_t lane) {
-  uint32_t v = 0;
-  for (uint32_t i = lane; i < count; i += kWarp) v += words[i];
+  uint32_t v = lane < count ? words[lane] : 0u;
+#pragma unroll 1
+  for (uint32_t i = lane + kWarp; i < count; i += kWarp) v += words[i];
   return __reduce_add_sync(kAllLanes, v);
 }
 
-// ---- fast path: encode ------------------------------------------------------------------------------------------------
+// ---- fast path: encode
+// ------------------------------------------------------------------------------------------------
 
 // Shared memory of a page of n strips: extremes, then the segment, whose words follow the classes while the strips that
 // they replace lie a little further on: a segment that is worth writing never overtakes the strips.
 constexpr uint32_t fast_encode_bytes(uint32_t strips) {
   return kSharedBytes + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
 }
-constexpr uint32_t fast_decode_bytes(uint32_t strips) { return kSharedBytes + strips * (kStripClassBytes + kStripBytes) + 16; }
+constexpr uint32_t fast_decode_bytes(uint32_t strips) {
+  return kSharedBytes + strips * (kStripClassBytes + kStripBytes) + 16;
+}
+
+// Word b of both groups to its place. A mask of bits is faster to test than a width to compare with: predicates come
+// seven at a time.
+KVZ_DEV void store_pair(uint16_t* to0, uint16_t* to1, uint32_t have0, uint32_t have1, int b, uint32_t word) {
+  if (have0 & (1u << b)) to0[b] = static_cast<uint16_t>(word);
+  if (have1 & (1u << b)) to1[b] = static_cast<uint16_t>(word >> 16);
+}
 
 template <int DTYPE>
-KVZ_DEV void store_words(uint16_t* to, const uint32_t (&a)[16], uint32_t coding, const Pair& g, bool narrow, uint32_t first) {
+KVZ_DEV void store_words(uint16_t* to, const uint32_t (&a)[16], uint32_t coding, const Pair& g, bool narrow,
+                         uint32_t first) {
   uint16_t* to0 = to;
   uint16_t* to1 = to + g.words0;
+  const uint32_t have0 = (1u << g.width0) - 1u, have1 = (1u << g.width1) - 1u;
   if (coding == KVZ_LOSSLESS) {
     constexpr int f = Traits<DTYPE>::kFraction;
 #pragma unroll
-    for (int b = 0; b < 16; ++b) {
-      const uint32_t word = b < f ? a[b] : a[b == f ? 15 : b - 1];
-      if (b < static_cast<int>(g.width0)) to0[b] = static_cast<uint16_t>(word);
-      if (b < static_cast<int>(g.width1)) to1[b] = static_cast<uint16_t>(word >> 16);
-    }
+    for (int b = 0; b < 16; ++b) store_pair(to0, to1, have0, have1, b, b < f ? a[b] : a[b == f ? 15 : b - 1]);
     return;
   }
-  if (g.apart & 1u) *to0++ = static_cast<uint16_t>(first);
-  if (g.apart >> 31) *to1++ = static_cast<uint16_t>(first >> 16);
+  if (coding == KVZ_OUTLIER) {
+    if (g.apart & 1u) *to0++ = static_cast<uint16_t>(first);
+    if (g.apart >> 31) *to1++ = static_cast<uint16_t>(first >> 16);
+  }
   // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
   const uint32_t sign = narrow ? a[7] : a[15];
 #pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    const uint32_t word = b == 0 ? sign : a[b - 1] ^ sign;
-    if (b < static_cast<int>(g.width0)) to0[b] = static_cast<uint16_t>(word);
-    if (b < static_cast<int>(g.width1)) to1[b] = static_cast<uint16_t>(word >> 16);
-  }
+  for (int b = 0; b < 8; ++b) store_pair(to0, to1, have0, have1, b, b == 0 ? sign : a[b - 1] ^ sign);
   if (narrow) return;
 #pragma unroll
-  for (int b = 8; b < 16; ++b) {
-    const uint32_t word = a[b - 1] ^ sign;
-    if (b < static_cast<int>(g.width0)) to0[b] = static_cast<uint16_t>(word);
-    if (b < static_cast<int>(g.width1)) to1[b] = static_cast<uint16_t>(word >> 16);
-  }
+  for (int b = 8; b < 16; ++b) store_pair(to0, to1, have0, have1, b, a[b - 1] ^ sign);
 }
 
 template <int DTYPE>
@@ -625,7 +713,7 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         low = min2<DTYPE>(low, x);
         high = max2<DTYPE>(high, x);
       }
-      const bool inside = strip_at(strips, index).channel + lane * 2 < strips.channels;
+      const bool inside = groups_at(strips, index, lane).inside;
       if (!inside) {
         low = kInfinity2;
         high = kInfinity2 | 0x80008000u;
@@ -663,7 +751,7 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         uint32_t differs = 0;
 #pragma unroll 1
         for (uint32_t index = warp; index < count; index += warps) {
-          if (strip_at(strips, index).channel + lane * 2 >= strips.channels) continue;
+          if (!groups_at(strips, index, lane).inside) continue;
           const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
 #pragma unroll 1
           for (int t = 0; t < 16; ++t) differs |= column[t * 32] ^ first;
@@ -696,7 +784,7 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
     uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
     uint32_t size = raw_bytes, param = 0;
     const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
-    float finer = 0.0f;  // lane w: 1 / S for width w
+    float finer = 0.0f;    // lane w: 1 / S for width w
     bool settled = false;  // the quantised candidate is small enough: there is no lossless one
 
     if (lossy_coding == KVZ_RAW) {
@@ -712,25 +800,25 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         for (uint32_t k = 0; k < rounds; ++k) {
           const uint32_t index = k * warps + warp;
           if (index >= count) break;
-          const Strip at = strip_at(strips, index);
-          const bool inside = at.channel + lane * 2 < strips.channels;
+          const Groups at = groups_at(strips, index, lane);
           const uint2 e = extremes[index * kWarp + lane];
           const float low0 = widen<DTYPE>(e.x), low1 = widen_high<DTYPE>(e.x);
           const float high0 = widen<DTYPE>(e.y), high1 = widen_high<DTYPE>(e.y);
           const bool fits0 = quantisable<DTYPE>(low0, high0, bound, inverse);
           const bool fits1 = quantisable<DTYPE>(low1, high1, bound, inverse);
-          const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
-          uint32_t words;
+          uint32_t w0, w1;
           if (lossy_coding == KVZ_FIXED) {
-            uint32_t w0 = fits0 ? static_cast<uint32_t>(bit_length(widest_code(low0, high0, inverse))) : 0u;
-            uint32_t w1 = fits1 ? static_cast<uint32_t>(bit_length(widest_code(low1, high1, inverse))) : 0u;
-            const uint32_t less0 = w0 > 0 ? w0 - 1 : 0, less1 = w1 > 0 ? w1 - 1 : 0;
+            const int32_t top0 = top_bit(widest_code(low0, high0, inverse)),
+                          top1 = top_bit(widest_code(low1, high1, inverse));
+            const uint32_t less0 = static_cast<uint32_t>(top0 > 0 ? top0 : 0),
+                           less1 = static_cast<uint32_t>(top1 > 0 ? top1 : 0);
+            // Lanes past 15 repeat those below, so that the shuffle may have any width of a group that does not fit.
             const float finer0 = __shfl_sync(kAllLanes, finer, static_cast<int>(less0));
             const float finer1 = __shfl_sync(kAllLanes, finer, static_cast<int>(less1));
-            if ((widest_code(low0, high0, finer0) >> less0) == 0) w0 = less0;
-            if ((widest_code(low1, high1, finer1) >> less1) == 0) w1 = less1;
-            words = (fits0 ? w0 : 16u) + (fits1 ? w1 : 16u);
-            if (inside) out[group / 2] = static_cast<uint8_t>((fits0 ? w0 : 15u) | (fits1 ? w1 : 15u) << 4);
+            w0 = (widest_code(low0, high0, finer0) >> less0) == 0 ? less0 : static_cast<uint32_t>(top0 + 1);
+            w1 = (widest_code(low1, high1, finer1) >> less1) == 0 ? less1 : static_cast<uint32_t>(top1 + 1);
+            w0 = fits0 ? w0 : 16u | kStateRaw;
+            w1 = fits1 ? w1 : 16u | kStateRaw;
           } else {
             const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
             uint32_t before0 = kCodeZero, before1 = kCodeZero, rest = 0, first = 0;
@@ -748,31 +836,39 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
               before1 = u1;
             }
             const uint32_t all = rest | first;
-            uint32_t w0 = static_cast<uint32_t>(bit_length(all & 0xffffu)), w1 = static_cast<uint32_t>(bit_length(all >> 16));
+            w0 = static_cast<uint32_t>(bit_length(all & 0xffffu));
+            w1 = static_cast<uint32_t>(bit_length(all >> 16));
             uint32_t apart0 = 0, apart1 = 0;
             if (lossy_coding == KVZ_OUTLIER) {
-              const uint32_t rest0 = static_cast<uint32_t>(bit_length(rest & 0xffffu)), rest1 = static_cast<uint32_t>(bit_length(rest >> 16));
-              apart0 = rest0 + 1 < w0;
-              apart1 = rest1 + 1 < w1;
+              const uint32_t rest0 = static_cast<uint32_t>(bit_length(rest & 0xffffu));
+              const uint32_t rest1 = static_cast<uint32_t>(bit_length(rest >> 16));
+              apart0 = rest0 + 1 < w0 ? kStateApart : 0u;
+              apart1 = rest1 + 1 < w1 ? kStateApart : 0u;
               w0 = apart0 ? rest0 : w0;
               w1 = apart1 ? rest1 : w1;
             }
-            const bool raw0 = !fits0 || w0 > Tr::kMaxWidth, raw1 = !fits1 || w1 > Tr::kMaxWidth;
-            words = (raw0 ? 16u : w0 + apart0) + (raw1 ? 16u : w1 + apart1);
-            if (inside) {
-              if (lossy_coding == KVZ_OUTLIER) {
-                const uint32_t class0 = raw0 ? KVZ_BYTE_RAW : w0 | apart0 << 6, class1 = raw1 ? KVZ_BYTE_RAW : w1 | apart1 << 6;
-                *reinterpret_cast<uint16_t*>(out + group) = static_cast<uint16_t>(class0 | class1 << 8);
-              } else {
-                out[group / 2] = static_cast<uint8_t>((raw0 ? 15u : w0) | (raw1 ? 15u : w1) << 4);
-              }
+            w0 = fits0 && w0 <= Tr::kMaxWidth ? w0 | apart0 : 16u | kStateRaw;
+            w1 = fits1 && w1 <= Tr::kMaxWidth ? w1 | apart1 : 16u | kStateRaw;
+          }
+          uint2 kept;
+          kept.x = at.inside ? make_state(w0, w1) : 0u;
+          kept.y = max2<DTYPE>(e.x & 0x7fff7fffu, e.y & 0x7fff7fffu);  // the lossless candidate wants to know it
+          extremes[index * kWarp + lane] = kept;
+          if (at.inside) {
+            if (lossy_coding == KVZ_OUTLIER) {
+              const uint32_t class0 = w0 & kStateRaw ? KVZ_BYTE_RAW : w0 + (w0 & kStateApart);  // bit 5 moves to bit 6
+              const uint32_t class1 = w1 & kStateRaw ? KVZ_BYTE_RAW : w1 + (w1 & kStateApart);
+              *reinterpret_cast<uint16_t*>(out + at.first) = static_cast<uint16_t>(class0 | class1 << 8);
+            } else {
+              out[at.first / 2] = static_cast<uint8_t>((w0 < 15u ? w0 : 15u) | (w1 < 15u ? w1 : 15u) << 4);
             }
           }
-          words = __reduce_add_sync(kAllLanes, inside ? words : 0u);
+          const uint32_t words = __reduce_add_sync(kAllLanes, state_words(kept.x));
           if (lane == 0) shared.words[index] = words;
         }
         __syncthreads();
-        const uint32_t quantised = (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(shared.words, count, lane);
+        const uint32_t quantised =
+            (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(shared.words, count, lane);
         if (quantised < size) {
           size = quantised;
           coding = static_cast<uint8_t>(lossy_coding);
@@ -788,27 +884,24 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         for (uint32_t k = 0; k < rounds; ++k) {
           const uint32_t index = k * warps + warp;
           if (index >= count) break;
-          const Strip at = strip_at(strips, index);
-          const bool inside = at.channel + lane * 2 < strips.channels;
           const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
           const uint2 e = extremes[index * kWarp + lane];
           uint32_t least = column[0] & 0x7fff7fffu;
 #pragma unroll
           for (int t = 1; t < 16; ++t) least = min2<DTYPE>(least, column[t * 32] & 0x7fff7fffu);
-          const uint32_t most = max2<DTYPE>(e.x & 0x7fff7fffu, e.y & 0x7fff7fffu);
-          uint32_t state = 0, words = 0;
+          const uint32_t most = bound > 0.0f ? e.y : max2<DTYPE>(e.x & 0x7fff7fffu, e.y & 0x7fff7fffu);
+          uint32_t state = 0;
 #pragma unroll
           for (uint32_t h = 0; h < 2; ++h) {
             const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
             const bool raw = !is_finite<DTYPE>(most >> (16 * h));
             const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
-            const uint32_t w = static_cast<uint32_t>(bit_length(largest - base - bottom));
-            state |= (raw ? KVZ_NIBBLE_RAW : w) << (4 * h) | (raw ? 0u : base) << (8 + 4 * h);
-            words += raw ? 16u : Tr::kFraction + 1 + w;
+            const uint32_t w = kFractionBits + 1 + static_cast<uint32_t>(bit_length(largest - base - bottom));
+            state |= raw ? (16u | kStateRaw) << (8 * h) : w << (8 * h) | base << (16 + 4 * h);
           }
-          // `top` and `bottom` are above; what is left of the extremes is not needed any more.
-          extremes[index * kWarp + lane].x = state;
-          words = __reduce_add_sync(kAllLanes, inside ? words : 0u);
+          if (!groups_at(strips, index, lane).inside) state = 0;
+          extremes[index * kWarp + lane].y = state;
+          const uint32_t words = __reduce_add_sync(kAllLanes, state_words(state));
           if (lane == 0) shared.lossless_words[index] = words;
         }
         __syncthreads();
@@ -823,13 +916,16 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
     }
     const uint32_t units = units_of(size);
     if (thread == 0) publish_size(p, page, segment_index, units);
-    const kvz_entry entry = make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
+    const kvz_entry entry =
+        make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
 
     if (coding >= KVZ_FIXED) {
-      // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites strips.
+      // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
+      // strips.
       const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? shared.lossless_words : shared.words;
       const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
-      uint32_t base = class_bytes / 2 + sum_words(strip_words, warp < count ? warp : 0, lane);
+      const bool few = count <= kWarp;
+      const uint32_t held = few && lane < count ? strip_words[lane] : 0u;
       for (uint32_t k = 0; k < rounds; ++k) {
         const uint32_t index = k * warps + warp;
         const bool busy_warp = index < count;
@@ -838,35 +934,14 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         Pair g = {};
         bool narrow = false;
         if (busy_warp) {
-          const Strip at = strip_at(strips, index);
-          const bool inside = at.channel + lane * 2 < strips.channels;
-          const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
           const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
-          uint32_t class0 = 0, class1 = 0, state = 0;
-          if (coding == KVZ_LOSSLESS) {
-            state = extremes[index * kWarp + lane].x;
-            class0 = state & 15u;
-            class1 = (state >> 4) & 15u;
-            if (inside) {
-              out[group / 2] = static_cast<uint8_t>(state);
-              out[groups / 2 + group / 2] = static_cast<uint8_t>(state >> 8);
-            }
-          } else if (inside) {
-            if (coding == KVZ_OUTLIER) {
-              class0 = out[group];
-              class1 = out[group + 1];
-            } else {
-              class0 = out[group / 2] & 15u;
-              class1 = out[group / 2] >> 4;
-            }
-          }
-          g = pair_of_classes<DTYPE>(coding, class0, class1);
-          if (!inside) {
-            g.width0 = g.width1 = g.words0 = g.words1 = g.raw = g.apart = 0;
-          }
+          const uint2 states = extremes[index * kWarp + lane];
+          const uint32_t state = coding == KVZ_LOSSLESS ? states.y : states.x;
+          g = pair_of_state(state);
           const uint32_t mine = g.words0 + g.words1;
-          const uint32_t up_to = inclusive_sum(mine, lane);
-          position = base + up_to - mine;
+          const uint32_t before =
+              few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(strip_words, index, lane);
+          position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
           narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
 
           if (coding == KVZ_FIXED) {
@@ -879,12 +954,21 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
               a[t] = low_half(u0, u1);
             }
           } else if (coding == KVZ_LOSSLESS) {
-            const uint32_t top0 = (param - ((state >> 8) & 15u)) << kFractionBits, top1 = (param - ((state >> 12) & 15u)) << kFractionBits;
+            const Groups at = groups_at(strips, index, lane);
+            if (at.inside) {
+              const uint32_t class0 = g.raw & 1u ? KVZ_NIBBLE_RAW : g.width0 - (kFractionBits + 1);
+              const uint32_t class1 = g.raw >> 31 ? KVZ_NIBBLE_RAW : g.width1 - (kFractionBits + 1);
+              out[at.first / 2] = static_cast<uint8_t>(class0 | class1 << 4);
+              out[groups / 2 + at.first / 2] = static_cast<uint8_t>(state >> 16);
+            }
+            const uint32_t top0 = (param - ((state >> 16) & 15u)) << kFractionBits;
+            const uint32_t top1 = (param - ((state >> 20) & 15u)) << kFractionBits;
             const uint32_t top = low_half(top0, top1);
 #pragma unroll
             for (int t = 0; t < 16; ++t) {
               const uint32_t x = column[t * 32];
-              // No borrow passes between the halves: no exponent is above its group's top, and raw halves are replaced below.
+              // No borrow passes between the halves: no exponent is above its group's top, and raw halves are replaced
+              // below.
               a[t] = (((top | 0x80008000u) - (x & kExponentMask)) & kExponentMask) | (x & ~kExponentMask);
             }
           } else {
@@ -916,7 +1000,6 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
           } else {
             transpose_16(a);
           }
-          base += __reduce_add_sync(kAllLanes, lane < warps && index + lane < count ? strip_words[index + lane] : 0u);
         }
         __syncthreads();
         if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
@@ -950,7 +1033,8 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
   finish_encode(p, shared);
 }
 
-// ---- validation -------------------------------------------------------------------------------------------------------
+// ---- validation
+// -------------------------------------------------------------------------------------------------------
 
 struct Geometry {
   uint8_t* base;
@@ -987,7 +1071,8 @@ KVZ_DEV uint64_t class_array_bytes(uint32_t dtype, uint32_t coding, uint32_t gro
 }
 
 // Words of a group of class `c`, or ~0 when there is no such class.
-KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t bits, uint32_t widest, uint32_t sign_mantissa, bool apart) {
+KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t bits, uint32_t widest,
+                                uint32_t sign_mantissa, bool apart) {
   if (bytes) {
     const uint32_t w = c & 63u;
     if (w == KVZ_BYTE_RAW) return (c & 0xc0u) == 0 ? bits : ~0u;
@@ -1031,7 +1116,10 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
     if (coding != KVZ_LOSSLESS && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return false;
     const bool bytes = byte_classes(dtype, coding), lossless = coding == KVZ_LOSSLESS;
     const uint32_t bits = dtype == KVZ_FP32 ? 32 : 16;
-    const uint32_t mantissa = (dtype == KVZ_BF16 ? Traits<KVZ_BF16>::kFraction : dtype == KVZ_FP16 ? Traits<KVZ_FP16>::kFraction : Traits<KVZ_FP32>::kFraction) + 1;
+    const uint32_t mantissa = (dtype == KVZ_BF16   ? Traits<KVZ_BF16>::kFraction
+                               : dtype == KVZ_FP16 ? Traits<KVZ_FP16>::kFraction
+                                                   : Traits<KVZ_FP32>::kFraction) +
+                              1;
     const uint32_t widest = lossless ? (dtype == KVZ_FP16 ? 5u : 8u) : dtype == KVZ_FP32 ? 24u : 14u;
     const uint64_t class_bytes = class_array_bytes(dtype, coding, g.groups);
     const uint64_t prefix = lossless ? 2 * class_bytes : class_bytes;
@@ -1067,7 +1155,8 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
       for (uint64_t i = lane; i < whole; i += kWarp) {
         const uint32_t x = classes[i];
         for (uint32_t j = 0; j < per_word; ++j) {
-          const uint32_t n = words_of_class((x >> (class_bits * j)) & ((1u << class_bits) - 1u), bytes, lossless, bits, widest, mantissa, coding == KVZ_OUTLIER);
+          const uint32_t n = words_of_class((x >> (class_bits * j)) & ((1u << class_bits) - 1u), bytes, lossless, bits,
+                                            widest, mantissa, coding == KVZ_OUTLIER);
           bad = bad || n == ~0u;
           words += n;
         }
@@ -1133,7 +1222,8 @@ KVZ_DEV bool block_is_refused(const DecodeParams& p, uint32_t b) {
   return p.all_or_nothing ? p.counters->any_bad != 0 : p.bad[b] != 0;
 }
 
-// ---- copies -----------------------------------------------------------------------------------------------------------
+// ---- copies
+// -----------------------------------------------------------------------------------------------------------
 
 // The page's values to or from token-major order, in pieces of `Piece`; every CTA thread takes part.
 template <class Piece, bool TO_PAGE>
@@ -1220,7 +1310,8 @@ KVZ_DEV void fill_page(const Geometry& g, uint32_t value) {
   }
 }
 
-// ---- fast path: decode ------------------------------------------------------------------------------------------------
+// ---- fast path: decode
+// ------------------------------------------------------------------------------------------------
 
 template <int DTYPE>
 KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
@@ -1237,7 +1328,8 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     if (block_is_refused(p, block)) continue;
     const kvz_entry entry = p.table[page];
     const kvz_segment segment = p.segments[segment_index];
-    const uint8_t* const from = reinterpret_cast<const uint8_t*>(p.payloads[block]) + static_cast<uint64_t>(entry.offset) * 16;
+    const uint8_t* const from =
+        reinterpret_cast<const uint8_t*>(p.payloads[block]) + static_cast<uint64_t>(entry.offset) * 16;
     const uint32_t coding = entry.coding;
     if (coding < KVZ_FIXED) {
       const Geometry g = geometry_of(segment, p.block_ids[block]);
@@ -1252,7 +1344,8 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
     const uint32_t groups = segment.tokens / 16 * strips.channels;
     const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
-    // The classes were validated, and what they imply never exceeds the space; a payload that changes in between must not either.
+    // The classes were validated, and what they imply never exceeds the space; a payload that changes in between must
+    // not either.
     const uint32_t units = units_of(entry.size);
     if (units * 16 > count * (kStripClassBytes + kStripBytes) + 16) continue;
     for (uint32_t i = thread; i < units; i += blockDim.x) copy_async_16(data + i * 16, from + i * 16);
@@ -1262,11 +1355,11 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     for (uint32_t k = 0; k < rounds; ++k) {
       const uint32_t index = k * warps + warp;
       if (index >= count) break;
-      const Strip at = strip_at(strips, index);
-      const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
+      const Groups at = groups_at(strips, index, lane);
       uint32_t words = 0;
-      if (at.channel + lane * 2 < strips.channels) {
-        const uint32_t classes = coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + group) : data[group / 2];
+      if (at.inside) {
+        const uint32_t classes =
+            coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + at.first) : data[at.first / 2];
         const Pair g = coding == KVZ_OUTLIER ? pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8)
                                              : pair_of_classes<DTYPE>(coding, classes & 15u, classes >> 4);
         words = g.words0 + g.words1;
@@ -1280,21 +1373,25 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
       const float bound = entry.bound;
       float step = 1.0f;  // lane w: S for width w
       if (coding != KVZ_LOSSLESS) step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), bound);
-      uint32_t base = class_bytes / 2 + sum_words(shared.words, warp < count ? warp : 0, lane);
+      const bool few = count <= kWarp;
+      const uint32_t held = few && lane < count ? shared.words[lane] : 0u;
       for (uint32_t k = 0; k < rounds; ++k) {
         const uint32_t index = k * warps + warp;
         if (index >= count) break;
-        const Strip at = strip_at(strips, index);
-        const bool inside = at.channel + lane * 2 < strips.channels;
-        const uint32_t group = at.row * strips.channels + at.channel + lane * 2;
+        const Groups at = groups_at(strips, index, lane);
+        const bool inside = at.inside;
+        const uint32_t group = at.first;
         Pair g = {};
         if (inside) {
-          const uint32_t classes = coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + group) : data[group / 2];
+          const uint32_t classes =
+              coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + group) : data[group / 2];
           g = coding == KVZ_OUTLIER ? pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8)
                                     : pair_of_classes<DTYPE>(coding, classes & 15u, classes >> 4);
         }
         const uint32_t mine = g.words0 + g.words1;
-        const uint32_t position = base + inclusive_sum(mine, lane) - mine;
+        const uint32_t before =
+            few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(shared.words, index, lane);
+        const uint32_t position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
         const uint16_t* words0 = reinterpret_cast<const uint16_t*>(data) + position;
         const uint16_t* words1 = words0 + g.words0;
         const bool narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
@@ -1340,12 +1437,18 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
         }
 
         uint8_t* to = nullptr;
-        if (inside) to = value_address(strips, at.row * 16, at.channel + lane * 2);
+        if (inside) {
+          const Strip strip = strip_at(strips, index);
+          to = value_address(strips, strip.row * 16, strip.channel + lane * 2);
+        }
         if (coding == KVZ_LOSSLESS) {
           const uint32_t bases = inside ? data[groups / 2 + group / 2] : 0u;
           const int32_t top0 = static_cast<int32_t>(entry.param) - static_cast<int32_t>(bases & 15u);
           const int32_t top1 = static_cast<int32_t>(entry.param) - static_cast<int32_t>(bases >> 4);
-          const uint32_t top = (low_half(static_cast<uint32_t>(top0 > 0 ? top0 : 0) << kFractionBits, static_cast<uint32_t>(top1 > 0 ? top1 : 0) << kFractionBits) & kExponentMask) | 0x80008000u;
+          const uint32_t top = (low_half(static_cast<uint32_t>(top0 > 0 ? top0 : 0) << kFractionBits,
+                                         static_cast<uint32_t>(top1 > 0 ? top1 : 0) << kFractionBits) &
+                                kExponentMask) |
+                               0x80008000u;
 #pragma unroll
           for (int t = 0; t < 16; ++t) {
             uint32_t x = ((top - (a[t] & kExponentMask)) & kExponentMask) | (a[t] & ~kExponentMask);
@@ -1381,20 +1484,23 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
               const uint32_t d0 = (narrow ? (a[t & 7] >> (t < 8 ? 0 : 8)) & 255u : a[t] & 0xffffu) - bias;
               const uint32_t d1 = (narrow ? (a[t & 7] >> (t < 8 ? 16 : 24)) & 255u : a[t] >> 16) - bias;
               if (t == 0) {
-                sum0 += (g.apart & 1u) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first & 0xffffu))) : d0;
-                sum1 += (g.apart >> 31) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first >> 16))) : d1;
+                sum0 += (g.apart & 1u)
+                            ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first & 0xffffu)))
+                            : d0;
+                sum1 += (g.apart >> 31) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first >> 16)))
+                                        : d1;
               } else {
                 sum0 += d0;
                 sum1 += d1;
               }
-              uint32_t x = narrow2<DTYPE>((float_of(sum0) - 12582912.0f) * step0, (float_of(sum1) - 12582912.0f) * step1);
+              uint32_t x =
+                  narrow2<DTYPE>((float_of(sum0) - 12582912.0f) * step0, (float_of(sum1) - 12582912.0f) * step1);
               if (any_raw) x = (x & ~g.raw) | (zigzag_2(a[t] ^ 0x80008000u) & g.raw);
               if (inside) *reinterpret_cast<uint32_t*>(to) = x;
               to += strips.token_stride;
             }
           }
         }
-        base += __reduce_add_sync(kAllLanes, lane < warps && index + lane < count ? shared.words[index + lane] : 0u);
       }
     }
     __syncthreads();

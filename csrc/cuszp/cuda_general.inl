@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// The CUDA codec's general path: any dtype, geometry and alignment, a thread per group and a CTA per page, straight from and to device
-// memory. It reads a page up to three times, which the caches mostly absorb.
+// The CUDA codec's general path: any dtype, geometry and alignment, a thread per group and a CTA per page, straight
+// from and to device memory. It reads a page up to three times, which the caches mostly absorb.
 #pragma once
 
 #include "cuda_device.inl"
@@ -10,7 +10,8 @@
 namespace kvz {
 namespace gpu {
 
-// ---- groups -----------------------------------------------------------------------------------------------------------
+// ---- groups
+// -----------------------------------------------------------------------------------------------------------
 
 template <int DTYPE>
 KVZ_DEV uint32_t load_value(const uint8_t* from) {
@@ -63,7 +64,8 @@ struct Quantiser {
 
 // q at the power-of-two step and from it the codes of `plain`; the values are those of a quantisable group.
 template <int DTYPE>
-KVZ_DEV void difference_codes(const uint32_t (&v)[16], uint32_t inside, const Quantiser& z, uint32_t (&code)[16], int32_t& first) {
+KVZ_DEV void difference_codes(const uint32_t (&v)[16], uint32_t inside, const Quantiser& z, uint32_t (&code)[16],
+                              int32_t& first) {
   int32_t before = 0;
 #pragma unroll
   for (uint32_t i = 0; i < 16; ++i) {
@@ -136,7 +138,8 @@ KVZ_DEV uint32_t lossless_class(const uint32_t (&v)[16], uint32_t inside, uint32
   return static_cast<uint32_t>(bit_length(largest - base - bottom)) | base << 4;
 }
 
-// ---- a page -----------------------------------------------------------------------------------------------------------
+// ---- a page
+// -----------------------------------------------------------------------------------------------------------
 
 KVZ_DEV uint64_t sum_over_cta(uint64_t v, Shared& shared) {
   const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -191,7 +194,8 @@ KVZ_DEV bool opaque_is_constant(const Geometry& g, Shared& shared) {
     const uint64_t pieces = run / 4;
     for (uint64_t i = threadIdx.x; i < total / 4; i += blockDim.x) {
       const uint32_t at = static_cast<uint32_t>(i / pieces), head = at % heads, token = at / heads;
-      differs |= reinterpret_cast<const uint32_t*>(g.base + token * g.token_stride + head * g.head_stride)[i % pieces] ^ first * 0x01010101u;
+      differs |= reinterpret_cast<const uint32_t*>(g.base + token * g.token_stride + head * g.head_stride)[i % pieces] ^
+                 first * 0x01010101u;
     }
   } else {
     for (uint64_t i = threadIdx.x; i < total; i += blockDim.x) {
@@ -203,7 +207,8 @@ KVZ_DEV bool opaque_is_constant(const Geometry& g, Shared& shared) {
 }
 
 // What follows the decision: tell the others the size, find the place. Returns where the segment begins, or null.
-KVZ_DEV uint8_t* claim_place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, const kvz_entry& entry) {
+KVZ_DEV uint8_t* claim_place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
+                             const kvz_entry& entry) {
   const uint32_t units = units_of(entry.size);
   if (threadIdx.x == 0) publish_size(p, page, s, units);
   if (threadIdx.x < kWarp) place(p, shared, page, b, s, units, entry, threadIdx.x);
@@ -212,8 +217,8 @@ KVZ_DEV uint8_t* claim_place(const EncodeParams& p, Shared& shared, uint32_t pag
 }
 
 template <int DTYPE>
-KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, const kvz_segment& segment,
-                         const Geometry& g) {
+KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
+                         const kvz_segment& segment, const Geometry& g) {
   using Tr = Traits<DTYPE>;
   const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, threads = blockDim.x;
   const uint64_t raw_bytes = static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
@@ -283,7 +288,8 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
       if (low <= high) {
         const uint32_t a = (bits_of(page_low) >> 23) & 255u, c = (bits_of(page_high) >> 23) & 255u;
         largest = a > c ? a : c;
-        if (DTYPE == KVZ_FP16) largest = largest > 112 ? largest - 112 : 0;  // float16 numbers as float32: the same exponent field + 112
+        if (DTYPE == KVZ_FP16)
+          largest = largest > 112 ? largest - 112 : 0;  // float16 numbers as float32: the same exponent field + 112
       }
       uint64_t words = 0;
       for (uint32_t i = thread; i < g.groups; i += threads) {
@@ -301,7 +307,8 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
     }
   }
   const bool lossless = coding == KVZ_LOSSLESS;
-  const kvz_entry entry = make_entry(segment, size, coding, coding >= KVZ_FIXED && !lossless ? z.bound : 0.0f, lossless ? largest : 0, reason);
+  const kvz_entry entry = make_entry(segment, size, coding, coding >= KVZ_FIXED && !lossless ? z.bound : 0.0f,
+                                     lossless ? largest : 0, reason);
   uint8_t* const out = claim_place(p, shared, page, b, s, entry);
   const uint64_t padded = static_cast<uint64_t>(units_of(size)) * 16;
   if (out != nullptr) clear_bytes(out, size, padded);
@@ -315,7 +322,8 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
   }
 
   const bool bytes = byte_classes(DTYPE, coding);
-  const uint64_t class_bytes = class_array_bytes(DTYPE, coding, g.groups), class_end = bytes ? g.groups : (static_cast<uint64_t>(g.groups) + 1) / 2;
+  const uint64_t class_bytes = class_array_bytes(DTYPE, coding, g.groups),
+                 class_end = bytes ? g.groups : (static_cast<uint64_t>(g.groups) + 1) / 2;
   if (out != nullptr) {
     clear_bytes(out, class_end, class_bytes);
     if (lossless) clear_bytes(out + class_bytes, class_end, class_bytes);
@@ -377,10 +385,12 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
 }
 
 // A page as it is, or the one byte that it consists of.
-KVZ_DEV void encode_bytes(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, const kvz_segment& segment,
-                          const Geometry& g, bool constant, bool asked) {
-  const uint64_t size = constant ? static_cast<uint64_t>(KVZ_CONSTANT_BYTES) : static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
-  const kvz_entry entry = make_entry(segment, size, constant ? KVZ_CONSTANT : KVZ_RAW, 0.0f, 0, constant || asked ? KVZ_AS_ASKED : KVZ_OPAQUE_DTYPE);
+KVZ_DEV void encode_bytes(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
+                          const kvz_segment& segment, const Geometry& g, bool constant, bool asked) {
+  const uint64_t size = constant ? static_cast<uint64_t>(KVZ_CONSTANT_BYTES)
+                                 : static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
+  const kvz_entry entry = make_entry(segment, size, constant ? KVZ_CONSTANT : KVZ_RAW, 0.0f, 0,
+                                     constant || asked ? KVZ_AS_ASKED : KVZ_OPAQUE_DTYPE);
   uint8_t* const out = claim_place(p, shared, page, b, s, entry);
   if (out == nullptr) return;
   clear_bytes(out, constant ? 1 : size, static_cast<uint64_t>(units_of(size)) * 16);
@@ -418,7 +428,8 @@ KVZ_DEV void encode_general(const EncodeParams& p, uint8_t* memory) {
   finish_encode(p, shared);
 }
 
-// ---- decode -----------------------------------------------------------------------------------------------------------
+// ---- decode
+// -----------------------------------------------------------------------------------------------------------
 
 template <int DTYPE>
 KVZ_DEV void decode_page(Shared& shared, const kvz_entry& entry, const Geometry& g, const uint8_t* from) {
@@ -462,9 +473,11 @@ KVZ_DEV void decode_page(Shared& shared, const kvz_entry& entry, const Geometry&
       transpose_16(code);
       if (!raw) {
         if (lossless) {
-          const int32_t top = static_cast<int32_t>(entry.param) - static_cast<int32_t>((from[class_bytes + i / 2] >> (i % 2 * 4)) & 15u);
+          const int32_t top = static_cast<int32_t>(entry.param) -
+                              static_cast<int32_t>((from[class_bytes + i / 2] >> (i % 2 * 4)) & 15u);
 #pragma unroll
-          for (int j = 0; j < 16; ++j) code[j] = lossless_value<DTYPE>(code[j], static_cast<uint32_t>(top > 0 ? top : 0));
+          for (int j = 0; j < 16; ++j)
+            code[j] = lossless_value<DTYPE>(code[j], static_cast<uint32_t>(top > 0 ? top : 0));
         } else {
           const float step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(c), entry.bound);
           uint32_t q = 0;
@@ -477,7 +490,9 @@ KVZ_DEV void decode_page(Shared& shared, const kvz_entry& entry, const Geometry&
           }
         }
       }
-      for_group(g, i, [&](uint32_t j, uint8_t* to) { *reinterpret_cast<typename Tr::word*>(to) = static_cast<typename Tr::word>(code[j]); });
+      for_group(g, i, [&](uint32_t j, uint8_t* to) {
+        *reinterpret_cast<typename Tr::word*>(to) = static_cast<typename Tr::word>(code[j]);
+      });
     }
     words += total;
     left -= total;

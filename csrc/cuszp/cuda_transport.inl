@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// What the transport layer needs of CUDA, behind kvz.h: memory, copies, streams, events, devices. Thin on purpose: one C call
-// for a batch, no state but the last error of each thread. Included by cuda.cu.
+// What the transport layer needs of CUDA, behind kvz.h: memory, copies, streams, events, devices. Thin on purpose: one
+// C call for a batch, no state but the last error of each thread. Included by cuda.cu.
+#pragma once
+
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <string.h>
@@ -126,10 +128,12 @@ int32_t kvz_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream) 
   return status_of(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(stream)));
 }
 
-int32_t kvz_cuda_copy_batch(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count, void* stream) {
+int32_t kvz_cuda_copy_batch(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count,
+                            void* stream) {
   if (count == 0) return KVZ_OK;
   if (to == nullptr || from == nullptr || bytes == nullptr) return KVZ_INVALID_ARGUMENT;
-  static_assert(sizeof(void*) == sizeof(uint64_t) && sizeof(size_t) == sizeof(uint64_t), "arrays of addresses are passed on as they are");
+  static_assert(sizeof(void*) == sizeof(uint64_t) && sizeof(size_t) == sizeof(uint64_t),
+                "arrays of addresses are passed on as they are");
   cudaStream_t s = stream_of(stream);
 #if CUDART_VERSION >= 13000
   // The driver takes no batches into the legacy default stream or into a capture.
@@ -147,7 +151,8 @@ int32_t kvz_cuda_copy_batch(const uint64_t* to, const uint64_t* from, const uint
   }
 #endif
   for (uint64_t i = 0; i < count; ++i) {
-    const cudaError_t error = cudaMemcpyAsync(reinterpret_cast<void*>(to[i]), reinterpret_cast<const void*>(from[i]), bytes[i], cudaMemcpyDefault, s);
+    const cudaError_t error = cudaMemcpyAsync(reinterpret_cast<void*>(to[i]), reinterpret_cast<const void*>(from[i]),
+                                              bytes[i], cudaMemcpyDefault, s);
     if (error != cudaSuccess) return status_of(error);
   }
   return KVZ_OK;

@@ -32,20 +32,20 @@ typedef enum kvz_status {
 
 // One page of every block of a batch: where it lies and how it is coded. 64 bytes.
 typedef struct kvz_segment {
-  uint64_t base;          // address of the first value of block 0 (host or device memory)
-  int64_t block_stride;   // bytes from one block to the next
-  int64_t token_stride;   // bytes from one token to the next
-  int64_t head_stride;    // bytes from one head to the next; the values of a head are contiguous
-  uint32_t tokens;        // T >= 1
-  uint32_t heads;         // H >= 1
-  uint32_t head_dim;      // D >= 1; T * H * D < 2^31
-  uint8_t dtype;          // kvz_dtype
-  uint8_t group_tokens;   // G: 16, 8, 4, 2 or 1
-  uint8_t coding;         // encode: kvz_coding wanted; ignored by decode (the table says it)
-  uint8_t bound_kind;     // encode: kvz_bound_kind
-  double bound;           // encode: finite, > 0 unless lossless
-  uint8_t kind;           // 0 unknown, 1 K, 2 V: copied into the table
-  uint8_t reserved[7];    // 0
+  uint64_t base;         // address of the first value of block 0 (host or device memory)
+  int64_t block_stride;  // bytes from one block to the next
+  int64_t token_stride;  // bytes from one token to the next
+  int64_t head_stride;   // bytes from one head to the next; the values of a head are contiguous
+  uint32_t tokens;       // T >= 1
+  uint32_t heads;        // H >= 1
+  uint32_t head_dim;     // D >= 1; T * H * D < 2^31
+  uint8_t dtype;         // kvz_dtype
+  uint8_t group_tokens;  // G: 16, 8, 4, 2 or 1
+  uint8_t coding;        // encode: kvz_coding wanted; ignored by decode (the table says it)
+  uint8_t bound_kind;    // encode: kvz_bound_kind
+  double bound;          // encode: finite, > 0 unless lossless
+  uint8_t kind;          // 0 unknown, 1 K, 2 V: copied into the table
+  uint8_t reserved[7];   // 0
 } kvz_segment;
 
 // One entry of a record's segment table, as it stands in the record. 16 bytes.
@@ -79,47 +79,47 @@ KVZ_API uint64_t kvz_max_segment_bytes(const kvz_segment* segment);
 
 // Encode block block_ids[b] for b < num_blocks. The payload of b goes to output + b * output_stride, which must
 // hold the sum of kvz_max_segment_bytes over the segments; it is compact, 16-byte aligned, zero-padded to 16,
-// and everything past it is unspecified. table[b * num_segments + s] describes segment s of b, payload_bytes[b] the whole.
-// Blocks the host. Uses up to `threads` threads (0 = all cores that the process may use).
+// and everything past it is unspecified. table[b * num_segments + s] describes segment s of b, payload_bytes[b] the
+// whole. Blocks the host. Uses up to `threads` threads (0 = all cores that the process may use).
 KVZ_API int32_t kvz_cpu_encode(const kvz_segment* segments, uint32_t num_segments, const int64_t* block_ids,
                                uint32_t num_blocks, uint8_t* output, uint64_t output_stride, kvz_entry* table,
                                uint64_t* payload_bytes, uint32_t threads);
 
 // Check every segment of num_blocks payloads against the format: coding, size, classes, padding. Reads only
-// payloads[b] .. payloads[b] + payload_bytes[b]. Returns KVZ_CORRUPT and sets *bad_block and *bad_segment (either may be
-// NULL) to the first that fails; hostile bytes are expected here.
+// payloads[b] .. payloads[b] + payload_bytes[b]. Returns KVZ_CORRUPT and sets *bad_block and *bad_segment (either may
+// be NULL) to the first that fails; hostile bytes are expected here.
 KVZ_API int32_t kvz_cpu_validate(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
-                                 const uint8_t* const* payloads, const uint64_t* payload_bytes,
-                                 const kvz_entry* table, uint32_t threads, uint32_t* bad_block,
-                                 uint32_t* bad_segment);
+                                 const uint8_t* const* payloads, const uint64_t* payload_bytes, const kvz_entry* table,
+                                 uint32_t threads, uint32_t* bad_block, uint32_t* bad_segment);
 
-// Decode payloads[b] into block block_ids[b] of the segments. Validates as kvz_cpu_validate does before it writes the first
-// value: on KVZ_CORRUPT nothing was written. Every value of every page is written.
+// Decode payloads[b] into block block_ids[b] of the segments. Validates as kvz_cpu_validate does before it writes the
+// first value: on KVZ_CORRUPT nothing was written. Every value of every page is written.
 KVZ_API int32_t kvz_cpu_decode(const kvz_segment* segments, uint32_t num_segments, const int64_t* block_ids,
                                uint32_t num_blocks, const uint8_t* const* payloads, const uint64_t* payload_bytes,
-                               const kvz_entry* table, uint32_t threads, uint32_t* bad_block,
-                               uint32_t* bad_segment);
+                               const kvz_entry* table, uint32_t threads, uint32_t* bad_block, uint32_t* bad_segment);
 
-// Largest |a - b| over the finite values of a page (in float64), and the number of values that break `limit`: |a - b| > limit,
-// or a non-finite value of a whose bits differ in b. limits[b * num_segments + s] goes with segment s of block b.
-// a and b describe the same geometry in different memory. Blocks the host.
+// Largest |a - b| over the finite values of a page (in float64), and the number of values that break `limit`: |a - b| >
+// limit, or a non-finite value of a whose bits differ in b. limits[b * num_segments + s] goes with segment s of block
+// b. a and b describe the same geometry in different memory. Blocks the host.
 KVZ_API int32_t kvz_cpu_compare(const kvz_segment* a, const int64_t* a_blocks, const kvz_segment* b,
                                 const int64_t* b_blocks, uint32_t num_segments, uint32_t num_blocks,
                                 const double* limits, double* max_errors, uint64_t* violations, uint32_t threads);
 
-// ---- CUDA -------------------------------------------------------------------------------------------------------------
+// ---- CUDA
+// -------------------------------------------------------------------------------------------------------------
 //
-// The same bytes on the GPU. The functions below never allocate device memory, never synchronise and never print, except where
-// they say so. `stream` is a cudaStream_t (NULL: the legacy default stream) of the current device. "Device memory" means memory that
-// the device can address: cudaMalloc, or mapped pinned host memory, which is right for what the host wants to read as
-// soon as an event after the call has passed (table, sizes, statuses) and slow for anything else. A library without CUDA has
-// all these functions; they return KVZ_NO_CUDA.
+// The same bytes on the GPU. The functions below never allocate device memory, never synchronise and never print,
+// except where they say so. `stream` is a cudaStream_t (NULL: the legacy default stream) of the current device. "Device
+// memory" means memory that the device can address: cudaMalloc, or mapped pinned host memory, which is right for what
+// the host wants to read as soon as an event after the call has passed (table, sizes, statuses) and slow for anything
+// else. A library without CUDA has all these functions; they return KVZ_NO_CUDA.
 
-// Scratch that encode and decode share, in device memory. It must be zero before the first call; every call leaves it zero, so that
-// calls in one stream can share it. Calls that may overlap need one each.
+// Scratch that encode and decode share, in device memory. It must be zero before the first call; every call leaves it
+// zero, so that calls in one stream can share it. Calls that may overlap need one each.
 KVZ_API uint64_t kvz_cuda_workspace_bytes(uint32_t num_segments, uint32_t num_blocks);
 
-// Worst case of the arena: every record with `header_bytes` in front of its payload, at a multiple of 256 bytes. 0 for invalid segments.
+// Worst case of the arena: every record with `header_bytes` in front of its payload, at a multiple of 256 bytes. 0 for
+// invalid segments.
 KVZ_API uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
                                       uint32_t header_bytes);
 
@@ -129,42 +129,43 @@ typedef struct kvz_cuda_encode_args {
   const int64_t* block_ids;            // device memory, num_blocks
   uint8_t* arena;                      // device memory, a multiple of 16 (better 256)
   uint64_t arena_bytes;
-  uint64_t record_stride;     // bytes from one record to the next, a multiple of 256; 0: packed
-  kvz_entry* table;           // device memory, out: num_blocks * num_segments, 16-byte aligned
-  uint64_t* payload_bytes;    // device memory, out: num_blocks
-  uint64_t* record_offsets;   // device memory, out: num_blocks; bytes from the arena's start to a record's start
-  uint32_t* status;           // device memory, out: [0] a kvz_status, then [1] = 1; may be NULL
-  void* workspace;            // kvz_cuda_workspace_bytes
+  uint64_t record_stride;    // bytes from one record to the next, a multiple of 256; 0: packed
+  kvz_entry* table;          // device memory, out: num_blocks * num_segments, 16-byte aligned
+  uint64_t* payload_bytes;   // device memory, out: num_blocks
+  uint64_t* record_offsets;  // device memory, out: num_blocks; bytes from the arena's start to a record's start
+  uint32_t* status;          // device memory, out: [0] a kvz_status, then [1] = 1; may be NULL
+  void* workspace;           // kvz_cuda_workspace_bytes
   uint64_t workspace_bytes;
   uint32_t num_segments;
   uint32_t num_blocks;
-  uint32_t header_bytes;      // left free before each payload; rounded up to 16
-  uint32_t max_ctas;          // most thread blocks to run at a time; 0: as many as fit
-  uint32_t strips_per_warp;   // tuning; 0: automatic
-  uint32_t reserved;          // 0
+  uint32_t header_bytes;     // left free before each payload; rounded up to 16
+  uint32_t max_ctas;         // most thread blocks to run at a time; 0: as many as fit
+  uint32_t strips_per_warp;  // tuning; 0: automatic
+  uint32_t reserved;         // 0
 } kvz_cuda_encode_args;
 
-// Encode block block_ids[b] for b < num_blocks in one launch. Record b begins at arena + record_offsets[b], its payload header_bytes
-// (rounded up to 16) later; payload and table are those of kvz_cpu_encode. When the arena is too small, status[0] is
-// KVZ_OUT_OF_SPACE, what did not fit was not written, and the table is complete. Capturable in a CUDA graph.
+// Encode block block_ids[b] for b < num_blocks in one launch. Record b begins at arena + record_offsets[b], its payload
+// header_bytes (rounded up to 16) later; payload and table are those of kvz_cpu_encode. When the arena is too small,
+// status[0] is KVZ_OUT_OF_SPACE, what did not fit was not written, and the table is complete. Capturable in a CUDA
+// graph.
 KVZ_API int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream);
 
 typedef struct kvz_cuda_decode_args {
   const kvz_segment* segments;         // host memory, read during the call; bases are device memory
   const kvz_segment* device_segments;  // the same in device memory, to stay until the work is done
   const int64_t* block_ids;            // device memory, num_blocks
-  const uint64_t* payloads;            // device memory, num_blocks addresses of payloads in device memory, multiples of 16
-  const uint64_t* payload_bytes;       // device memory, num_blocks
-  const kvz_entry* table;              // device memory, num_blocks * num_segments, 16-byte aligned
-  uint32_t* block_status;              // device memory, out: KVZ_OK or KVZ_CORRUPT, num_blocks; may be NULL
-  void* workspace;                     // kvz_cuda_workspace_bytes
+  const uint64_t* payloads;       // device memory, num_blocks addresses of payloads in device memory, multiples of 16
+  const uint64_t* payload_bytes;  // device memory, num_blocks
+  const kvz_entry* table;         // device memory, num_blocks * num_segments, 16-byte aligned
+  uint32_t* block_status;         // device memory, out: KVZ_OK or KVZ_CORRUPT, num_blocks; may be NULL
+  void* workspace;                // kvz_cuda_workspace_bytes
   uint64_t workspace_bytes;
   uint32_t num_segments;
   uint32_t num_blocks;
-  uint32_t all_or_nothing;             // 1: one corrupt block keeps every block of the batch from being written
-  uint32_t max_ctas;                   // most thread blocks to run at a time; 0: as many as fit
-  uint32_t strips_per_warp;            // tuning; 0: automatic
-  uint32_t reserved;                   // 0
+  uint32_t all_or_nothing;   // 1: one corrupt block keeps every block of the batch from being written
+  uint32_t max_ctas;         // most thread blocks to run at a time; 0: as many as fit
+  uint32_t strips_per_warp;  // tuning; 0: automatic
+  uint32_t reserved;         // 0
 } kvz_cuda_decode_args;
 
 // Validate the payloads as kvz_cpu_validate does, then decode into block block_ids[b] of the segments. A block that is
@@ -172,24 +173,24 @@ typedef struct kvz_cuda_decode_args {
 KVZ_API int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream);
 
 typedef struct kvz_cuda_crc_args {
-  const uint8_t* base;         // payload b begins at base + offsets[b] + skip, a multiple of 4, in device memory
-  const uint64_t* offsets;     // device memory, count
+  const uint8_t* base;      // payload b begins at base + offsets[b] + skip, a multiple of 4, in device memory
+  const uint64_t* offsets;  // device memory, count
   uint64_t skip;
   uint64_t* payload_bytes;     // device memory, count; multiples of 16
   uint32_t* crc32c;            // device memory, count; out, or with `check` what is expected
   uint32_t* scratch;           // device memory, 2 * count; zero before the call and after it
   uint64_t max_payload_bytes;  // no payload is larger
   uint32_t count;
-  uint32_t check;              // 1: set payload_bytes[b] to 0 where the checksum differs, so that decoding refuses b
-  uint32_t max_ctas;           // most thread blocks; 0: as many as fit
-  uint32_t reserved;           // 0
+  uint32_t check;     // 1: set payload_bytes[b] to 0 where the checksum differs, so that decoding refuses b
+  uint32_t max_ctas;  // most thread blocks; 0: as many as fit
+  uint32_t reserved;  // 0
 } kvz_cuda_crc_args;
 
 // CRC32C of payloads, as record headers hold it, or a check against it, in stream order.
 KVZ_API int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args* args, void* stream);
 
-// What the last failing CUDA call of this thread said, such as "cudaErrorInvalidValue: invalid argument"; returns its code,
-// 0 when none has failed. `text` may be NULL.
+// What the last failing CUDA call of this thread said, such as "cudaErrorInvalidValue: invalid argument"; returns its
+// code, 0 when none has failed. `text` may be NULL.
 KVZ_API int32_t kvz_cuda_last_error(char* text, uint64_t text_bytes);
 
 // KVZ_OK when there is at least one device; else kvz_cuda_last_error tells why. `devices` may be NULL.
@@ -221,8 +222,8 @@ KVZ_API int32_t kvz_cuda_host_unregister(void* address);
 KVZ_API int32_t kvz_cuda_host_device_address(void* address, uint64_t* device_address);
 KVZ_API int32_t kvz_cuda_memset(void* address, int32_t byte, uint64_t bytes, void* stream);
 
-// Copies, in any direction, in stream order. A batch is one call: as one batch of the driver where it has that (CUDA 13), else one
-// by one. Host memory must be pinned for the call not to wait.
+// Copies, in any direction, in stream order. A batch is one call: as one batch of the driver where it has that (CUDA
+// 13), else one by one. Host memory must be pinned for the call not to wait.
 KVZ_API int32_t kvz_cuda_copy(void* to, const void* from, uint64_t bytes, void* stream);
 KVZ_API int32_t kvz_cuda_copy_batch(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count,
                                     void* stream);

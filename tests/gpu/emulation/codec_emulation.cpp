@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// The CUDA codec's device code against the CPU codec, on the host: payloads, tables and decoded pages must be equal bit for bit, for random
-// geometries, dtypes, codings, bounds and values, and both must refuse the same foreign bytes without touching anything else.
+// The CUDA codec's device code against the CPU codec, on the host: payloads, tables and decoded pages must be equal bit
+// for bit, for random geometries, dtypes, codings, bounds and values, and both must refuse the same foreign bytes
+// without touching anything else.
 //
 //   codec_emulation [cases] [seed]
 #include <algorithm>
@@ -46,7 +47,8 @@ uint32_t item_bytes(int dtype) { return dtype == KVZ_FP32 ? 4 : dtype == KVZ_OPA
 
 void fill_page(uint8_t* base, const kvz_segment& s) {
   const int kind = static_cast<int>(below(14));
-  const double scale = std::exp2(one_of({0.0, 0.0, 0.0, -20.0, 10.0, s.dtype == KVZ_FP16 ? -14.0 : -120.0, s.dtype == KVZ_FP16 ? 12.0 : 120.0}));
+  const double scale = std::exp2(
+      one_of({0.0, 0.0, 0.0, -20.0, 10.0, s.dtype == KVZ_FP16 ? -14.0 : -120.0, s.dtype == KVZ_FP16 ? 12.0 : 120.0}));
   const uint32_t constant = static_cast<uint32_t>(g_random());
   std::vector<double> channel(s.heads * s.head_dim);
   for (double& c : channel) c = normal() * (below(20) == 0 ? 20.0 : 1.0);
@@ -99,7 +101,7 @@ void fill_page(uint8_t* base, const kvz_segment& s) {
         }
         if (!bits) u = bits_of_value(v * scale, s.dtype);
         if ((kind == 11 || kind == 3) && below(200) == 0) {  // some that are not finite
-          u = s.dtype == KVZ_FP32 ? one_of({0x7f800000u, 0xff800000u, 0x7fc00001u, 0xffffffffu})
+          u = s.dtype == KVZ_FP32   ? one_of({0x7f800000u, 0xff800000u, 0x7fc00001u, 0xffffffffu})
               : s.dtype == KVZ_BF16 ? one_of({0x7f80u, 0xff80u, 0x7fc1u, 0xffffu})
                                     : one_of({0x7c00u, 0xfc00u, 0x7e01u, 0xffffu});
         }
@@ -151,11 +153,12 @@ Case make_case(bool fast) {
     }
     const uint32_t item = item_bytes(s.dtype);
     s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_FIXED, KVZ_FIXED, KVZ_FIXED, KVZ_PLAIN, KVZ_OUTLIER, KVZ_LOSSLESS});
-    s.bound_kind = one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS});
+    s.bound_kind = one_of<uint8_t>(
+        {KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS});
     s.bound = std::exp2(-unit() * one_of({8.0, 15.0, 30.0, 140.0}));
     s.kind = static_cast<uint8_t>(below(3));
     const uint32_t pad = fast ? 8 * below(2) : below(2);  // values between rows
-    if (below(2)) {  // tokens first
+    if (below(2)) {                                       // tokens first
       s.head_stride = static_cast<int64_t>(s.head_dim + pad) * item;
       s.token_stride = s.head_stride * s.heads + pad * item;
     } else {
@@ -174,12 +177,12 @@ Case make_case(bool fast) {
   return c;
 }
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
+#define CHECK(condition)                                                                       \
+  do {                                                                                         \
+    if (!(condition)) {                                                                        \
       fprintf(stderr, "%s:%d: %s fails in case %u\n", __FILE__, __LINE__, #condition, g_case); \
-      exit(1);                                                                      \
-    }                                                                               \
+      exit(1);                                                                                 \
+    }                                                                                          \
   } while (0)
 uint32_t g_case = 0;
 
@@ -197,7 +200,8 @@ void run_case(const Case& c) {
   std::vector<kvz_entry> table(pages);
   std::vector<uint64_t> payload_bytes(c.blocks);
   for (uint32_t b = 0; b < c.blocks; ++b) {
-    CHECK(kvz_cpu_encode(c.segments.data(), segments, &c.block_ids[b], 1, expected[b].data(), worst, &table[b * segments], &payload_bytes[b], 1) == KVZ_OK);
+    CHECK(kvz_cpu_encode(c.segments.data(), segments, &c.block_ids[b], 1, expected[b].data(), worst,
+                         &table[b * segments], &payload_bytes[b], 1) == KVZ_OK);
   }
 
   // Encode.
@@ -246,8 +250,11 @@ void run_case(const Case& c) {
       const kvz_entry &e = table[b * segments + s], &f = found[b * segments + s];
       if (memcmp(&e, &f, sizeof e) != 0) {
         const kvz_segment& g = c.segments[s];
-        fprintf(stderr, "T %u H %u D %u dtype %u G %u coding %u kind %u bound %g: cpu {%u %u %g %u %u %u} gpu {%u %u %g %u %u %u}\n", g.tokens, g.heads,
-                g.head_dim, g.dtype, g.group_tokens, g.coding, g.bound_kind, g.bound, e.offset, e.size, static_cast<double>(e.bound), e.coding, e.param, e.reason, f.offset, f.size,
+        fprintf(stderr,
+                "T %u H %u D %u dtype %u G %u coding %u kind %u bound %g: cpu {%u %u %g %u %u %u} gpu {%u %u %g %u %u "
+                "%u}\n",
+                g.tokens, g.heads, g.head_dim, g.dtype, g.group_tokens, g.coding, g.bound_kind, g.bound, e.offset,
+                e.size, static_cast<double>(e.bound), e.coding, e.param, e.reason, f.offset, f.size,
                 static_cast<double>(f.bound), f.coding, f.param, f.reason);
       }
       CHECK(memcmp(&e, &f, sizeof e) == 0);
@@ -262,8 +269,9 @@ void run_case(const Case& c) {
         const kvz_entry& e = table[b * segments + s];
         if (i >= e.offset * 16ull && i < e.offset * 16ull + e.size) {
           const kvz_segment& g = c.segments[s];
-          fprintf(stderr, "byte %llu of segment %u (size %u): T %u H %u D %u dtype %u G %u coding %u->%u\n", static_cast<unsigned long long>(i - e.offset * 16ull), s, e.size, g.tokens,
-                  g.heads, g.head_dim, g.dtype, g.group_tokens, g.coding, e.coding);
+          fprintf(stderr, "byte %llu of segment %u (size %u): T %u H %u D %u dtype %u G %u coding %u->%u\n",
+                  static_cast<unsigned long long>(i - e.offset * 16ull), s, e.size, g.tokens, g.heads, g.head_dim,
+                  g.dtype, g.group_tokens, g.coding, e.coding);
         }
       }
       CHECK(!"payloads differ");
@@ -273,7 +281,8 @@ void run_case(const Case& c) {
 
   // Decode, as it is and with foreign bytes.
   for (int round = 0; round < 4; ++round) {
-    std::vector<std::unique_ptr<uint4[]>> payloads;  // each of its exact size, so that a sanitizer sees what is read beyond it
+    std::vector<std::unique_ptr<uint4[]>>
+        payloads;  // each of its exact size, so that a sanitizer sees what is read beyond it
     std::vector<uint64_t> addresses;
     std::vector<kvz_entry> entries = table;
     for (uint32_t b = 0; b < c.blocks; ++b) {
@@ -311,7 +320,8 @@ void run_case(const Case& c) {
             break;
           }
           default:
-            for (uint64_t i = table[b * segments + s].offset * 16ull + table[b * segments + s].size / 2; i < payload_bytes[b]; ++i) {
+            for (uint64_t i = table[b * segments + s].offset * 16ull + table[b * segments + s].size / 2;
+                 i < payload_bytes[b]; ++i) {
               bytes[i] = static_cast<uint8_t>(g_random());
             }
         }
@@ -324,20 +334,23 @@ void run_case(const Case& c) {
       const uint64_t skew = c.segments[i].base - reinterpret_cast<uint64_t>(c.memory[i].data());
       cpu.segments[i].base = reinterpret_cast<uint64_t>(cpu.memory[i].data()) + skew;
       gpu.segments[i].base = reinterpret_cast<uint64_t>(gpu.memory[i].data()) + skew;
-      if (reinterpret_cast<uint64_t>(gpu.memory[i].data()) % 16 != reinterpret_cast<uint64_t>(c.memory[i].data()) % 16) return;
+      if (reinterpret_cast<uint64_t>(gpu.memory[i].data()) % 16 != reinterpret_cast<uint64_t>(c.memory[i].data()) % 16)
+        return;
     }
     std::vector<uint32_t> verdict(c.blocks);
     bool any_bad = false;
     for (uint32_t b = 0; b < c.blocks; ++b) {
       const uint8_t* payload = reinterpret_cast<const uint8_t*>(payloads[b].get());
-      verdict[b] = static_cast<uint32_t>(kvz_cpu_validate(cpu.segments.data(), segments, 1, &payload, &payload_bytes[b], &entries[b * segments], 1, nullptr, nullptr));
+      verdict[b] = static_cast<uint32_t>(kvz_cpu_validate(cpu.segments.data(), segments, 1, &payload, &payload_bytes[b],
+                                                          &entries[b * segments], 1, nullptr, nullptr));
       any_bad = any_bad || verdict[b] != KVZ_OK;
     }
     const bool all_or_nothing = below(2);
     for (uint32_t b = 0; b < c.blocks; ++b) {
       const uint8_t* payload = reinterpret_cast<const uint8_t*>(payloads[b].get());
       if (verdict[b] != KVZ_OK || (all_or_nothing && any_bad)) continue;
-      CHECK(kvz_cpu_decode(cpu.segments.data(), segments, &c.block_ids[b], 1, &payload, &payload_bytes[b], &entries[b * segments], 1, nullptr, nullptr) == KVZ_OK);
+      CHECK(kvz_cpu_decode(cpu.segments.data(), segments, &c.block_ids[b], 1, &payload, &payload_bytes[b],
+                           &entries[b * segments], 1, nullptr, nullptr) == KVZ_OK);
     }
     std::vector<uint32_t> bad(c.blocks), block_status(c.blocks, 99);
     DecodeParams d = {};
@@ -370,7 +383,9 @@ void run_case(const Case& c) {
         const kvz_segment& g = c.segments[i];
         uint64_t k = 0;
         while (cpu.memory[i][k] == gpu.memory[i][k]) ++k;
-        fprintf(stderr, "round %d segment %u byte %llu: cpu %02x gpu %02x; T %u H %u D %u dtype %u G %u coding %u\n", round, i, static_cast<unsigned long long>(k), cpu.memory[i][k], gpu.memory[i][k], g.tokens, g.heads, g.head_dim, g.dtype, g.group_tokens, entries[i].coding);
+        fprintf(stderr, "round %d segment %u byte %llu: cpu %02x gpu %02x; T %u H %u D %u dtype %u G %u coding %u\n",
+                round, i, static_cast<unsigned long long>(k), cpu.memory[i][k], gpu.memory[i][k], g.tokens, g.heads,
+                g.head_dim, g.dtype, g.group_tokens, entries[i].coding);
       }
       CHECK(cpu.memory[i] == gpu.memory[i]);
     }

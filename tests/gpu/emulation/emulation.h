@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// Runs the CUDA codec's device code on the host: every thread of every CTA is a fibre, warp operations and barriers are meeting points,
-// and a warp operation that its 32 lanes do not all reach is an error. Slow and exact: it shows what the code does, not how fast.
+// Runs the CUDA codec's device code on the host: every thread of every CTA is a fibre, warp operations and barriers are
+// meeting points, and a warp operation that its 32 lanes do not all reach is an error. Slow and exact: it shows what
+// the code does, not how fast.
 #pragma once
 
 #include <setjmp.h>
@@ -131,7 +132,8 @@ inline void launch(uint32_t ctas, uint32_t threads, uint32_t shared_bytes, const
       f.cta = &barriers[c];
       f.shared = reinterpret_cast<uint8_t*>(shared.back().get());
       uintptr_t top = reinterpret_cast<uintptr_t>(stacks[i].get() + kStack) & ~static_cast<uintptr_t>(15);
-      void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and alignment as after a call
+      void** frame =
+          reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and alignment as after a call
       memset(frame, 0, 64);
       frame[6] = reinterpret_cast<void*>(&entry);
       f.stack_pointer = frame;
