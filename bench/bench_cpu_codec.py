@@ -186,7 +186,7 @@ def main() -> int:
             "cpu": cpu_model(),
             "cores": cores,
             "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             "numpy": np.__version__,
             "native": _native.describe()["build"],

@@ -38,7 +38,7 @@ typedef struct kvz_segment {
   int64_t head_stride;   // bytes from one head to the next; the values of a head are contiguous
   uint32_t tokens;       // T >= 1
   uint32_t heads;        // H >= 1
-  uint32_t head_dim;     // D >= 1; T * H * D < 2^31
+  uint32_t head_dim;     // D >= 1; T * H * D < 2^31, and at most 2^32 - 16 bytes
   uint8_t dtype;         // kvz_dtype
   uint8_t group_tokens;  // G: 16, 8, 4, 2 or 1
   uint8_t coding;        // encode: kvz_coding wanted; ignored by decode (the table says it)

@@ -2,9 +2,10 @@
 // SPDX-FileCopyrightText: The kvzip authors
 //
 // The arithmetic of the format, shared by the C++ and the CUDA codec so that both write the same bytes:
-// quantisation to an absolute bound (after cuSZp: Huang et al., SC'23), zigzag codes, the width of a group, the exponent transform of
-// the lossless coding. Scalar, branch-light, no state. Both compilers must keep IEEE-754 semantics: no contraction of
-// multiply and add, no flush to zero. docs/reference/format.md says why the bound is exact.
+// quantisation to an absolute bound (after cuSZp: Huang et al., SC'23), zigzag codes, the width of a group, the
+// exponent transform of the lossless coding. Scalar, branch-light, no state. Both compilers must keep IEEE-754
+// semantics: no contraction of multiply and add, no flush to zero. docs/reference/format.md says why the bound is
+// exact.
 #pragma once
 
 #include <stdint.h>
@@ -49,7 +50,8 @@ KVZ_HD int bit_length(uint32_t z) {
 #endif
 }
 
-// ---- dtypes -----------------------------------------------------------------------------------------------------------
+// ---- dtypes
+// -----------------------------------------------------------------------------------------------------------
 
 template <int DTYPE>
 struct Traits;
@@ -117,7 +119,8 @@ KVZ_HD bool is_finite(uint32_t v) {
   return (v & Traits<DTYPE>::kInfinity) != Traits<DTYPE>::kInfinity;
 }
 
-// ---- bound and steps ----------------------------------------------------------------------------------------------------
+// ---- bound and steps
+// ----------------------------------------------------------------------------------------------------
 
 constexpr float kLeastBound = 1.262177448353618889e-29f;    // 2^-96
 constexpr float kLargestBound = 1.329227995784915873e+36f;  // 2^120
@@ -164,7 +167,8 @@ KVZ_HD float step_of(int coding, int w, float bound) {
 
 KVZ_HD float inverse_step(float step) { return 1.0f / step; }
 
-// ---- codes --------------------------------------------------------------------------------------------------------------
+// ---- codes
+// --------------------------------------------------------------------------------------------------------------
 
 // Round to nearest, ties to even, for |t| <= 2^22: the float32 spacing at 1.5 x 2^23 is 1.
 KVZ_HD int32_t round_code(float t) {
@@ -203,7 +207,8 @@ KVZ_HD int fixed_width(float low, float high, float inverse, const float* finer)
   return w;
 }
 
-// ---- lossless -----------------------------------------------------------------------------------------------------------
+// ---- lossless
+// -----------------------------------------------------------------------------------------------------------
 
 // v = (E - e) x 2^s + sign x 2^(s-1) + fraction, for e <= E.
 template <int DTYPE>
