@@ -43,14 +43,20 @@ class EncodedRecord:
     """One encoded block: header and payload, to be written one after the other.
 
     Attributes:
+        codec: name of the codec that made it, which may not be the one that was asked.
         header: the record's header, uint8.
+        payload_crc32c: its checksum.
+        table: its segment table, shape ``[pages]``.
         payload: a view of the scratch that the batch was encoded into.
         max_error: largest absolute error, or None when it was not measured.
         violations: values that break the bound; 0 unless the codec has a fault, None when not measured.
     """
 
+    codec: str
     header: Bytes
     payload: Bytes
+    payload_crc32c: int
+    table: npt.NDArray[Any]
     max_error: float | None = None
     violations: int | None = None
 
@@ -109,11 +115,12 @@ def encode_records(
         tables, sizes = codec.encode_blocks(blocks, request, out)
     payloads = [out[i, : int(n)] for i, n in enumerate(sizes)]
     errors = measure_errors(blocks, codec, request.bound, payloads, list(tables)) if measure_error else None
+    crcs = [crc32c(payload) for payload in payloads]
     headers = pack_headers(
         layout,
         tables,
         sizes,
-        np.fromiter(map(crc32c, payloads), np.uint32, len(payloads)),
+        np.array(crcs, np.uint32),
         codec=codec.name,
         mode=request.mode if request.mode in codec.modes and request.mode in MODES else "none",
         bound=request.bound,
@@ -121,8 +128,8 @@ def encode_records(
         max_errors=np.array([error for error, _ in errors]) if errors else None,
     )
     records = [
-        EncodedRecord(header, payload, *(errors[i] if errors else ()))
-        for i, (header, payload) in enumerate(zip(headers, payloads, strict=True))
+        EncodedRecord(codec.name, headers[i], payload, crcs[i], tables[i], *(errors[i] if errors else ()))
+        for i, payload in enumerate(payloads)
     ]
     fallbacks = fallback_reasons(tables)
     if reason is not Reason.AS_ASKED:

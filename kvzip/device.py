@@ -24,7 +24,7 @@ from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import coding_of
 from kvzip.coding import check_geometry, empty_view, max_record_bytes, measure_errors
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError, TransferError
-from kvzip.index import Entry, RecordIndex
+from kvzip.index import Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
 from kvzip.pool import HostPool
 from kvzip.record import (
@@ -32,10 +32,8 @@ from kvzip.record import (
     Reason,
     crc32c,
     fallback_reasons,
-    geometry_of,
     header_nbytes,
     pack_headers,
-    read_own_headers,
 )
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Sources, Staging
@@ -270,7 +268,8 @@ class DeviceSwap:
         transfer: Transfer,
     ) -> TransferResult:
         layout, index, pool = blocks.layout, self._index, self._pool
-        header, geometry = header_nbytes(layout), geometry_of(layout)
+        contents = contents_of(layout, codec.name)
+        header = contents.header_bytes
         worst = len(keys) * pool.round_up(max_record_bytes(codec, layout))
         if not index.can_hold(worst, keys):
             # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
@@ -287,7 +286,11 @@ class DeviceSwap:
 
         def admit(chunk: EncodedChunk) -> list[Runs]:
             entries = index.admit(
-                [header + n for n in chunk.payload_bytes.tolist()], layout.nbytes, codec.name, geometry, keys
+                chunk.payload_bytes.tolist(),
+                chunk.payload_crc32c.tolist(),
+                list(chunk.tables),
+                [contents] * len(chunk.tables),
+                keys,
             )
             fresh.extend(entries)
             return [self._runs(entry) for entry in entries]
@@ -385,8 +388,9 @@ class DeviceSwap:
     ) -> None:
         groups: dict[tuple[str, BlockLayout], list[int]] = {}
         for i, entry in enumerate(entries):
-            codec = "" if entry.codec in ("cuszp", "raw") else entry.codec
-            groups.setdefault((codec, check_geometry(entry.geometry, out.layout)), []).append(i)
+            known = entry.contents
+            codec = "" if known.codec in ("cuszp", "raw") else known.codec
+            groups.setdefault((codec, check_geometry(known.geometry, out.layout)), []).append(i)
         others = [(name, layout, members) for (name, layout), members in groups.items() if name]
         native = [(layout, members) for (name, layout), members in groups.items() if not name]
         for name, layout, members in others:
@@ -404,7 +408,7 @@ class DeviceSwap:
             view = out[out.block_ids[members]].with_groups(layout)
             statuses = self._transport.into.run(
                 view,
-                partial(self._sources, [entries[i] for i in members], layout),
+                partial(self._sources, [entries[i] for i in members]),
                 after,
                 transfer._mark_queued if number == len(native) - 1 else (lambda stream: None),
                 self._joins,
@@ -418,20 +422,18 @@ class DeviceSwap:
                 blocks=tuple(sorted(bad)),
             )
 
-    def _sources(self, entries: Sequence[Entry], layout: BlockLayout, first: int, last: int) -> Sources:
-        """Records of blocks first to last - 1; what a header says is checked here."""
+    def _sources(self, entries: Sequence[Entry], first: int, last: int) -> Sources:
+        """Records of blocks first to last - 1."""
         chunk = entries[first:last]
-        header = header_nbytes(layout)
         record_bytes = np.array([entry.allocation.nbytes for entry in chunk], np.int64)
-        rows = self._pool.heads([entry.allocation for entry in chunk], header)
-        headers = read_own_headers(rows, record_bytes, len(layout.segments))
+        header = chunk[0].contents.header_bytes
         return Sources(
             [self._runs(entry) for entry in chunk],
             record_bytes,
             header,
-            headers.payload_bytes,
-            headers.payload_crc32c,
-            headers.tables,
+            (record_bytes - header).astype(np.uint64),
+            np.array([entry.payload_crc32c for entry in chunk], np.uint32),
+            np.stack([entry.table for entry in chunk]),
         )
 
     def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:

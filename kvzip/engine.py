@@ -28,10 +28,10 @@ from kvzip.errors import (
     FormatVersionError,
     LayoutError,
 )
-from kvzip.index import Entry, RecordIndex
+from kvzip.index import Entry, RecordIndex, contents_of
 from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
-from kvzip.record import Geometry, Reason, RecordHeader, geometry_of, read_record
+from kvzip.record import Reason, RecordHeader, read_record
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import Staging
 from kvzip.types import BlockLayout, BlockView, ErrorBound
@@ -218,7 +218,6 @@ class SwapEngine:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
         started = time.perf_counter()
         layout = blocks.layout
-        geometry = geometry_of(layout)
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
         # everything is encoded first, so that a refusal comes before anything was changed.
         worst = len(keys) * self.pool.round_up(max_record_bytes(codec, layout))
@@ -248,12 +247,12 @@ class SwapEngine:
                         record = replace(record, payload=record.payload.copy())
                     pending.append((key, record))
                 if streaming:
-                    self._keep(pending, fresh, layout.nbytes, codec.name, geometry, keys)
+                    self._keep(pending, fresh, layout, keys)
                     pending = []
                 elif pending_bytes > self._index.room(keys, replacing=True):
                     raise self._index.refuse(pending_bytes, len(pending), keys)
             with self._lock:  # one step, so that nobody finds a key without a record that is only being replaced
-                self._keep(pending, fresh, layout.nbytes, codec.name, geometry, keys, replacing=True)
+                self._keep(pending, fresh, layout, keys, replacing=True)
                 self._index.publish(fresh)
         except BaseException:
             self._index.cancel(fresh.values(), keys)
@@ -275,16 +274,20 @@ class SwapEngine:
         self,
         records: Sequence[tuple[bytes, EncodedRecord]],
         fresh: dict[bytes, Entry],
-        raw_bytes: int,
-        codec: str,
-        geometry: tuple[Geometry, ...],
+        layout: BlockLayout,
         keys: Sequence[bytes],
         *,
         replacing: bool = False,
     ) -> None:
         """Put encoded records into the pool, evicting as needed; they are not visible yet."""
+        contents = {name: contents_of(layout, name) for name in {record.codec for _, record in records}}
         entries = self._index.admit(
-            [r.nbytes for _, r in records], raw_bytes, codec, geometry, keys, replacing=replacing
+            [record.payload.size for _, record in records],
+            [record.payload_crc32c for _, record in records],
+            [record.table for _, record in records],
+            [contents[record.codec] for _, record in records],
+            keys,
+            replacing=replacing,
         )
         for (key, record), entry in zip(records, entries, strict=True):
             fresh[key] = entry

@@ -10,11 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
 
 from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
 from kvzip.policy import EvictionPolicy
 from kvzip.pool import Allocation, HostPool
-from kvzip.record import Geometry
+from kvzip.record import Geometry, geometry_of, header_nbytes
+from kvzip.types import BlockLayout
 
 _LOADS_TIMEOUT_SECONDS = 60.0  # how long a store waits for loads that hold the bytes it needs
 
@@ -26,14 +30,43 @@ class Pins:
     count: int = 0
 
 
-@dataclass(eq=False)
-class Entry:
-    """A record in the pool."""
+@dataclass(frozen=True)
+class Contents:
+    """What an engine remembers of a record's header, so that a load on a GPU need not read it.
 
-    allocation: Allocation
+    Attributes:
+        raw_bytes: bytes of the block's values.
+        codec: name of the codec.
+        geometry: shapes of the pages.
+        header_bytes: bytes before the payload.
+    """
+
     raw_bytes: int
     codec: str
     geometry: tuple[Geometry, ...]
+    header_bytes: int
+
+
+def contents_of(layout: BlockLayout, codec: str) -> Contents:
+    """What records of this layout hold."""
+    return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout))
+
+
+@dataclass(eq=False)
+class Entry:
+    """A record in the pool.
+
+    Attributes:
+        allocation: where it lies.
+        contents: what it holds.
+        table: its segment table, shape ``[pages]``.
+        payload_crc32c: checksum of its payload.
+    """
+
+    allocation: Allocation
+    contents: Contents
+    table: npt.NDArray[Any]
+    payload_crc32c: int
     loads: int = 0  # loads in flight
     pins: Pins = field(default_factory=Pins)
     dropped: bool = False  # out of the index, or about to be; freed when the last load ends
@@ -108,29 +141,30 @@ class RecordIndex:
 
     def admit(
         self,
-        record_bytes: Sequence[int],
-        raw_bytes: int,
-        codec: str,
-        geometry: tuple[Geometry, ...],
+        payload_bytes: Sequence[int],
+        payload_crc32c: Sequence[int],
+        tables: Sequence[npt.NDArray[Any]],
+        contents: Sequence[Contents],
         keys: Sequence[bytes],
         *,
         replacing: bool = False,
     ) -> list[Entry]:
-        """Allocate records of these sizes, evicting as needed. They are not visible before `publish`.
+        """Allocate records for these payloads, evicting as needed. They are not visible before `publish`.
 
         Args:
-            record_bytes: size of each record.
-            raw_bytes: raw bytes of each.
-            codec: what they are coded with.
-            geometry: shapes of their pages.
+            payload_bytes: size of each record's payload.
+            payload_crc32c: its checksum.
+            tables: its segment table.
+            contents: what else is known of it.
             keys: all keys of the store that they belong to; their records are not evicted.
             replacing: the records that the store replaces may be freed now: `publish` follows under the same lock.
 
         Raises:
             PoolExhaustedError: they do not fit, however much may leave; nothing has left.
         """
+        record_bytes = [c.header_bytes + n for c, n in zip(contents, payload_bytes, strict=True)]
         with self.lock:
-            needed = sum(self.pool.round_up(n) for n in record_bytes)
+            needed = sum(map(self.pool.round_up, record_bytes))
             if needed > self.pool.free_bytes:
                 # Nothing leaves before it is certain that enough may.
                 if not self._freed.wait_for(
@@ -139,7 +173,10 @@ class RecordIndex:
                     raise self.refuse(needed, len(record_bytes), keys)
                 self._make_room(needed, keys, replacing)
             allocations = self.pool.allocate_many(record_bytes)
-            return [Entry(allocation, raw_bytes, codec, geometry) for allocation in allocations]
+            return [
+                Entry(allocation, known, table, crc)
+                for allocation, known, table, crc in zip(allocations, contents, tables, payload_crc32c, strict=True)
+            ]
 
     def _make_room(self, needed: int, keys: Sequence[bytes], replacing: bool) -> None:
         """Free bytes for a store of `keys`: what it replaces first, then the coldest."""
@@ -269,7 +306,7 @@ class RecordIndex:
             entries = self._entries.values()
             return Held(
                 records=len(entries),
-                raw_bytes=sum(e.raw_bytes for e in entries),
+                raw_bytes=sum(e.contents.raw_bytes for e in entries),
                 record_bytes=sum(e.allocation.nbytes for e in entries),
                 pinned=sum(e.pins.count > 0 for e in entries),
             )

@@ -343,18 +343,20 @@ class HostPool:
             self._memory()
             self._reserve(sum(extents) * self._extent)
             taken = self._free.take(sum(extents))
+            taken.reverse()
+            start, length = taken.pop()
             made = []
             for nbytes, needed in zip(wanted, extents, strict=True):
                 parts = []
-                while needed:
-                    start, length = taken[0]
-                    part = min(length, needed)
-                    parts.append((start, part))
-                    needed -= part
-                    taken[0] = (start + part, length - part)
-                    if part == length:
-                        taken.pop(0)
-                made.append(self._enter(nbytes, parts))
+                while needed > length:
+                    if length:
+                        parts.append((start, length))
+                        needed -= length
+                    start, length = taken.pop()
+                parts.append((start, needed))
+                start, length = start + needed, length - needed
+                made.append(self._allocation(nbytes, parts))
+            self._enter(made)
             return made
 
     def free(self, allocation: Allocation) -> None:
@@ -426,29 +428,6 @@ class HostPool:
                 memory[offset : offset + row.size] = row
             else:
                 self.write(allocation, row)
-
-    def heads(self, allocations: Sequence[Allocation], nbytes: int) -> npt.NDArray[np.uint8]:
-        """Copies of the first bytes of allocations.
-
-        Args:
-            allocations: where from, each of at least `nbytes` bytes.
-            nbytes: bytes of each.
-
-        Returns:
-            uint8, shape ``[allocations, nbytes]``.
-
-        Raises:
-            ConfigError: an allocation is not live in this pool.
-        """
-        with self._lock:
-            memory = self._memory()
-            for allocation in allocations:
-                self._check_live(allocation)
-        rows = np.empty((len(allocations), nbytes), np.uint8)
-        for allocation, row in zip(allocations, rows, strict=True):
-            offset, run = allocation.runs[0]
-            row[:] = memory[offset : offset + nbytes] if run >= nbytes else self.read(allocation)[:nbytes]
-        return rows
 
     def read(self, allocation: Allocation) -> Bytes:
         """The allocation's bytes as a read-only uint8 array of `Allocation.nbytes` values.
@@ -602,31 +581,38 @@ class HostPool:
 
     def _place(self, nbytes: int, extents: int) -> Allocation:
         """Allocate extents that are reserved, which cannot fail: free runs hold all that is reserved, and more."""
-        return self._enter(nbytes, self._free.take(extents))
+        allocation = self._allocation(nbytes, self._free.take(extents))
+        self._enter([allocation])
+        return allocation
 
-    def _enter(self, nbytes: int, taken: Sequence[tuple[int, int]]) -> Allocation:
-        """Account for an allocation of these reserved extents."""
+    def _allocation(self, nbytes: int, taken: list[tuple[int, int]]) -> Allocation:
+        """Extents as runs of bytes, the last one cut to the payload."""
         extent = self._extent
-        extents = sum(length for _, length in taken)
-        runs = [(start * extent, length * extent) for start, length in taken]
-        offset, last = runs[-1]
-        runs[-1] = (offset, last - (extents * extent - nbytes))
-        allocation = Allocation(tuple(runs), nbytes, extents * extent, self._token)
-        self._live.add(allocation)
+        *whole, (start, _) = taken
+        runs = [(first * extent, length * extent) for first, length in whole]
+        before = sum(length for _, length in runs)
+        runs.append((start * extent, nbytes - before))
+        return Allocation(tuple(runs), nbytes, -(-nbytes // extent) * extent, self._token)
+
+    def _enter(self, made: list[Allocation]) -> None:
+        """Account for allocations of reserved extents."""
+        extents = sum(a.extent_nbytes for a in made) // self._extent
+        nbytes = sum(a.nbytes for a in made)
+        runs = sum(len(a.runs) for a in made)
+        self._live.update(made)
         self._reserved -= extents
         self._used += extents
         self._payload += nbytes
-        self._runs += len(runs)
+        self._runs += runs
         if self._payload > self._peak_payload:
             self._peak_payload = self._payload
         if self._used > self._peak_used:
             self._peak_used = self._used
         if len(self._live) > self._peak_allocations:
             self._peak_allocations = len(self._live)
-        self._total_allocations += 1
+        self._total_allocations += len(made)
         self._total_payload += nbytes
-        self._total_runs += len(runs)
-        return allocation
+        self._total_runs += runs
 
     def _commit(self, reservation: Reservation, nbytes: int, close: bool) -> Allocation:
         with self._lock:

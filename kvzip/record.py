@@ -403,71 +403,6 @@ def read_header(record: Buffer) -> RecordHeader:
     )
 
 
-@dataclass(frozen=True)
-class OwnHeaders:
-    """What the headers of a batch of records say.
-
-    Attributes:
-        payload_bytes: sizes of the payloads, shape ``[records]``; 0 where the header is damaged.
-        payload_crc32c: their checksums, shape ``[records]``.
-        tables: segment tables, shape ``[records, pages]``; zeros where the header is damaged.
-    """
-
-    payload_bytes: npt.NDArray[np.uint64]
-    payload_crc32c: npt.NDArray[np.uint32]
-    tables: npt.NDArray[Any]
-
-
-def read_own_headers(rows: npt.NDArray[np.uint8], record_bytes: npt.NDArray[np.int64], pages: int) -> OwnHeaders:
-    """Check the headers of records that this process wrote, of one layout: fast when they are alike.
-
-    Args:
-        rows: the headers, uint8, shape ``[records, header_nbytes(layout)]``.
-        record_bytes: bytes of each record.
-        pages: pages of the layout.
-    """
-    found = OwnHeaders(
-        np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.uint32), np.zeros((len(rows), pages), ENTRY_DTYPE)
-    )
-    first = _own_header(rows[0], int(record_bytes[0]), pages) if len(rows) else None
-    alike = np.zeros(len(rows), np.bool_)
-    if first is not None:
-        table_at = _FIXED.size + _GEOMETRY.size * len(first.geometry)
-        table_end = table_at + ENTRY_DTYPE.itemsize * pages
-        blank = rows.copy()
-        for at, end in ((16, 24), (32, 36), (56, 64), (table_at, table_end)):
-            blank[:, at:end] = 0
-        blank[:, _CRC_AT : _CRC_AT + 4] = 0
-        alike = (blank == blank[0]).all(1)
-        blank[:] = rows
-        blank[:, _CRC_AT : _CRC_AT + 4] = 0
-        crcs = rows[:, _CRC_AT : _CRC_AT + 4].copy().view("<u4").ravel()
-        alike &= np.fromiter((crc32c(row) for row in blank), np.uint32, len(rows)) == crcs
-        payload_bytes = rows[:, 16:24].copy().view("<u8").ravel()
-        tables = rows[:, table_at:table_end].copy().view(ENTRY_DTYPE)
-        alike &= payload_bytes == record_bytes.astype(np.uint64) - np.uint64(first.header_bytes)
-        alike &= _tables_hold(tables, payload_bytes)
-        found.payload_bytes[alike] = payload_bytes[alike]
-        found.payload_crc32c[alike] = rows[:, 32:36].copy().view("<u4").ravel()[alike]
-        found.tables[alike] = tables[alike]
-    for i in np.flatnonzero(~alike).tolist():
-        header = _own_header(rows[i], int(record_bytes[i]), pages)
-        if header is not None:
-            found.payload_bytes[i] = header.payload_bytes
-            found.payload_crc32c[i] = header.payload_crc32c
-            found.tables[i] = header.table
-    return found
-
-
-def _own_header(row: npt.NDArray[np.uint8], record_bytes: int, pages: int) -> RecordHeader | None:
-    """A header, or None when it is damaged."""
-    try:
-        header = read_header(row)
-    except FormatError:
-        return None
-    return header if header.record_bytes == record_bytes and header.num_segments == pages else None
-
-
 def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
     """Parse and check a whole record: header, lengths and the payload's checksum.
 
@@ -519,25 +454,14 @@ def _parse_geometry(data: memoryview, runs: int, segments: int) -> tuple[Geometr
 
 
 def _check_table(table: npt.NDArray[Any], payload_bytes: int) -> None:
-    _require(
-        bool(_tables_hold(table[None], np.array([payload_bytes], np.uint64))[0]),
-        f"the segment table and payload_bytes {payload_bytes} contradict each other",
-    )
-
-
-def _tables_hold(tables: npt.NDArray[Any], payload_bytes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Which segment tables ``[records, pages]`` are whole: segments one after another, up to the payload's end."""
-    sizes = tables["size"].astype(np.int64)
+    sizes = table["size"].astype(np.int64)
+    _require(int(sizes.min()) >= 1, "a segment is empty")
     units = -(-sizes // ALIGNMENT)
-    ends = np.cumsum(units, axis=1)
-    holds: npt.NDArray[np.bool_] = (
-        (sizes >= 1).all(1)
-        & (ends - units == tables["offset"]).all(1)
-        & ((ends[:, -1] * ALIGNMENT).astype(np.uint64) == payload_bytes)
-        & (tables["kind"] < len(KINDS)).all(1)
-        & (tables["reason"] <= max(Reason)).all(1)
-    )
-    return holds
+    ends = np.cumsum(units)
+    _require(np.array_equal(ends - units, table["offset"]), "the segments do not follow one another")
+    _require(int(ends[-1]) * ALIGNMENT == payload_bytes, f"payload_bytes {payload_bytes} is not what the segments say")
+    _require(int(table["kind"].max()) < len(KINDS), "a page kind is unknown")
+    _require(int(table["reason"].max()) <= max(Reason), "a segment's reason is unknown")
 
 
 def fallback_reasons(tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, int]:

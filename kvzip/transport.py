@@ -245,7 +245,7 @@ class Staging:
             model.
     """
 
-    chunk_bytes: int = 32 << 20
+    chunk_bytes: int = 64 << 20
     slots: int = 3
     max_ctas: int = 0
 

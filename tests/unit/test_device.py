@@ -192,20 +192,14 @@ def test_damaged_record_leaves_its_pages_alone(rig: Rig) -> None:
     assert rig.engine.discard([rig.keys[2], rig.keys[7]]) == 2
 
 
-@pytest.mark.parametrize("at", [0, 4, 10, 20, 33, 60, 130])
-@pytest.mark.parametrize("place", [0, 4])
-def test_damaged_header_is_found(rig: Rig, place: int, at: int) -> None:
+def test_a_load_does_not_trust_the_header_in_the_pool(rig: Rig) -> None:
     rig.engine.store(rig.keys, rig.view).wait()
-    entry = rig.engine._index.find([rig.keys[place]])[0]
-    rig.pool.views(entry.allocation)[0][at] ^= 1
+    for place in range(BLOCKS):
+        entry = rig.engine._index.find([rig.keys[place]])[0]
+        rig.pool.views(entry.allocation)[0][place * 12] ^= 1
     rig.poison()
-    with pytest.raises(CorruptRecordError) as caught:
-        rig.engine.load(rig.keys, rig.view).wait()
-    assert caught.value.blocks == (place,)
-    good = [i for i in range(BLOCKS) if i != place]
-    for array, original in zip(rig.arrays, rig.original, strict=True):
-        assert np.array_equal(array[good], original[good])
-        assert (array[place] == 0xA5A5).all()
+    rig.engine.load(rig.keys, rig.view).wait()  # sizes and checksums are the engine's own
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
 
 
 @pytest.mark.parametrize("call", ["encode", "copy", "copy_batch", "event_synchronize", "malloc", "crc32c"])
