@@ -28,6 +28,7 @@ from kvzip.index import Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
 from kvzip.pool import HostPool
 from kvzip.record import (
+    ENTRY_DTYPE,
     Coding,
     Reason,
     crc32c,
@@ -288,12 +289,12 @@ class DeviceSwap:
             entries = index.admit(
                 chunk.payload_bytes.tolist(),
                 chunk.payload_crc32c.tolist(),
-                list(chunk.tables),
+                [table.tobytes() for table in chunk.tables],
                 [contents] * len(chunk.tables),
                 keys,
             )
             fresh.extend(entries)
-            return [self._runs(entry) for entry in entries]
+            return self._runs(entries)
 
         def landed(chunk: EncodedChunk) -> None:
             nonlocal record_bytes, violations, max_error
@@ -347,12 +348,14 @@ class DeviceSwap:
             violations=violations if measure_error else None,
         )
 
-    def _runs(self, entry: Entry) -> Runs:
-        """Host addresses of a record. Whole extents where they match the arena's: then neighbours are one copy."""
+    def _runs(self, entries: Sequence[Entry]) -> list[Runs]:
+        """Host addresses of records. Whole extents where they match the arena's: then neighbours are one copy."""
         base, extent = self._pool.address, self._pool.extent_bytes
         if extent != RECORD_ALIGNMENT:
-            return [(base + offset, nbytes) for offset, nbytes in entry.allocation.runs]
-        return [(base + offset, -(-nbytes // extent) * extent) for offset, nbytes in entry.allocation.runs]
+            return [[(base + offset, nbytes) for offset, nbytes in e.allocation.runs] for e in entries]
+        return [
+            [(base + offset, -(-nbytes // extent) * extent) for offset, nbytes in e.allocation.runs] for e in entries
+        ]
 
     def _joins(self, address: int) -> bool:
         piece = self._pool.piece_bytes
@@ -387,10 +390,13 @@ class DeviceSwap:
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
         groups: dict[tuple[str, BlockLayout], list[int]] = {}
+        alike: dict[int, list[int]] = {}
         for i, entry in enumerate(entries):
-            known = entry.contents
+            alike.setdefault(id(entry.contents), []).append(i)
+        for members in alike.values():
+            known = entries[members[0]].contents
             codec = "" if known.codec in ("cuszp", "raw") else known.codec
-            groups.setdefault((codec, check_geometry(known.geometry, out.layout)), []).append(i)
+            groups.setdefault((codec, check_geometry(known.geometry, out.layout)), []).extend(members)
         others = [(name, layout, members) for (name, layout), members in groups.items() if name]
         native = [(layout, members) for (name, layout), members in groups.items() if not name]
         for name, layout, members in others:
@@ -428,12 +434,12 @@ class DeviceSwap:
         record_bytes = np.array([entry.allocation.nbytes for entry in chunk], np.int64)
         header = chunk[0].contents.header_bytes
         return Sources(
-            [self._runs(entry) for entry in chunk],
+            self._runs(chunk),
             record_bytes,
             header,
             (record_bytes - header).astype(np.uint64),
             np.array([entry.payload_crc32c for entry in chunk], np.uint32),
-            np.stack([entry.table for entry in chunk]),
+            np.frombuffer(b"".join([entry.table for entry in chunk]), ENTRY_DTYPE).reshape(len(chunk), -1),
         )
 
     def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:

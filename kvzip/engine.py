@@ -284,7 +284,7 @@ class SwapEngine:
         entries = self._index.admit(
             [record.payload.size for _, record in records],
             [record.payload_crc32c for _, record in records],
-            [record.table for _, record in records],
+            [record.table.tobytes() for _, record in records],
             [contents[record.codec] for _, record in records],
             keys,
             replacing=replacing,

@@ -10,9 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy.typing as npt
+from functools import lru_cache
 
 from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
 from kvzip.policy import EvictionPolicy
@@ -47,25 +45,26 @@ class Contents:
     header_bytes: int
 
 
+@lru_cache(maxsize=256)
 def contents_of(layout: BlockLayout, codec: str) -> Contents:
-    """What records of this layout hold."""
+    """What records of this layout hold; the same object for the same arguments."""
     return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry:
     """A record in the pool.
 
     Attributes:
         allocation: where it lies.
         contents: what it holds.
-        table: its segment table, shape ``[pages]``.
+        table: its segment table, as it stands in the record.
         payload_crc32c: checksum of its payload.
     """
 
     allocation: Allocation
     contents: Contents
-    table: npt.NDArray[Any]
+    table: bytes
     payload_crc32c: int
     loads: int = 0  # loads in flight
     pins: Pins = field(default_factory=Pins)
@@ -143,7 +142,7 @@ class RecordIndex:
         self,
         payload_bytes: Sequence[int],
         payload_crc32c: Sequence[int],
-        tables: Sequence[npt.NDArray[Any]],
+        tables: Sequence[bytes],
         contents: Sequence[Contents],
         keys: Sequence[bytes],
         *,
@@ -154,7 +153,7 @@ class RecordIndex:
         Args:
             payload_bytes: size of each record's payload.
             payload_crc32c: its checksum.
-            tables: its segment table.
+            tables: its segment table, as it stands in the record.
             contents: what else is known of it.
             keys: all keys of the store that they belong to; their records are not evicted.
             replacing: the records that the store replaces may be freed now: `publish` follows under the same lock.

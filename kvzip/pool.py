@@ -335,27 +335,31 @@ class HostPool:
             PoolExhaustedError: fewer bytes are free. Nothing was changed.
             ConfigError: a size is not positive, or the pool is closed.
         """
-        wanted = [_positive(nbytes, "nbytes") for nbytes in sizes]
-        if not wanted:
+        if not sizes:
             return []
-        extents = [-(-nbytes // self._extent) for nbytes in wanted]
+        _positive(min(sizes), "nbytes")
+        extent = self._extent
+        extents = [-(-nbytes // extent) for nbytes in sizes]
         with self._lock:
             self._memory()
-            self._reserve(sum(extents) * self._extent)
+            self._reserve(sum(extents) * extent)
             taken = self._free.take(sum(extents))
             taken.reverse()
             start, length = taken.pop()
             made = []
-            for nbytes, needed in zip(wanted, extents, strict=True):
-                parts = []
-                while needed > length:
-                    if length:
-                        parts.append((start, length))
-                        needed -= length
-                    start, length = taken.pop()
-                parts.append((start, needed))
+            for nbytes, needed in zip(sizes, extents, strict=True):
+                if needed <= length:  # as a rule: one run holds them all
+                    made.append(Allocation(((start * extent, nbytes),), nbytes, needed * extent, self._token))
+                else:
+                    parts = []
+                    while needed > length:
+                        if length:
+                            parts.append((start, length))
+                            needed -= length
+                        start, length = taken.pop()
+                    parts.append((start, needed))
+                    made.append(self._allocation(nbytes, parts))
                 start, length = start + needed, length - needed
-                made.append(self._allocation(nbytes, parts))
             self._enter(made)
             return made
 

@@ -268,7 +268,9 @@ def pack_headers(
         _column(headers, 56, np.minimum(max_errors, np.finfo(np.float64).max), "<f8")
     entries = np.ascontiguousarray(tables, ENTRY_DTYPE).view(np.uint8).reshape(len(tables), -1)
     headers[:, table_at : table_at + entries.shape[1]] = entries
-    _column(headers, _CRC_AT, np.fromiter((crc32c(header) for header in headers), np.uint32, len(headers)), "<u4")
+    rows, size = memoryview(headers.tobytes()), headers.shape[1]
+    crcs = [_crc32c.crc32c(rows[at : at + size]) for at in range(0, len(rows), size)]
+    _column(headers, _CRC_AT, np.array(crcs, np.uint32), "<u4")
     return headers
 
 

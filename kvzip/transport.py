@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -234,6 +235,34 @@ class _Fields:
 _U8, _U32, _U64, _I64 = (np.dtype(t) for t in (np.uint8, np.uint32, np.uint64, np.int64))
 
 
+@lru_cache(maxsize=64)
+def _encode_fields(pages: int, blocks: int) -> _Fields:
+    """What the host gives to an encoder (up to the block ids), and what comes back."""
+    return _Fields(
+        segments=(_native.SEGMENT_DTYPE, pages),
+        block_ids=(_I64, blocks),
+        table=(ENTRY_DTYPE, blocks * pages),
+        payload_bytes=(_U64, blocks),
+        record_offsets=(_U64, blocks),
+        payload_crc32c=(_U32, blocks),
+        status=(_U32, 4),
+    )
+
+
+@lru_cache(maxsize=64)
+def _decode_fields(pages: int, blocks: int) -> _Fields:
+    """What the host gives to a decoder (up to the tables), and what comes back."""
+    return _Fields(
+        segments=(_native.SEGMENT_DTYPE, pages),
+        block_ids=(_I64, blocks),
+        payloads=(_U64, blocks),
+        payload_bytes=(_U64, blocks),
+        payload_crc32c=(_U32, blocks),
+        table=(ENTRY_DTYPE, blocks * pages),
+        block_status=(_U32, blocks),
+    )
+
+
 @dataclass(frozen=True)
 class Staging:
     """Bounds of a pipeline's memory and of its use of the GPU.
@@ -368,6 +397,7 @@ class EncodePipeline(_Pipeline):
     ) -> Iterator[tuple[_Slot, _Fields, int, int]]:
         """Launch the chunks, one ahead of the one that is handed out."""
         segments = _native.segments_array(blocks, bound, coding)
+        worst = _native.max_payload_bytes(segments)
         self._driver.stream_wait_event(self._kernels, after)
         ahead: list[tuple[_Slot, _Fields, int, int]] = []
         for first, last in self._chunks(len(blocks), blocks.layout):
@@ -377,26 +407,19 @@ class EncodePipeline(_Pipeline):
                     self._land(waiting, landed)
                 else:
                     yield ahead.pop(0)
-            ahead.append((slot, self._launch(slot, segments, blocks, first, last), first, last))
+            ahead.append((slot, self._launch(slot, segments, worst, blocks, first, last), first, last))
             if len(ahead) > 1:
                 yield ahead.pop(0)
         queued(self._kernels)
         yield from ahead
 
-    def _launch(self, slot: _Slot, segments: npt.NDArray[Any], blocks: BlockView, first: int, last: int) -> _Fields:
+    def _launch(
+        self, slot: _Slot, segments: npt.NDArray[Any], worst: int, blocks: BlockView, first: int, last: int
+    ) -> _Fields:
         driver, count, pages = self._driver, last - first, len(segments)
         header = header_nbytes(blocks.layout)
-        fields = _Fields(
-            segments=(segments.dtype, pages),
-            block_ids=(_I64, count),
-            table=(ENTRY_DTYPE, count * pages),
-            payload_bytes=(_U64, count),
-            record_offsets=(_U64, count),
-            payload_crc32c=(_U32, count),
-            status=(_U32, 4),
-        )
-        worst = header + _native.max_payload_bytes(segments)
-        arena = count * (-(-worst // RECORD_ALIGNMENT) * RECORD_ALIGNMENT)
+        fields = _encode_fields(pages, count)
+        arena = count * (-(-(header + worst) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT)
         slot.fit(arena, fields.nbytes, pages, count)
         host = slot.host_meta
         fields.array(host, "segments")[:] = segments
@@ -431,7 +454,7 @@ class EncodePipeline(_Pipeline):
                 payload_bytes=fields.address(slot.host_meta_address, "payload_bytes"),
                 crc32c=fields.address(slot.host_meta_address, "payload_crc32c"),
                 scratch=slot.crc_scratch,
-                max_payload_bytes=worst - header,
+                max_payload_bytes=worst,
                 count=count,
                 check=False,
                 max_ctas=self._staging.max_ctas,
@@ -544,15 +567,7 @@ class DecodePipeline(_Pipeline):
         joins: Joins,
     ) -> _Fields:
         driver, count, pages = self._driver, last - first, len(segments)
-        fields = _Fields(
-            segments=(segments.dtype, pages),
-            block_ids=(_I64, count),
-            payloads=(_U64, count),
-            payload_bytes=(_U64, count),
-            payload_crc32c=(_U32, count),
-            table=(ENTRY_DTYPE, count * pages),
-            block_status=(_U32, count),
-        )
+        fields = _decode_fields(pages, count)
         spans = -(-chunk.record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
         starts = (np.cumsum(spans) - spans).astype(np.uint64)
         slot.fit(int(spans.sum()), fields.nbytes, pages, count)

@@ -207,7 +207,8 @@ def encode_cpu(batch: Batch, memories: Sequence[npt.NDArray[np.uint8]] | None = 
     """The CPU codec's bytes, uploaded; payload b begins at a multiple of 256."""
     blocks = len(batch.block_ids)
     stride = -(-batch.worst // ALIGNMENT) * ALIGNMENT
-    host = batch.host_segments(batch.host_memories() if memories is None else memories)
+    memories = batch.host_memories() if memories is None else memories  # alive while the segments point there
+    host = batch.host_segments(memories)
     out = np.zeros(blocks * stride, np.uint8)
     table = np.zeros((blocks, len(host)), ENTRY_DTYPE)
     payload_bytes = np.zeros(blocks, np.uint64)
