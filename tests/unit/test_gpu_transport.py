@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""bench/gpu_transport.py and bench/plot_gpu.py on a GPU made of host memory: all but the figures."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeDriver, FakeTensor
+
+from kvzip import ErrorBound, HostPool, SwapEngine, _cuda
+from kvzip.device import DeviceSwap
+from kvzip.memory import PageableMemory
+from kvzip.transport import CudaTransport, Staging
+
+torch = pytest.importorskip("torch", reason="torch is not installed: the benchmark needs it")
+
+ROOT = Path(__file__).parents[2]
+PAGES = 128
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[Any]:
+    if not (ROOT / "bench").exists():
+        pytest.skip("bench/ is not part of this installation")
+    sys.path.insert(0, str(ROOT / "bench"))
+    yield importlib.import_module("gpu_transport")
+    sys.path.remove(str(ROOT / "bench"))
+
+
+class Event:
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        time.sleep(0.001)
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) * 1e3
+
+
+class Stream:
+    cuda_stream = 0
+
+    def __init__(self, priority: int = 0) -> None:
+        self.priority = priority
+
+    def synchronize(self) -> None: ...
+
+
+class Torch:
+    """torch with a GPU that does everything at once."""
+
+    cuda = types.SimpleNamespace(
+        synchronize=lambda: None,
+        empty_cache=lambda: None,
+        _sleep=lambda cycles: None,
+        stream=lambda stream: contextlib.nullcontext(),
+        Event=Event,
+        Stream=Stream,
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class Memory(dict[int, Any]):
+    """The fake's allocations, and the real driver's function of that name."""
+
+    def __call__(self) -> tuple[int, int]:
+        return (1 << 30) - sum(a.size for a in self.values()), 1 << 30
+
+
+class Driver(FakeDriver):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = Memory()
+
+    def arena_bytes(self, segments: Any, num_blocks: int, header_bytes: int) -> int:
+        return num_blocks * (header_bytes + 64 * 65536 + 256)
+
+
+def bench_of(module: Any, count: int = PAGES) -> Any:
+    """All in host memory."""
+    cache = np.concatenate([np.load(ROOT / "kvzip" / "data" / "smollm2_sample.npy")] * 3, axis=0)
+
+    class Bench(module.TransportBench):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.torch, self.count = Torch(), count
+            self.device = torch.device("cpu")
+            self.pages = module.peers.real_pages(torch, cache, count, "cpu")
+            self.targets = torch.zeros_like(self.pages)
+            self.host = torch.zeros(count * module.PAGE_BYTES, dtype=torch.uint8)
+            self.order = np.random.default_rng(0).permutation(count)
+            self.kernels, self.copies = Stream(), Stream()
+            self.cudart = types.SimpleNamespace(
+                copy=lambda to, source, nbytes, kind, stream: ctypes.memmove(to, source, nbytes),
+                has_batch=False,
+                major=12,
+            )
+            self._pool = HostPool(count * module.PAGE_BYTES * 5 // 2 + (1 << 20))
+            self._views: dict[Any, Any] = {}
+            self.driver = Driver()
+
+        def tensors(self, pages_per_block: int, targets: bool) -> list[Any]:
+            parts = super().tensors(pages_per_block, targets)
+            return [FakeTensor(p.view(torch.int16).numpy().view(np.uint16)) for p in parts]
+
+        def engine(self, bound: ErrorBound, staging: Staging | None = None) -> SwapEngine:
+            engine = SwapEngine(self.pool, bound=bound)
+            staging = staging or Staging(chunk_bytes=4 << 20)
+            transport = CudaTransport(0, driver=self.driver, staging=staging, resource=PageableMemory())
+            engine._devices["cuda:0"] = DeviceSwap(
+                0, engine._index, self.pool, engine._store_lock, engine, staging, transport
+            )
+            return engine
+
+    return Bench()
+
+
+@pytest.fixture
+def results(module: Any, tmp_path: Path) -> Any:
+    return module.Results(tmp_path, "h200", {"gpu": "NVIDIA H200"})
+
+
+def options_of(module: Any, tmp_path: Path, *more: str) -> Any:
+    return module.arguments(["--data", "x.npy", "--out", str(tmp_path), "--quick", *more])
+
+
+def test_ways_are_measured_checked_and_written(module: Any, results: Any, tmp_path: Path) -> None:
+    bench = bench_of(module)
+    ways = "raw-link,raw-loop,raw-batch,kvzip-1e-2,kvzip-1e-3,kvzip-lossless"
+    options = options_of(module, tmp_path, "--pages", "1,8,64,128", "--ways", ways, "--sections", "transport,both")
+    module.run(bench, results, options)
+    written = json.loads((tmp_path / "h200_transport.json").read_text())
+    rows = {(r["way"], r["direction"], r["pages"]): r for r in written["rows"]}
+    assert len(rows) == 5 * 2 * 4
+    assert [n for n in written["notes"] if "skipped" in n and "raw-batch" in n]
+    assert not [n for n in written["notes"] if "failed" in n]
+    wanted = {"raw_bytes", "ratio", "gb_per_s", "link_gb_per_s", "us", "us_p10", "us_p90", "cpu_s_per_gib"}
+    for row in written["rows"]:
+        assert wanted <= set(row)
+        assert row["link_gb_per_s"] == rows["raw-link", row["direction"], row["pages"]]["gb_per_s"]
+    assert rows["kvzip-1e-2", "out", 128]["ratio"] > rows["kvzip-1e-3", "in", 128]["ratio"] > 1.5
+    both = json.loads((tmp_path / "h200_both.json").read_text())
+    assert {(r["way"], r["direction"]) for r in both["rows"]} == {
+        (w, d) for w in ("raw-link", "kvzip-1e-2") for d in ("out", "in")
+    }
+    assert both["notes"] == []
+    assert bench.pool.stats().allocations == 0
+
+
+def test_wrong_pages_are_found(module: Any) -> None:
+    bench = bench_of(module, 64)
+    way = module.Kvzip1e2(bench)
+    way.pages = 8
+    blocks = bench.selections(8, 1)[0]
+    way.renew(blocks, 0)
+    way.store(blocks, 0)
+    way.load(blocks, 0)
+    way.check(blocks)
+    bench.targets[bench.page_numbers(8, blocks)[5], 3, 4, 5] += 100
+    with pytest.raises(AssertionError, match="further off"):
+        way.check(blocks)
+    way.close()
+
+
+def test_a_way_that_fails_leaves_a_note(module: Any, results: Any, tmp_path: Path) -> None:
+    bench = bench_of(module, 64)
+    bench.driver.fail["encode"] = RuntimeError("on purpose")
+    options = options_of(module, tmp_path, "--pages", "1,64", "--ways", "raw-link,kvzip-1e-2")
+    module.section_transport(bench, results, options)
+    written = json.loads((tmp_path / "h200_transport.json").read_text())
+    assert len(written["rows"]) == 6
+    assert any("kvzip-1e-2, 1 pages failed" in n for n in written["notes"])
+
+
+def test_kernels_alone(module: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(module)
+    monkeypatch.setattr(_cuda, "driver", lambda: bench.driver)
+    options = options_of(module, tmp_path, "--pages", "128", "--sections", "codec")
+    module.run(bench, results, options)
+    written = json.loads((tmp_path / "h200_codec.json").read_text())
+    found = {(r["codec"], r["op"]) for r in written["rows"]}
+    assert found >= {(c[0], op) for c in module.CODECS for op in ("encode", "decode", "crc32c")}
+    assert {r["max_ctas"] for r in written["max_ctas_rows"]} == {0, 8, 16, 32, 64, 132}
+    assert not [n for n in written["notes"] if "failed" in n]
+
+
+def test_interference(module: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(module)
+
+    class Work:
+        def __init__(self, name: str) -> None:
+            self.name, self.description = name, "nothing"
+
+        def prepare(self, stream: Any) -> Any:
+            return lambda: time.sleep(0.002)
+
+    monkeypatch.setattr(module, "Gemm", lambda torch, size: Work("gemm-8192"))
+    monkeypatch.setattr(module, "DecodeStep", lambda *_: Work("decode-b8"))
+    options = options_of(module, tmp_path, "--sections", "interference")
+    module.run(bench, results, options)
+    written = json.loads((tmp_path / "h200_interference.json").read_text())
+    assert not [n for n in written["notes"] if "failed" in n]
+    assert len(written["rows"]) == 2 * 2 * 3 * 2
+    assert {r["max_ctas"] for r in written["rows"] if r["way"] == "kvzip-1e-2"} == {0, 32}
+
+
+def test_memory_of_an_engine(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(module, 64)
+    monkeypatch.setattr(_cuda, "driver", lambda: bench.driver)
+    rows = module.hidden_memory(bench)
+    assert rows[0]["allocated_bytes"] == rows[-1]["allocated_bytes"] == 0
+    assert rows[-2]["allocated_bytes"] > 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("full", "short"),
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla", "tesla")],
+)
+def test_names_of_files(module: Any, full: str, short: str) -> None:
+    assert module.gpu_name(full) == short
+
+
+def test_no_gpu_is_said(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.main(["--data", "x.npy", "--out", "nowhere"]) == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_plots_are_drawn(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the plots need it")
+    plot = importlib.import_module("plot_gpu")
+    assert plot.main([str(tmp_path)]) == 1
+    times = {"us": 9.0, "us_p10": 8.0, "us_p90": 12.0}
+    rows = [
+        {"way": way, "direction": direction, "raw_bytes": 65536 * n, "ratio": 2.0, "gb_per_s": 7.0, **times}
+        for way in ("raw-link", "kvzip-1e-2", "another")
+        for direction in ("out", "in")
+        for n in (1, 64)
+    ]
+    beside = {"compute": "gemm-8192", "compute_priority": 0, "slowdown": 1.02, "gb_per_s": 120.0, "max_ctas": 16}
+    for name, content in (("transport", rows), ("interference", [{**rows[0], **beside}])):
+        (tmp_path / f"h200_{name}.json").write_text(json.dumps({"environment": {}, "rows": content, "notes": []}))
+    assert plot.main([str(tmp_path)]) == 0
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png", ".svg"}
