@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,7 +210,7 @@ def describe() -> dict[str, Any]:
     return {
         "driver": f"{driver_version // 1000}.{driver_version % 1000 // 10}",
         "runtime": f"{runtime_version // 1000}.{runtime_version % 1000 // 10}",
-        "devices": [found.device_info(i) for i in range(found.device_count())],
+        "devices": [asdict(found.device_info(i)) for i in range(found.device_count())],
     }
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,14 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvzip import _cuda
 from kvzip.coding import compare_pages, max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError
+from kvzip.memory import PageableMemory, PinnedMemory
 from kvzip.pool import HostPool
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
 _BATCH = 64  # blocks of one store
-_POISON = 0xA5
+_POISON = 37  # not a value of any cache, and no fill that memory comes with
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,43 @@ def paged(cache: npt.NDArray[Any], block_tokens: int) -> list[npt.NDArray[Any]]:
     return [np.ascontiguousarray(layer.swapaxes(0, 1)) for layer in split]
 
 
+def choose_device(wanted: str) -> str:
+    """Where the demo's pages lie.
+
+    Args:
+        wanted: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: it is none of these.
+        BackendUnavailableError: ``"cuda"`` was asked for and cannot be used; the message says why.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {wanted!r}: use auto, cpu or cuda")
+    if wanted == "cpu":
+        return wanted
+    reason = _cuda.unavailable()
+    if not reason and importlib.util.find_spec("torch") is None:
+        reason = "the demo keeps its pages in torch tensors: pip install 'kvzip[torch]'"
+    if reason and wanted == "cuda":
+        raise BackendUnavailableError(f"the demo cannot run on the GPU: {reason}")
+    return "cpu" if reason else "cuda"
+
+
+def to_device(bits: npt.NDArray[Any], device: str) -> Any:
+    """A copy of bit patterns as a NumPy array, or as a torch tensor of signed integers on the GPU."""
+    if device == "cpu":
+        return bits.copy()
+    import torch
+
+    return torch.from_numpy(bits.view(bits.dtype.str.replace("u", "i"))).to(device)
+
+
+def to_host(tensor: Any, dtype: DType) -> npt.NDArray[Any]:
+    """The reverse of `to_device`."""
+    array: npt.NDArray[Any] = tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()
+    return array.view(dtype.numpy_bits)
+
+
 def run(
     path: Path | None = None,
     *,
@@ -116,7 +156,7 @@ def run(
         mode: encoding mode; None takes the codec's first.
         block_tokens: tokens of one block.
         budget_bytes: bytes of the host pool; None makes it large enough for everything.
-        device: ``"cpu"``, or ``"auto"``, which takes the best that there is.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``, which takes the GPU when there is one that can be used.
         threads: most host threads; 0 = all cores.
         progress: called with the stage, the blocks done and the blocks in all.
 
@@ -127,11 +167,10 @@ def run(
     """
     if block_tokens < 1:
         raise ConfigError(f"block of {block_tokens} tokens: use at least 1, 16 is usual")
-    if device not in ("auto", "cpu"):
-        raise BackendUnavailableError(f"the demo does not run on {device!r} in this version: use --device cpu")
+    device = choose_device(device)
     cache, dtype = read_input(path)
     before = paged(cache, block_tokens)
-    pages = [layer.copy() for layer in before]
+    pages = [to_device(layer, device) for layer in before]
     layout = BlockLayout.from_tensors(pages, "2NHD", dtype=dtype)
     view = BlockView(pages, layout)
     count = len(view)
@@ -141,10 +180,14 @@ def run(
         with SwapEngine(1 << 20, codec=codec, mode=mode) as probe:
             budget_bytes = (count + 1) * (max_record_bytes(probe.settings.codec, layout) + 4096)
     with (
-        HostPool(budget_bytes) as pool,
+        HostPool(budget_bytes, resource=PageableMemory() if device == "cpu" else PinnedMemory()) as pool,
         SwapEngine(pool, codec=codec, bound=bound, mode=mode, threads=threads) as engine,
     ):
         batch = max(1, min(_BATCH, budget_bytes // 4 // layout.nbytes))
+        # What the first call alone costs (loading the library, staging memory) is not the transfers' speed.
+        engine.store([b"warm-up"], view[[0]]).wait()
+        engine.load([b"warm-up"], BlockView([to_device(layer[:1], device) for layer in before], layout)).wait()
+        engine.discard([b"warm-up"])
         store_seconds = load_seconds = 0.0
         for first in range(0, count, batch):
             last = min(first + batch, count)
@@ -153,7 +196,7 @@ def run(
         stats = engine.stats()
 
         for layer in pages:
-            layer.view(np.uint8).fill(_POISON)
+            layer[...] = _POISON
         held = [i for i in range(count) if engine.contains(keys[i])]
         held.reverse()  # another order, into other block numbers
         target = np.array([(i + 1) % count for i in held], np.int64)
@@ -165,11 +208,11 @@ def run(
 
         max_error = over_bound = 0.0
         violations = 0
-        original = BlockView(before, layout)
+        original, loaded = BlockView(before, layout), BlockView([to_host(p, dtype) for p in pages], layout)
         for done, (source, place) in enumerate(zip(held, target, strict=True), 1):
             for s, segment in enumerate(layout.segments):
                 error, bad, limit = compare_pages(
-                    original.page(source, s), view.page(int(place), s), segment.dtype, bound
+                    original.page(source, s), loaded.page(int(place), s), segment.dtype, bound
                 )
                 max_error = max(max_error, error)
                 over_bound = max(over_bound, error / limit if limit else (math.inf if error else 0.0))
@@ -184,7 +227,7 @@ def run(
             evicted=stats.evicted_blocks,
             codec=engine.settings.codec.name,
             mode=engine.settings.mode,
-            device="cpu",
+            device=device,
             bound=str(bound).removeprefix("rel:"),
             max_error=max_error,
             max_error_over_bound=over_bound,

@@ -9,7 +9,7 @@ import os
 import platform
 from typing import Any
 
-from kvzip import _config, _native
+from kvzip import _config, _cuda, _native
 from kvzip.backends.registry import codec_names, get_codec
 from kvzip.record import FORMAT_VERSION
 
@@ -28,6 +28,7 @@ def system_info() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "native": _guarded(_native.describe),
+        "cuda": _guarded(_cuda.describe),
         "codecs": {name: _guarded(lambda name=name: _codec(name)) for name in codec_names()},
         "packages": {name: _version(name) for name in _OPTIONAL},
         "settings": _config.describe(),

@@ -449,6 +449,8 @@ def _parse_geometry(data: memoryview, runs: int, segments: int) -> tuple[Geometr
         _require(min(count, tokens, heads, head_dim) >= 1, "a geometry run is empty")
         _require(tokens * heads * head_dim < 2**31, f"a page of {tokens} x {heads} x {head_dim} values is too large")
         _require(dtype <= 3, f"dtype {dtype} is unknown")
+        nbytes = tokens * heads * head_dim * DType(dtype).itemsize
+        _require(nbytes <= 2**32 - 16, f"a page of {nbytes} bytes is too large")
         _require(group in (1, 2, 4, 8, 16), f"group_tokens {group} is unknown")
         geometry.append(Geometry(count, tokens, heads, head_dim, DType(dtype), group))
     _require(sum(g.count for g in geometry) == segments, "the geometry runs do not cover the segments")

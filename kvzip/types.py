@@ -21,6 +21,7 @@ from kvzip.errors import ConfigError, LayoutError
 __all__ = ["BlockLayout", "BlockView", "DType", "ErrorBound", "SegmentLayout"]
 
 _MAX_VALUES = 2**31 - 1  # of one page (docs/reference/format.md)
+_MAX_BYTES = 2**32 - 16
 
 
 class DType(enum.IntEnum):
@@ -202,6 +203,8 @@ class SegmentLayout:
             )
         if self.values > _MAX_VALUES:
             raise LayoutError(f"page of {self.values} values: at most {_MAX_VALUES}; split it into several pages")
+        if self.nbytes > _MAX_BYTES:
+            raise LayoutError(f"page of {self.nbytes} bytes: at most {_MAX_BYTES}; split it into several pages")
         if self.group_tokens == 0:
             object.__setattr__(self, "group_tokens", _group_tokens(self.tokens))
         elif self.group_tokens not in (16, 8, 4, 2, 1):

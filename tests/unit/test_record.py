@@ -343,13 +343,17 @@ def test_a_damaged_record_changes_nothing(codec: str) -> None:
 
 
 def test_a_forged_size_does_not_allocate() -> None:
-    """A constant page of 8 GB in a record of 160 bytes."""
+    """A constant page of 4 GiB in a record of 160 bytes; a larger page than a record can hold is no record."""
     record = bytearray(kvzip.encode(np.zeros(4, np.float32), bound=LOSSLESS, codec="raw"))
-    record[24:32] = (4 * (2**31 - 1)).to_bytes(8, "little")
-    forged = reseal(reseal(bytes(record), 96 + 12, (2**31 - 1).to_bytes(4, "little")), 132, bytes([Coding.CONSTANT]))
-    assert kvzip.read_header(forged).raw_bytes == 8589934588
-    with pytest.raises(ConfigError, match=r"decodes to 8589934588 bytes, the limit is 1073741824: pass out="):
+    record[24:32] = (2**32 - 16).to_bytes(8, "little")
+    forged = reseal(reseal(bytes(record), 96 + 12, (2**30 - 4).to_bytes(4, "little")), 132, bytes([Coding.CONSTANT]))
+    assert kvzip.read_header(forged).raw_bytes == 4294967280
+    with pytest.raises(ConfigError, match=r"decodes to 4294967280 bytes, the limit is 1073741824: pass out="):
         kvzip.decode(forged)
+    record[24:32] = (2**32).to_bytes(8, "little")
+    larger = reseal(reseal(bytes(record), 96 + 12, (2**30).to_bytes(4, "little")), 132, bytes([Coding.CONSTANT]))
+    with pytest.raises(CorruptRecordError, match="a page of 4294967296 bytes is too large"):
+        kvzip.read_header(larger)
 
 
 def test_max_raw_bytes() -> None:
