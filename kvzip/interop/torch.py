@@ -23,7 +23,7 @@ def stream_handle(stream: object, device: int) -> int:
     """
     if stream is None:
         torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_available():
+        if torch is None or not torch.cuda.is_initialized():
             return 0
         return int(torch.cuda.current_stream(device).cuda_stream)
     handle = getattr(stream, "cuda_stream", stream)
