@@ -19,6 +19,7 @@ from kvzip import _cuda
 from kvzip.coding import compare_pages, max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError
+from kvzip.interop.torch import copy_to, host_bits
 from kvzip.memory import PageableMemory, PinnedMemory
 from kvzip.pool import HostPool
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
@@ -120,21 +121,6 @@ def choose_device(wanted: str) -> str:
     return "cpu" if reason else "cuda"
 
 
-def to_device(bits: npt.NDArray[Any], device: str) -> Any:
-    """A copy of bit patterns as a NumPy array, or as a torch tensor of signed integers on the GPU."""
-    if device == "cpu":
-        return bits.copy()
-    import torch
-
-    return torch.from_numpy(bits.view(bits.dtype.str.replace("u", "i"))).to(device)
-
-
-def to_host(tensor: Any, dtype: DType) -> npt.NDArray[Any]:
-    """The reverse of `to_device`."""
-    array: npt.NDArray[Any] = tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()
-    return array.view(dtype.numpy_bits)
-
-
 def run(
     path: Path | None = None,
     *,
@@ -170,7 +156,7 @@ def run(
     device = choose_device(device)
     cache, dtype = read_input(path)
     before = paged(cache, block_tokens)
-    pages = [to_device(layer, device) for layer in before]
+    pages = [copy_to(layer, device) for layer in before]
     layout = BlockLayout.from_tensors(pages, "2NHD", dtype=dtype)
     view = BlockView(pages, layout)
     count = len(view)
@@ -186,7 +172,7 @@ def run(
         batch = max(1, min(_BATCH, budget_bytes // 4 // layout.nbytes))
         # What the first call alone costs (loading the library, staging memory) is not the transfers' speed.
         engine.store([b"warm-up"], view[[0]]).wait()
-        engine.load([b"warm-up"], BlockView([to_device(layer[:1], device) for layer in before], layout)).wait()
+        engine.load([b"warm-up"], BlockView([copy_to(layer[:1], device) for layer in before], layout)).wait()
         engine.discard([b"warm-up"])
         store_seconds = load_seconds = 0.0
         for first in range(0, count, batch):
@@ -208,7 +194,7 @@ def run(
 
         max_error = over_bound = 0.0
         violations = 0
-        original, loaded = BlockView(before, layout), BlockView([to_host(p, dtype) for p in pages], layout)
+        original, loaded = BlockView(before, layout), BlockView([host_bits(p, dtype) for p in pages], layout)
         for done, (source, place) in enumerate(zip(held, target, strict=True), 1):
             for s, segment in enumerate(layout.segments):
                 error, bad, limit = compare_pages(

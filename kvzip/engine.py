@@ -524,6 +524,7 @@ def _settings(codec: str | Codec, bound: ErrorBound, mode: str | None) -> Settin
         raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
     try:
         chosen, reason = get_codec(codec), Reason.AS_ASKED
+        chosen.check_available()
     except BackendUnavailableError as error:
         if codec not in LOSSLESS_STAND_INS:
             raise

@@ -21,11 +21,17 @@ from kvzip.types import BlockLayout
 _LOADS_TIMEOUT_SECONDS = 60.0  # how long a store waits for loads that hold the bytes it needs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pins:
-    """Pins of a key: they stay with the key when a store replaces its record."""
+    """Pins of a key: they stay with the key when a store replaces its record.
+
+    Attributes:
+        count: pins that have not ended.
+        entry: the record that they hold now; None when it was discarded.
+    """
 
     count: int = 0
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ class RecordIndex:
         self.evicted = 0
         self._policy = policy
         self._entries: dict[bytes, Entry] = {}
+        # Running sums over the entries, so that no store and no statistics walk through all of them.
+        self._raw_bytes = self._record_bytes = self._pinned = 0
+        self._leavable = 0  # bytes of extents of entries that are not protected
         self._freed = threading.Condition(self.lock)
         self._loads = 0  # begun and not ended
         self._closed = False
@@ -118,14 +127,15 @@ class RecordIndex:
 
         With `replacing`, the records that the store replaces count too: they leave in the same step.
         """
-        own = set(keys)
         with self.lock:
-            leaving = sum(
-                entry.allocation.extent_nbytes
-                for key, entry in self._entries.items()
-                if (entry.loads == 0 if key in own and replacing else key not in own and not entry.protected)
-            )
-            return self.pool.free_bytes + leaving
+            room = self.pool.free_bytes + self._leavable
+            for key in set(keys):
+                entry = self._entries.get(key)
+                if entry is not None and not entry.protected:
+                    room -= 0 if replacing and not entry.dropped else entry.allocation.extent_nbytes
+                elif entry is not None and replacing and entry.loads == 0:
+                    room += entry.allocation.extent_nbytes
+            return room
 
     def refuse(self, needed: int, encoded: int, keys: Sequence[bytes]) -> PoolExhaustedError:
         """The error for a store that does not fit."""
@@ -164,14 +174,20 @@ class RecordIndex:
         record_bytes = [c.header_bytes + n for c, n in zip(contents, payload_bytes, strict=True)]
         with self.lock:
             needed = sum(map(self.pool.round_up, record_bytes))
-            if needed > self.pool.free_bytes:
-                # Nothing leaves before it is certain that enough may.
-                if not self._freed.wait_for(
-                    lambda: needed <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
-                ):
-                    raise self.refuse(needed, len(record_bytes), keys)
-                self._make_room(needed, keys, replacing)
-            allocations = self.pool.allocate_many(record_bytes)
+            while True:
+                if needed > self.pool.free_bytes:
+                    # Nothing leaves before it is certain that enough may.
+                    if not self._freed.wait_for(
+                        lambda: needed <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
+                    ):
+                        raise self.refuse(needed, len(record_bytes), keys)
+                    self._make_room(needed, keys, replacing)
+                try:
+                    allocations = self.pool.allocate_many(record_bytes)
+                    break
+                except PoolExhaustedError:  # another engine on this pool was faster: look again
+                    if needed > self.room(keys, replacing=replacing):
+                        raise
             return [
                 Entry(allocation, known, table, crc)
                 for allocation, known, table, crc in zip(allocations, contents, tables, payload_crc32c, strict=True)
@@ -183,27 +199,25 @@ class RecordIndex:
             for key in keys:
                 entry = self._entries.get(key)
                 if entry is not None and entry.loads == 0 and needed > self.pool.free_bytes:
-                    self._drop(entry)
+                    self._drop(entry)  # still in the index: `publish` takes it out
         own = set(keys)
         while needed > self.pool.free_bytes:
             victim = next((k for k in self._policy.victims() if k not in own and not self._entries[k].protected), None)
             if victim is None:  # only when others take from the same pool; pool.allocate says it
                 break
-            entry = self._entries.pop(victim)
-            self._policy.remove(victim, evicted=True)
-            self._drop(entry)
+            self._remove(victim, evicted=True)
             self.evicted += 1
 
     def publish(self, fresh: Mapping[bytes, Entry]) -> None:
         """Make new records visible, in place of those that they replace."""
         with self.lock:
             for key, entry in fresh.items():
-                old = self._entries.pop(key, None)
-                if old is not None:
-                    entry.pins = old.pins
-                    self._policy.remove(key, evicted=False)
-                    self._drop(old)
+                if key in self._entries:
+                    entry.pins = self._entries[key].pins
+                    self._remove(key, evicted=False)
                 self._entries[key] = entry
+                entry.pins.entry = entry
+                self._count(entry, 1)
                 self._policy.insert(key, entry.allocation.nbytes)
 
     def cancel(self, entries: Iterable[Entry], keys: Sequence[bytes] = ()) -> None:
@@ -214,8 +228,7 @@ class RecordIndex:
             for key in keys:  # only when others took from the same pool in the meantime
                 old = self._entries.get(key)
                 if old is not None and old.dropped:
-                    del self._entries[key]
-                    self._policy.remove(key, evicted=True)
+                    self._remove(key, evicted=True)
                     self.evicted += 1
 
     # ---- loads
@@ -231,7 +244,7 @@ class RecordIndex:
             self.check_open()
             entries = self.find(keys)
             for key, entry in zip(keys, entries, strict=True):
-                entry.loads += 1
+                self._protect(entry, loads=1)
                 self._policy.touch(key)
             self._loads += 1
             return entries
@@ -240,7 +253,7 @@ class RecordIndex:
         """Undo `begin_load`."""
         with self.lock:
             for entry in entries:
-                entry.loads -= 1
+                self._protect(entry, loads=-1)
                 self._release(entry)
             self._loads -= 1
             self._freed.notify_all()
@@ -272,10 +285,8 @@ class RecordIndex:
         found = 0
         with self.lock:
             for key in keys:
-                entry = self._entries.pop(key, None)
-                if entry is not None:
-                    self._policy.remove(key, evicted=False)
-                    self._drop(entry)
+                if key in self._entries:
+                    self._remove(key, evicted=False)
                     found += 1
             self._freed.notify_all()  # a store that waits for room looks again
         return found
@@ -287,28 +298,25 @@ class RecordIndex:
             BlockNotFoundError: a key is not held; nothing was pinned.
         """
         with self.lock:
-            held = [entry.pins for entry in self.find(keys)]
-            for pins in held:
-                pins.count += 1
-            return held
+            entries = self.find(keys)
+            for entry in entries:
+                self._protect(entry, pins=1)
+            return [entry.pins for entry in entries]
 
     def unpin(self, held: Iterable[Pins]) -> None:
         """Undo `pin`."""
         with self.lock:
             for pins in held:
-                pins.count -= 1
+                if pins.entry is not None:
+                    self._protect(pins.entry, pins=-1)
+                else:
+                    pins.count -= 1
             self._freed.notify_all()
 
     def held(self) -> Held:
         """What is held now."""
         with self.lock:
-            entries = self._entries.values()
-            return Held(
-                records=len(entries),
-                raw_bytes=sum(e.contents.raw_bytes for e in entries),
-                record_bytes=sum(e.allocation.nbytes for e in entries),
-                pinned=sum(e.pins.count > 0 for e in entries),
-            )
+            return Held(len(self._entries), self._raw_bytes, self._record_bytes, self._pinned)
 
     def check_open(self) -> None:
         """Raise `ConfigError` when the index is closed."""
@@ -322,11 +330,34 @@ class RecordIndex:
                 return False
             self._closed = True  # no load begins from here on
             self._freed.wait_for(lambda: self._loads == 0)
-            for key, entry in self._entries.items():
-                self._policy.remove(key, evicted=False)
-                self.pool.free(entry.allocation)
-            self._entries.clear()
+            for key in list(self._entries):
+                self._remove(key, evicted=False)
             return True
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        """Add an entry to the sums, or take it out."""
+        self._raw_bytes += sign * entry.contents.raw_bytes
+        self._record_bytes += sign * entry.allocation.nbytes
+        self._pinned += sign * (entry.pins.count > 0)
+        self._leavable += sign * (0 if entry.protected else entry.allocation.extent_nbytes)
+
+    def _protect(self, entry: Entry, *, loads: int = 0, pins: int = 0) -> None:
+        """Change what protects an entry, which may have left the index."""
+        held = entry.pins.entry is entry
+        if held:
+            self._count(entry, -1)
+        entry.loads += loads
+        entry.pins.count += pins
+        if held:
+            self._count(entry, 1)
+
+    def _remove(self, key: bytes, *, evicted: bool) -> None:
+        """Take a record out of the index."""
+        entry = self._entries.pop(key)
+        self._count(entry, -1)
+        entry.pins.entry = None
+        self._policy.remove(key, evicted=evicted)
+        self._drop(entry)
 
     def _drop(self, entry: Entry) -> None:
         """Free a record that leaves the index, now or when its last load ends."""

@@ -358,6 +358,7 @@ class HostPool:
                             needed -= length
                         start, length = taken.pop()
                     parts.append((start, needed))
+                    parts.sort(key=lambda run: -run[1])
                     made.append(self._allocation(nbytes, parts))
                 start, length = start + needed, length - needed
             self._enter(made)

@@ -69,6 +69,9 @@ class Codec(abc.ABC):
     lossless_only: ClassVar[bool] = False
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
+    def check_available(self) -> None:  # noqa: B027 - most codecs can always run
+        """Raise `BackendUnavailableError` when the codec cannot run here; an engine asks when it is set up with it."""
+
     def check_mode(self, mode: str) -> str:
         """Return `mode`, or raise `ConfigError` when the codec does not know it."""
         if mode not in self.modes:

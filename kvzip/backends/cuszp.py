@@ -34,6 +34,14 @@ class CuszpCodec(Codec):
     name: ClassVar[str] = "cuszp"
     modes: ClassVar[tuple[str, ...]] = tuple(_CODINGS)
 
+    def check_available(self) -> None:
+        """Load the native library.
+
+        Raises:
+            BackendUnavailableError: it cannot be loaded.
+        """
+        _native.library()
+
     def max_payload_bytes(self, layout: BlockLayout) -> int:
         """Most bytes of one block's payload: a page never takes more than its raw values."""
         return sum(align(s.nbytes) for s in layout.segments)

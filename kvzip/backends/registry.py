@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 from kvzip.backends.base import Codec
-from kvzip.errors import CodecNotFoundError, ConfigError
+from kvzip.errors import BackendUnavailableError, CodecNotFoundError, ConfigError
 
 ENTRY_POINT_GROUP = "kvzip.codecs"
 #: Lossless codecs whose place cuszp takes, lossless as well, where they cannot run.
@@ -20,7 +20,7 @@ _BUILT_IN = {
     "raw": ("kvzip.backends.raw", "RawCodec"),
 }
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a codec's module may look codecs up while it loads
 _instances: dict[str, Codec] = {}
 
 
@@ -68,7 +68,12 @@ def _load(name: str) -> Codec:
         found = [e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name]
         if not found:
             raise CodecNotFoundError(f"no codec is named {name!r}: use one of {', '.join(_known())}")
-        loaded = found[0].load()
+        try:
+            loaded = found[0].load()
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"codec {name!r} of {found[0].value} cannot be imported ({error}): install what its package needs"
+            ) from error
         made = loaded() if isinstance(loaded, type) else loaded
     if not isinstance(made, Codec) or made.name != name:
         raise CodecNotFoundError(f"entry point {name!r} of {ENTRY_POINT_GROUP} gives no kvzip.Codec of that name")

@@ -439,6 +439,8 @@ def test_batched_copies(cuda: tuple[Any, Any]) -> None:
 
 
 def test_device_report(cuda: tuple[Any, Any]) -> None:
+    import dataclasses
+
     from kvzip import _cuda
 
     _, driver = cuda
@@ -447,5 +449,5 @@ def test_device_report(cuda: tuple[Any, Any]) -> None:
     assert info.multiprocessors > 0
     assert info.capability >= (8, 0)
     report = _cuda.describe()
-    assert report["devices"][0] == info
+    assert report["devices"][0] == dataclasses.asdict(info)
     assert _cuda.unavailable() == ""

@@ -164,7 +164,6 @@ def test_a_broken_package_does_not_break_the_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="get_codec lets the ImportError of a broken package through (registry._load)")
 def test_a_broken_package_gives_an_error_of_ours(tmp_path: Path) -> None:
     done = run_with_package(
         tmp_path,
@@ -175,9 +174,6 @@ def test_a_broken_package_gives_an_error_of_ours(tmp_path: Path) -> None:
     assert "a_module_that_is_not_installed" in done.stdout, done.stderr
 
 
-@pytest.mark.xfail(
-    strict=True, reason="registry._lock is not reentrant: a package that asks for a codec waits for ever"
-)
 def test_a_codec_may_use_another_one_when_it_is_made(tmp_path: Path) -> None:
     code = (
         "import faulthandler; faulthandler.dump_traceback_later(3, exit=True)\nimport kvzip; kvzip.get_codec('their')"
