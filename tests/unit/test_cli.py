@@ -381,7 +381,6 @@ def test_info_and_raw_work_when_the_native_library_is_broken(tmp_path: Path) -> 
         # The default codec cannot run: that is said at once, not found out later from a pool full of raw blocks.
         done = kvzip_command("demo", "--json")
         assert done.returncode == 2
-        assert "cannot be loaded" in done.stderr
         assert str(library) in done.stderr
 
 
