@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Writes the measured figures into the documentation: ``docs/performance.md``, and the figures of the README.
+
+Run ``python docs/make_figures.py`` after a benchmark has written to ``bench/results/``. Every figure in the
+documentation comes from there; a test fails when the documents say anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- begin of figures: docs/make_figures.py writes them -->", "<!-- end of figures -->"
+BOUNDS = {"fixed rel:1e-3": "1e-3 of each page's range (default)", "fixed rel:1e-2": "1e-2 of each page's range"}
+WAYS = {
+    "raw-link": "raw bytes, one large copy",
+    "raw-loop": "raw pages, a copy each",
+    "raw-batch": "raw pages, batched copies",
+    "raw-gather": "raw pages, gathered, one copy",
+    "nvcomp-ans": "nvCOMP ANS (lossless)",
+    "fp8": "cast to fp8 (no stated bound)",
+    "int8": "int8 per row (no stated bound)",
+    "kvzip-lossless": "kvzip, lossless",
+    "kvzip-1e-3": "kvzip, 1e-3 of each page's range",
+    "kvzip-1e-2": "kvzip, 1e-2 of each page's range",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def paragraph(text: str) -> str:
+    """A paragraph in lines of the documents' width."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def load(pattern: str) -> tuple[str, dict[str, Any]] | None:
+    """The results file of this pattern and its contents; None when there is none."""
+    found = sorted(RESULTS.glob(pattern))
+    return (found[0].name, json.loads(found[0].read_text(encoding="utf-8"))) if found else None
+
+
+def gpu_conditions(environment: dict[str, Any]) -> str:
+    """One sentence on where a GPU benchmark ran."""
+    e = environment
+    return (
+        f"{e['gpu']}, PCIe {e['pcie_link_gen_max']}.0 x{e['pcie_link_width_current']}, driver {e['driver_version']}, "
+        f"CUDA {e['cuda']}, commit {e['commit']}. Pages: {e['page']}, cut from {e['data']}. {e['method'][:1].upper()}"
+        f"{e['method'][1:]}."
+    )
+
+
+def cpu_rows(isa: dict[str, Any]) -> list[list[object]]:
+    """Ratio and speed of the cases that the README shows."""
+    names = {**BOUNDS, "lossless": "lossless"}
+    return [[names[n], *ratio_and_speed(isa[n])] for n in names]
+
+
+def ratio_and_speed(case: dict[str, Any]) -> list[str]:
+    """Ratio, and GB/s of a core's time for encode and decode."""
+    if case["violations"]:
+        raise SystemExit("a benchmark found violations: no figure of it is published")
+    speed = case["core_gb_per_s"]
+    return [f"{case['ratio']:.2f}", *(f"{speed[op]['median']:.1f} GB/s" for op in ("encode", "decode"))]
+
+
+def largest(rows: list[dict[str, Any]], way: str, direction: str) -> dict[str, Any] | None:
+    """The row of a way with the most bytes."""
+    found = [r for r in rows if r["way"] == way and r["direction"] == direction]
+    return max(found, key=lambda r: int(r["raw_bytes"])) if found else None
+
+
+def link_rows(rows: list[dict[str, Any]], ways: Iterable[str]) -> list[list[object]]:
+    """Ratio, and GB/s out and in, of the largest transfer of each way."""
+    result: list[list[object]] = []
+    for way in ways:
+        out, into = largest(rows, way, "out"), largest(rows, way, "in")
+        if out and into:
+            result.append([WAYS[way], f"{out['ratio']:.2f}", f"{out['gb_per_s']:.0f}", f"{into['gb_per_s']:.0f}"])
+    return result
+
+
+def readme() -> str:
+    """The figures of the README."""
+    parts: list[str] = []
+    cpu = load("cpu_codec.json")
+    if cpu:
+        name, data = cpu
+        isa = data["results"]["smollm2_prose_512"]["isa"]["avx512"]
+        wall = isa["fixed rel:1e-3"]["wall_gb_per_s"]["1"]["encode"]["median"]
+        parts.append(
+            table(["real KV cache, bound", "ratio", "encode, one CPU core", "decode, one CPU core"], cpu_rows(isa))
+        )
+        parts.append(
+            paragraph(
+                "Data: SmolLM2-135M on 512 tokens of prose, bfloat16; no value was outside the bound. GB/s are "
+                f"raw bytes per second of CPU time, {data['environment']['cpu'].replace('(R)', '')}, AVX-512, on a "
+                f"virtual machine that other jobs shared; the clock on the wall saw {wall:.1f} GB/s in the first case "
+                f"([all figures](docs/performance.md), [conditions](bench/results/{name}))."
+            )
+        )
+    gpu = load("*_transport.json")
+    if gpu:
+        name, data = gpu
+        rows = data["rows"]
+        size = max(r["raw_bytes"] for r in rows) >> 20
+        parts.append(
+            table(
+                [f"{size:,} MiB of pages on a GPU", "ratio", "out, GB/s of raw data", "in, GB/s of raw data"],
+                link_rows(rows, ("raw-link", "fp8", "nvcomp-ans", "kvzip-lossless", "kvzip-1e-3", "kvzip-1e-2")),
+            )
+        )
+        small = [r for r in rows if r["way"] == "kvzip-1e-3" and r["pages"] == 8 and r["direction"] == "out"]
+        raw = [r for r in rows if r["way"] == "raw-batch" and r["pages"] == 8 and r["direction"] == "out"]
+        text = (
+            f"{data['environment']['gpu']}, medians ([conditions](bench/results/{name})). The same data; these pages join "
+            "heads of several layers, which widens their range and with it the relative bound."
+        )
+        if small and raw and small[0]["us"] > raw[0]["us"]:
+            text += (
+                f" Small transfers gain nothing: 8 pages of 64 KiB take {small[0]['us']:.0f} us out at 1e-3, and "
+                f"{raw[0]['us']:.0f} us as raw copies."
+            )
+        parts.append(paragraph(text + " See [performance](docs/performance.md)."))
+    return "\n".join(parts)
+
+
+def performance() -> str:
+    """The page with all figures."""
+    parts = [
+        "# Performance\n",
+        paragraph(
+            "Written by `docs/make_figures.py` from `bench/results/`; do not edit. GB/s are 1e9 bytes of raw data a "
+            "second, medians. Measure on your own machine before you rely on any of it."
+        ),
+    ]
+    for make in (cpu_section, pool_section, transport_section, codec_section, compute_section, pinned_section):
+        parts += make()
+    return "\n".join(parts)
+
+
+def cpu_section() -> list[str]:
+    """The CPU codec, every mode and instruction set."""
+    found = load("cpu_codec.json")
+    if not found:
+        return []
+    name, data = found
+    e = data["environment"]
+    parts = [
+        "## CPU codec\n",
+        paragraph(
+            f"{e['cpu'].replace('(R)', '')}, {e['cores']} virtual cores, load average {e['load_average_1min']} "
+            f"while it ran ([{name}](../bench/results/{name})). `core`: raw bytes per second of CPU time of one thread. `wall`: "
+            "one thread by the clock."
+        ),
+    ]
+    for cache, result in data["results"].items():
+        rows: list[list[object]] = []
+        for isa, cases in result["isa"].items():
+            for case, r in cases.items():
+                wall = r["wall_gb_per_s"]["1"]
+                core = r["core_gb_per_s"]
+                rows.append(
+                    [
+                        case,
+                        isa,
+                        f"{r['ratio']:.3f}",
+                        f"{core['encode']['median']:.2f} / {core['decode']['median']:.2f}",
+                        f"{wall['encode']['median']:.2f} / {wall['decode']['median']:.2f}",
+                    ]
+                )
+        parts += [
+            f"### {cache}\n",
+            table(["mode and bound", "instructions", "ratio", "core, encode / decode", "wall, encode / decode"], rows),
+        ]
+    return parts
+
+
+def pool_section() -> list[str]:
+    """Payload and runs after churn."""
+    found = load("pool.json")
+    if not found:
+        return []
+    name, data = found
+    shown = [c for c in data["churn"] if c["headroom"] in (0, 0.02)]
+    rows = [
+        [
+            c["record_bytes"],
+            c["eviction"],
+            f"{c['headroom']:.1%}",
+            f"{c['payload_fraction']['median']:.1%}",
+            f"{c['runs_per_record']['mean']:.2f}",
+            f"{c['allocate_us']['median']:.0f} / {c['free_us']['median']:.0f}",
+        ]
+        for c in shown
+    ]
+    stores = {c["stores"] for c in shown}
+    return [
+        "## Pool after churn\n",
+        paragraph(
+            f"{' or '.join(f'{n:,}' for n in sorted(stores))} stores and evictions each, in a pool of "
+            f"{shown[0]['pool_bytes'] >> 20} MiB ([{name}](../bench/results/{name})). The default headroom is 2 %."
+        ),
+        table(["records", "eviction", "headroom", "payload", "runs per record", "allocate / free, us"], rows),
+    ]
+
+
+def transport_section() -> list[str]:
+    """Stores and loads of pages on a GPU, beside other ways."""
+    found = load("*_transport.json")
+    if not found:
+        return []
+    name, data = found
+    rows = data["rows"]
+    counts = sorted({r["pages"] for r in rows})
+    parts = [
+        "## Stores and loads of pages on a GPU\n",
+        paragraph(f"{gpu_conditions(data['environment'])} ([{name}](../bench/results/{name}))"),
+        "### GB/s, largest transfer\n",
+        table(["way", "ratio", "out", "in"], link_rows(rows, WAYS)),
+    ]
+    for direction in ("out", "in"):
+        cells = {(r["way"], r["pages"]): f"{r['us']:,.0f}" for r in rows if r["direction"] == direction}
+        parts += [
+            f"### Microseconds {direction}, by pages of 64 KiB\n",
+            table(
+                ["way", *(f"{n:,}" for n in counts)],
+                [
+                    [WAYS[w], *(cells.get((w, n), "") for n in counts)]
+                    for w in WAYS
+                    if any((w, n) in cells for n in counts)
+                ],
+            ),
+        ]
+    both = load("*_both.json")
+    if both:
+        parts += [
+            "### Out and in at the same time, GB/s\n",
+            table(
+                ["way", "direction", "both at once", "alone"],
+                [
+                    [WAYS[r["way"]], r["direction"], f"{r['gb_per_s']:.0f}", f"{r['alone_gb_per_s']:.0f}"]
+                    for r in both[1]["rows"]
+                ],
+            ),
+        ]
+    return parts
+
+
+def codec_section() -> list[str]:
+    """The GPU codecs without the link."""
+    gpu = next(
+        (p for p in sorted(RESULTS.glob("*_codec.json")) if p.name not in ("cpu_codec.json", "triton_codec.json")), None
+    )
+    if not gpu:
+        return []
+    data = json.loads(gpu.read_text(encoding="utf-8"))
+    rows = [
+        [
+            r["codec"],
+            r["op"],
+            f"{r['raw_bytes'] >> 20:,} MiB",
+            f"{r['ratio']:.2f}",
+            f"{r['gb_per_s']:,.0f}",
+            f"{r['ceiling_fraction']:.0%}",
+        ]
+        for r in data["rows"]
+    ]
+    return [
+        "## GPU codecs alone\n",
+        paragraph(
+            "The last column is read plus written bytes over what a copy in device memory reaches in the same run "
+            f"([{gpu.name}](../bench/results/{gpu.name}))."
+        ),
+        table(["codec", "operation", "raw", "ratio", "GB/s", "of the memory's ceiling"], rows),
+    ]
+
+
+def compute_section() -> list[str]:
+    """What a swap costs the computation beside it."""
+    found = load("*_interference.json")
+    if not found:
+        return []
+    name, data = found
+    rows = [
+        [
+            WAYS[r["way"]],
+            r["direction"],
+            r["compute"],
+            r["max_ctas"] or "no limit",
+            f"{r['slowdown']:.2f}",
+            f"{r['gb_per_s']:.0f}",
+        ]
+        for r in data["rows"]
+        if not r.get("compute_priority")
+    ]
+    notes = f" {data['notes'][0]}." if data.get("notes") else ""
+    return [
+        "## What a swap costs the model beside it\n",
+        paragraph(
+            f"Time of the computation over its time alone, while transfers run without a break.{notes} "
+            f"([{name}](../bench/results/{name}))"
+        ),
+        table(["way", "direction", "computation", "`max_ctas`", "slowdown", "GB/s"], rows),
+    ]
+
+
+def pinned_section() -> list[str]:
+    """Filling and pinning a pool."""
+    found = load("*_pool.json")
+    if not found:
+        return []
+    name, data = found
+    rows = [[r["way"], f"{r['bytes'] / 2**30:.0f} GiB", f"{r['ms_per_gib']:.0f}"] for r in data["rows"]]
+    parts = [
+        "## Pinned memory\n",
+        f"([{name}](../bench/results/{name}))\n",
+        table(["way", "size", "ms per GiB"], rows),
+    ]
+    if data.get("memory_rows"):
+        parts += [
+            "Device memory that an engine holds, with the default `Staging`:\n",
+            table(["after", "MiB"], [[r["what"], f"{r['device_bytes'] / 2**20:.0f}"] for r in data["memory_rows"]]),
+        ]
+    return parts
+
+
+def replaced(text: str, figures: str) -> str:
+    """The README with other figures between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{figures}\n{END}{after}"
+
+
+def main() -> None:
+    """Write both documents."""
+    path = ROOT / "README.md"
+    path.write_text(replaced(path.read_text(encoding="utf-8"), readme()), encoding="utf-8")
+    (ROOT / "docs" / "performance.md").write_text(performance(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
