@@ -122,8 +122,8 @@ def readme() -> str:
         small = [r for r in rows if r["way"] == "kvzip-1e-3" and r["pages"] == 8 and r["direction"] == "out"]
         raw = [r for r in rows if r["way"] == "raw-batch" and r["pages"] == 8 and r["direction"] == "out"]
         text = (
-            f"{data['environment']['gpu']}, medians ([conditions](bench/results/{name})). The same data; these pages join "
-            "heads of several layers, which widens their range and with it the relative bound."
+            f"{data['environment']['gpu']}, medians ([conditions](bench/results/{name})). The same data; these pages "
+            "join heads of several layers, which widens their range and with it the relative bound."
         )
         if small and raw and small[0]["us"] > raw[0]["us"]:
             text += (
@@ -159,8 +159,8 @@ def cpu_section() -> list[str]:
         "## CPU codec\n",
         paragraph(
             f"{e['cpu'].replace('(R)', '')}, {e['cores']} virtual cores, load average {e['load_average_1min']} "
-            f"while it ran ([{name}](../bench/results/{name})). `core`: raw bytes per second of CPU time of one thread. `wall`: "
-            "one thread by the clock."
+            f"while it ran ([{name}](../bench/results/{name})). `core`: raw bytes per second of CPU time of one "
+            "thread. `wall`: one thread by the clock."
         ),
     ]
     for cache, result in data["results"].items():
