@@ -72,4 +72,4 @@ class OnDevice(Codec):
             self.codec.decode_blocks(view, payloads, tables, threads=threads)
         finally:
             for host, moved in spans:
-                ctypes.memmove(host.ctypes.data, moved.cpu().numpy().ctypes.data, host.size)
+                host[:] = moved.cpu().numpy()
