@@ -253,9 +253,7 @@ def segments_array(
     template, tensors, offsets = _template(layout)
     segments: Segments = template.copy()
     if isinstance(blocks, BlockView):
-        count = layout.num_tensors
-        addresses = np.array([blocks.address(t) for t in range(count)], np.uint64)
-        strides = np.array([blocks.block_stride_bytes(t) for t in range(count)], np.int64)
+        addresses, strides = blocks.addresses
         segments["base"] = addresses[tensors] + offsets
         segments["block_stride"] = strides[tensors]
     segments["coding"] = coding

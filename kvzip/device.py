@@ -18,6 +18,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.backends.base import Codec, EncodeRequest
@@ -279,6 +280,8 @@ class DeviceSwap:
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys)
         original = self._to_host(blocks, after) if measure_error else None
+        mode = request.mode if request.mode in codec.modes else "none"
+        header_of = partial(_header_of, layout, mode=mode, bound=request.bound, reason=reason)
         fresh: list[Entry] = []
         tables = []
         record_bytes = violations = 0
@@ -299,8 +302,10 @@ class DeviceSwap:
         def landed(chunk: EncodedChunk) -> None:
             nonlocal record_bytes, violations, max_error
             entries = fresh[chunk.first : chunk.first + len(chunk.tables)]
-            errors = None
-            if original is not None:
+            if original is None:
+                for entry in entries:
+                    entry.header = header_of
+            else:
                 measured = measure_errors(
                     original[original.block_ids[chunk.first : chunk.first + len(entries)]],
                     codec,
@@ -308,21 +313,10 @@ class DeviceSwap:
                     [pool.read(e.allocation)[header:] for e in entries],
                     list(chunk.tables),
                 )
-                errors = np.array([error for error, _ in measured])
-                max_error = max(max_error, float(errors.max()))
+                max_error = max(max_error, *(error for error, _ in measured))
                 violations += sum(bad for _, bad in measured)
-            headers = pack_headers(
-                layout,
-                chunk.tables,
-                chunk.payload_bytes,
-                chunk.payload_crc32c,
-                codec=codec.name,
-                mode=request.mode if request.mode in codec.modes else "none",
-                bound=request.bound,
-                reason=reason,
-                max_errors=errors,
-            )
-            pool.write_many([entry.allocation for entry in entries], headers)
+                for entry, (error, _) in zip(entries, measured, strict=True):
+                    entry.header = partial(header_of, max_errors=np.array([error]))
             record_bytes += sum(entry.allocation.nbytes for entry in entries)
             tables.append(chunk.tables)
 
@@ -456,6 +450,32 @@ class DeviceSwap:
             return Sources(runs, sizes[part].astype(np.int64), 0, sizes[part], crcs[part], tables[part])
 
         self._transport.into.run(out, sources, after, lambda stream: None)
+
+
+def _header_of(
+    layout: BlockLayout,
+    entry: Entry,
+    *,
+    mode: str,
+    bound: ErrorBound,
+    reason: Reason,
+    max_errors: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """The header of a record that the GPU wrote the payload of."""
+    payload_bytes = entry.allocation.nbytes - entry.contents.header_bytes
+    headers = pack_headers(
+        layout,
+        np.frombuffer(entry.table, ENTRY_DTYPE)[None],
+        np.array([payload_bytes], np.uint64),
+        np.array([entry.payload_crc32c], np.uint32),
+        codec=entry.contents.codec,
+        mode=mode,
+        bound=bound,
+        reason=reason,
+        max_errors=max_errors,
+    )
+    row: npt.NDArray[np.uint8] = headers[0]
+    return row
 
 
 def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:

@@ -360,7 +360,7 @@ class SwapEngine:
         tables: list[npt.NDArray[Any]] = []
         payloads: list[npt.NDArray[np.uint8]] = []
         for i, entry in enumerate(entries):
-            header, payload = _read_own(self.pool.read(entry.allocation))
+            header, payload = _read_own(self._record(entry))
             layout = check_geometry(header.geometry, out.layout)
             tables.append(header.table)
             payloads.append(np.frombuffer(payload, np.uint8))
@@ -380,6 +380,14 @@ class SwapEngine:
             )
 
     # ---- what the paths share
+
+    def _record(self, entry: Entry) -> npt.NDArray[np.uint8]:
+        """The bytes of a record, its header in place."""
+        with self._lock:
+            if entry.header is not None:
+                self.pool.write(entry.allocation, entry.header(entry))
+                entry.header = None
+        return self.pool.read(entry.allocation)
 
     def codec_of(self, name: str) -> Codec:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -462,7 +470,7 @@ class SwapEngine:
             BlockNotFoundError: the key is not held.
         """
         with self._lock:
-            return self.pool.read(self._index.find([key])[0].allocation).tobytes()
+            return self._record(self._index.find([key])[0]).tobytes()
 
     def stats(self) -> EngineStats:
         """Counters at this moment."""

@@ -8,9 +8,12 @@ Bytes are counted as the pool counts them. All methods are thread-safe; `RecordI
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
 from kvzip.policy import EvictionPolicy
@@ -66,6 +69,8 @@ class Entry:
         contents: what it holds.
         table: its segment table, as it stands in the record.
         payload_crc32c: checksum of its payload.
+        header: makes the record's header while that is not in the pool yet: a load on a GPU does not need it, and
+            making it at every store would cost more than the link takes for the record.
     """
 
     allocation: Allocation
@@ -76,6 +81,7 @@ class Entry:
     pins: Pins = field(default_factory=Pins)
     dropped: bool = False  # out of the index, or about to be; freed when the last load ends
     freed: bool = False
+    header: Callable[[Entry], npt.NDArray[np.uint8]] | None = None
 
     @property
     def protected(self) -> bool:
@@ -343,13 +349,13 @@ class RecordIndex:
 
     def _protect(self, entry: Entry, *, loads: int = 0, pins: int = 0) -> None:
         """Change what protects an entry, which may have left the index."""
-        held = entry.pins.entry is entry
-        if held:
-            self._count(entry, -1)
+        was_protected, was_pinned = entry.protected, entry.pins.count > 0
         entry.loads += loads
         entry.pins.count += pins
-        if held:
-            self._count(entry, 1)
+        if entry.pins.entry is entry:
+            self._pinned += (entry.pins.count > 0) - was_pinned
+            if entry.protected != was_protected:
+                self._leavable += entry.allocation.extent_nbytes if was_protected else -entry.allocation.extent_nbytes
 
     def _remove(self, key: bytes, *, evicted: bool) -> None:
         """Take a record out of the index."""

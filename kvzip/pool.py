@@ -409,31 +409,6 @@ class HostPool:
             else:
                 at -= view.nbytes
 
-    def write_many(self, allocations: Sequence[Allocation], rows: npt.NDArray[np.uint8]) -> None:
-        """Copy a row of bytes to the start of each allocation.
-
-        Args:
-            allocations: where to.
-            rows: uint8, shape ``[allocations, bytes]``.
-
-        Raises:
-            ConfigError: an allocation is shorter than a row, or not live in this pool. Nothing was written.
-        """
-        with self._lock:
-            memory = self._memory()
-            for allocation in allocations:
-                self._check_live(allocation)
-                if allocation.nbytes < rows.shape[1]:
-                    raise ConfigError(
-                        f"{rows.shape[1]} bytes do not fit into an allocation of {allocation.nbytes} bytes"
-                    )
-        for allocation, row in zip(allocations, rows, strict=True):
-            offset, nbytes = allocation.runs[0]
-            if nbytes >= row.size:
-                memory[offset : offset + row.size] = row
-            else:
-                self.write(allocation, row)
-
     def read(self, allocation: Allocation) -> Bytes:
         """The allocation's bytes as a read-only uint8 array of `Allocation.nbytes` values.
 

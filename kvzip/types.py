@@ -414,7 +414,7 @@ class BlockView:
         LayoutError: tensors, layout and block numbers do not fit together.
     """
 
-    __slots__ = ("_memory", "block_ids", "device", "layout", "num_blocks", "tensors")
+    __slots__ = ("_memory", "addresses", "block_ids", "device", "layout", "num_blocks", "tensors")
 
     def __init__(
         self,
@@ -444,6 +444,11 @@ class BlockView:
         self.device = devices.pop()
         self.num_blocks = min(m.shape[0] for m in self._memory)
         self._check_segments()
+        #: Address of block 0 of every tensor, and bytes from one block to the next; shape ``[tensors]``.
+        self.addresses = (
+            np.array([m.address for m in self._memory], np.uint64),
+            np.array([m.strides_bytes[0] for m in self._memory], np.int64),
+        )
         if block_ids is None:
             block_ids = np.arange(self.num_blocks, dtype=np.int64)
         self.block_ids = self._check_ids(block_ids)
