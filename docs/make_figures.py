@@ -103,9 +103,9 @@ def readme() -> str:
         parts.append(
             paragraph(
                 "Data: SmolLM2-135M on 512 tokens of prose, bfloat16; no value was outside the bound. GB/s are "
-                f"raw bytes per second of a thread's CPU time, {data['environment']['cpu'].replace('(R)', '')}, AVX-512, "
-                f"a virtual machine at a load average of {data['environment']['load_average_1min']:.1f}; by the clock one "
-                f"thread encoded {wall:.1f} GB/s in the first case "
+                f"raw bytes per second of a thread's CPU time, {data['environment']['cpu'].replace('(R)', '')}, "
+                f"AVX-512, a virtual machine at a load average of {data['environment']['load_average_1min']:.1f}; by the "
+                f"clock one thread encoded {wall:.1f} GB/s in the first case "
                 f"([all figures](docs/performance.md), [conditions](bench/results/{name}))."
             )
         )
