@@ -104,8 +104,8 @@ def readme() -> str:
             paragraph(
                 "Data: SmolLM2-135M on 512 tokens of prose, bfloat16; no value was outside the bound. GB/s are "
                 f"raw bytes per second of a thread's CPU time, {data['environment']['cpu'].replace('(R)', '')}, "
-                f"AVX-512, a virtual machine at a load average of {data['environment']['load_average_1min']:.1f}; by the "
-                f"clock one thread encoded {wall:.1f} GB/s in the first case "
+                f"AVX-512, a virtual machine at a load average of {data['environment']['load_average_1min']:.1f}; by "
+                f"the clock one thread encoded {wall:.1f} GB/s in the first case "
                 f"([all figures](docs/performance.md), [conditions](bench/results/{name}))."
             )
         )
