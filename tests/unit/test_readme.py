@@ -57,6 +57,20 @@ def test_the_code_of_the_document_runs(
     assert "Error" not in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+def test_the_code_of_the_gpu_guide_runs() -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    namespace: dict[str, Any] = {}
+    for language, text in blocks("docs/guides/gpu.md"):
+        if language == "python":
+            exec(compile(text, "gpu.md", "exec"), namespace)
+    before, after = namespace["layers"][0][:32].double(), namespace["layers"][0][32:].double()
+    page_range = before.amax((2, 3, 4)) - before.amin((2, 3, 4))
+    assert ((after - before).abs().amax((2, 3, 4)) <= 1e-3 * page_range).all()
+
+
 def test_the_readme_has_one_block_to_install_and_one_to_test() -> None:
     commands = [text.splitlines() for language, text in blocks("README.md") if language == "sh"]
     assert [lines[-1] for lines in commands] == ["kvzip demo", "pytest"]
