@@ -397,7 +397,7 @@ class EncodePipeline(_Pipeline):
     ) -> Iterator[tuple[_Slot, _Fields, int, int]]:
         """Launch the chunks, one ahead of the one that is handed out."""
         segments = _native.segments_array(blocks, bound, coding)
-        worst = _native.max_payload_bytes(segments)
+        worst = blocks.layout.padded_nbytes
         self._driver.stream_wait_event(self._kernels, after)
         ahead: list[tuple[_Slot, _Fields, int, int]] = []
         for first, last in self._chunks(len(blocks), blocks.layout):

@@ -235,11 +235,13 @@ class BlockLayout:
         dims: order of the axes within each tensor's block, such as ``"2NHD"``; ``""`` when the geometry is not known
             or is given by hand.
         nbytes: bytes of one block's values.
+        padded_nbytes: the same with every page rounded up to 16 bytes, as in a payload of raw pages.
     """
 
     segments: tuple[SegmentLayout, ...]
     dims: str = ""
     nbytes: int = field(init=False, repr=False, compare=False)
+    padded_nbytes: int = field(init=False, repr=False, compare=False)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -248,6 +250,7 @@ class BlockLayout:
         if not (self.dims.isascii() and self.dims.isprintable() and len(self.dims) <= 8):
             raise LayoutError(f"dims {self.dims!r}: a record keeps at most 8 printable ASCII characters")
         object.__setattr__(self, "nbytes", sum(s.nbytes for s in self.segments))
+        object.__setattr__(self, "padded_nbytes", sum(-(-s.nbytes // 16) * 16 for s in self.segments))
         object.__setattr__(self, "_hash", hash((self.segments, self.dims)))
 
     def __hash__(self) -> int:

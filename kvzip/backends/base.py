@@ -156,7 +156,7 @@ class PageCodec(Codec):
 
     def max_payload_bytes(self, layout: BlockLayout) -> int:
         """The raw size: a page that does not get smaller is stored raw."""
-        return sum(align(s.nbytes) for s in layout.segments)
+        return layout.padded_nbytes
 
     def encode_blocks(
         self, blocks: BlockView, request: EncodeRequest, out: Bytes

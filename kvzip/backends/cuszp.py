@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
-from kvzip.record import ENTRY_DTYPE, Coding, align
+from kvzip.record import ENTRY_DTYPE, Coding
 from kvzip.types import BlockLayout, BlockView, BoundKind
 
 _CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER}
@@ -44,7 +44,7 @@ class CuszpCodec(Codec):
 
     def max_payload_bytes(self, layout: BlockLayout) -> int:
         """Most bytes of one block's payload: a page never takes more than its raw values."""
-        return sum(align(s.nbytes) for s in layout.segments)
+        return layout.padded_nbytes
 
     def encode_blocks(
         self, blocks: BlockView, request: EncodeRequest, out: Bytes
