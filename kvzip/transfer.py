@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -147,4 +148,5 @@ class Transfer:
 
     def __del__(self) -> None:
         if self._event and self._driver is not None:
-            self._driver.event_destroy(self._event)
+            with contextlib.suppress(KvzipError):  # at the interpreter's end the device may be gone already
+                self._driver.event_destroy(self._event)
