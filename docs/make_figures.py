@@ -49,6 +49,12 @@ def load(pattern: str) -> tuple[str, dict[str, Any]] | None:
     return (found[0].name, json.loads(found[0].read_text(encoding="utf-8"))) if found else None
 
 
+def plot(name: str) -> str:
+    """The picture that ``bench/plot_gpu.py`` draws from a results file."""
+    picture = Path(name).with_suffix(".png").name
+    return f"![{Path(name).stem}](../bench/results/{picture})\n"
+
+
 def gpu_conditions(environment: dict[str, Any]) -> str:
     """One sentence on where a GPU benchmark ran."""
     e = environment
@@ -226,6 +232,7 @@ def transport_section() -> list[str]:
     parts = [
         "## Stores and loads of pages on a GPU\n",
         paragraph(f"{gpu_conditions(data['environment'])} ([{name}](../bench/results/{name}))"),
+        plot(name),
         "### GB/s, largest transfer\n",
         table(["way", "ratio", "out", "in"], link_rows(rows, WAYS)),
     ]
@@ -311,6 +318,7 @@ def compute_section() -> list[str]:
             f"Time of the computation over its time alone, while transfers run without a break.{notes} "
             f"([{name}](../bench/results/{name}))"
         ),
+        plot(name),
         table(["way", "direction", "computation", "`max_ctas`", "slowdown", "GB/s"], rows),
     ]
 
