@@ -55,12 +55,6 @@ def plot(name: str) -> str:
     return f"![{Path(name).stem}](../bench/results/{picture})\n"
 
 
-def plot(name: str, text: str) -> list[str]:
-    """A line that shows the plot of a results file, if there is one."""
-    image = (RESULTS / name).with_suffix(".png")
-    return [f"![{text}](../bench/results/{image.name})\n"] if image.exists() else []
-
-
 def gpu_conditions(environment: dict[str, Any]) -> str:
     """One sentence on where a GPU benchmark ran."""
     e = environment
@@ -239,7 +233,6 @@ def transport_section() -> list[str]:
         "## Stores and loads of pages on a GPU\n",
         paragraph(f"{gpu_conditions(data['environment'])} ([{name}](../bench/results/{name}))"),
         plot(name),
-        *plot(name, "GB/s by the bytes of a transfer, for every way"),
         "### GB/s, largest transfer\n",
         table(["way", "ratio", "out", "in"], link_rows(rows, WAYS)),
     ]
@@ -326,7 +319,6 @@ def compute_section() -> list[str]:
             f"([{name}](../bench/results/{name}))"
         ),
         plot(name),
-        *plot(name, "How much longer a computation takes beside a swap"),
         table(["way", "direction", "computation", "`max_ctas`", "slowdown", "GB/s"], rows),
     ]
 
