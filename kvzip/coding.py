@@ -7,7 +7,6 @@ The engine and the top-level `encode` and `decode` share these functions.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvzip._log import log_once
 from kvzip.backends.base import Bytes, Codec, EncodeRequest
+from kvzip.backends.portable import codec_for
 from kvzip.backends.registry import get_codec
 from kvzip.errors import BackendUnavailableError, ConfigError, LayoutError
+from kvzip.interop.torch import to_host
 from kvzip.record import (
     MODES,
     Buffer,
@@ -32,10 +34,7 @@ from kvzip.record import (
     pack_headers,
     read_record,
 )
-from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout, TensorMemory
-
-_log = logging.getLogger("kvzip")
-_logged: set[tuple[str, str]] = set()
+from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout, TensorMemory, empty_view
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,6 @@ class EncodedBatch:
     fallbacks: dict[str, int]
 
 
-def log_once(event: str, detail: str) -> None:
-    """Log a warning the first time that this event happens with this detail."""
-    if (event, detail) not in _logged:
-        _logged.add((event, detail))
-        _log.warning("%s: %s (logged once; the counters have the rest)", event, detail)
-
-
 def max_record_bytes(codec: Codec, layout: BlockLayout) -> int:
     """Most bytes that the record of one block can take, whatever happens to the codec."""
     return header_nbytes(layout) + max(codec.max_payload_bytes(layout), get_codec("raw").max_payload_bytes(layout))
@@ -94,7 +86,7 @@ def encode_records(
     A codec that fails is replaced by ``raw`` for this batch; the records say so.
 
     Args:
-        blocks: what to encode, in host memory.
+        blocks: what to encode, where the codec works.
         codec: the codec to use.
         request: bound, mode, threads.
         measure_error: also decode, and compare with what went in.
@@ -111,10 +103,10 @@ def encode_records(
         unavailable = isinstance(error, BackendUnavailableError)
         reason = Reason.CODEC_UNAVAILABLE if unavailable else Reason.ENCODER_FAILED
         log_once(f"codec {codec.name!r} failed, blocks are stored raw", str(error))
-        codec = get_codec("raw")
+        codec, blocks = get_codec("raw"), on_host(blocks)
         tables, sizes = codec.encode_blocks(blocks, request, out)
     payloads = [out[i, : int(n)] for i, n in enumerate(sizes)]
-    errors = measure_errors(blocks, codec, request.bound, payloads, list(tables)) if measure_error else None
+    errors = measure_errors(on_host(blocks), codec, request.bound, payloads, list(tables)) if measure_error else None
     crcs = [crc32c(payload) for payload in payloads]
     headers = pack_headers(
         layout,
@@ -135,6 +127,11 @@ def encode_records(
     if reason is not Reason.AS_ASKED:
         fallbacks = {reason.name.lower(): tables.size}
     return EncodedBatch(records, fallbacks)
+
+
+def on_host(blocks: BlockView) -> BlockView:
+    """The blocks themselves where they lie in host memory, else a copy there. Blocks the host."""
+    return blocks if blocks.device == "cpu" else to_host(blocks)
 
 
 def check_device(codec: Codec, blocks: BlockView) -> None:
@@ -218,22 +215,6 @@ def to_float64(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
         return np.asarray(values, np.float64)
 
 
-def empty_view(layout: BlockLayout, num_blocks: int) -> BlockView:
-    """New host memory for blocks of a layout, one contiguous tensor a page."""
-    segments = tuple(
-        replace(
-            s,
-            tensor=i,
-            offset_bytes=0,
-            token_stride_bytes=s.heads * s.head_dim * s.dtype.itemsize,
-            head_stride_bytes=s.head_dim * s.dtype.itemsize,
-        )
-        for i, s in enumerate(layout.segments)
-    )
-    arrays = [np.empty((num_blocks, s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits) for s in segments]
-    return BlockView(arrays, BlockLayout(segments))
-
-
 @lru_cache(maxsize=256)
 def check_geometry(geometry: tuple[Geometry, ...], layout: BlockLayout) -> BlockLayout:
     """Check that a record of this geometry fits the blocks it is to be loaded into.
@@ -278,8 +259,8 @@ def encode(
     """Encode one tensor into a record. Blocks the host.
 
     Args:
-        x: NumPy array or torch tensor in host memory; bfloat16 in NumPy as uint16 with ``dtype="bfloat16"``, or as
-            ml_dtypes.
+        x: NumPy array, or torch tensor in host memory or on a GPU; bfloat16 in NumPy as uint16 with
+            ``dtype="bfloat16"``, or as ml_dtypes.
         bound: how far a decoded value may be from the given one.
         codec: name of a codec, or a codec.
         mode: encoding mode; by default the codec's first (``"fixed"`` for cuszp).
@@ -295,6 +276,7 @@ def encode(
         LayoutError: shape, dtype and layout do not fit.
         CodecNotFoundError: no such codec.
         ConfigError: the codec does not know the mode.
+        BackendUnavailableError: x lies on a GPU, and nothing here reaches it.
     """
     chosen = get_codec(codec)
     if not isinstance(bound, ErrorBound):
@@ -307,6 +289,7 @@ def encode(
         layout = BlockLayout.from_tensors([tensor], layout, dtype=dtype)
     mode = chosen.modes[0] if mode is None else chosen.check_mode(mode)
     view = BlockView([tensor], layout)
+    chosen = codec_for(chosen, view.device)
     batch = encode_records(view, chosen, EncodeRequest(bound, mode), measure_error=measure_error)
     record = batch.records[0]
     return record.header.tobytes() + record.payload.tobytes()
@@ -317,8 +300,9 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
 
     Args:
         record: exactly one record, in host memory.
-        out: a NumPy array or torch tensor to fill, in the shape and order of axes that was encoded (any shape when the
-            record was coded in memory order), or a list of them for a record of several tensors.
+        out: a NumPy array or torch tensor (in host memory or on a GPU) to fill, in the shape and order of axes that was
+            encoded (any shape when the record was coded in memory order), or a list of them for a record of several
+            tensors.
         max_raw_bytes: refuse to allocate more than this when `out` is not given; a forged record can claim any size.
 
     Returns:
@@ -346,6 +330,7 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
     view = _decode_view(header, tensors)
     if not view.writable:
         raise LayoutError("out is read-only: pass a writable array")
+    codec = codec_for(codec, view.device)
     check_device(codec, view)
     codec.decode_blocks(view, [np.frombuffer(payload, np.uint8)], [header.table])
     return tensors[0] if made and len(tensors) == 1 else out

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvzip import _cuda
+from kvzip.backends.portable import device_codec
 from kvzip.coding import compare_pages, max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError
@@ -113,7 +113,8 @@ def choose_device(wanted: str) -> str:
         raise ConfigError(f"device {wanted!r}: use auto, cpu or cuda")
     if wanted == "cpu":
         return wanted
-    reason = _cuda.unavailable()
+    choice = device_codec()
+    reason = choice.reason if choice.name == "none" else ""
     if not reason and importlib.util.find_spec("torch") is None:
         reason = "the demo keeps its pages in torch tensors: pip install 'kvzip[torch]'"
     if reason and wanted == "cuda":

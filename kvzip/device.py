@@ -12,10 +12,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from kvzip import _native
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import coding_of
-from kvzip.coding import check_geometry, empty_view, max_record_bytes, measure_errors
+from kvzip.coding import check_geometry, max_record_bytes, measure_errors
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError, TransferError
 from kvzip.index import Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
@@ -39,7 +39,7 @@ from kvzip.record import (
 )
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Sources, Staging
-from kvzip.types import BlockLayout, BlockView, ErrorBound
+from kvzip.types import BlockLayout, BlockView, ErrorBound, empty_view
 
 _log = logging.getLogger("kvzip")
 
@@ -162,6 +162,12 @@ class DeviceSwap:
         self._into = _Worker(f"kvzip-in-{device}", start)
 
     # ---- what the engine calls, in the caller's thread
+
+    coded_blocks: ClassVar[Mapping[str, int]] = {}  # of a codec that stands in for the kernels; see `TorchSwap`
+
+    def codec_for(self, codec: Codec) -> Codec:
+        """The codec for blocks on this GPU: itself, the pipelines bring the pages to it."""
+        return codec
 
     def store(
         self,

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from kvzip._log import log_once
 from kvzip.backends.base import Codec, EncodeRequest
+from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
-from kvzip.coding import EncodedRecord, check_device, check_geometry, encode_records, log_once, max_record_bytes
+from kvzip.coding import EncodedRecord, check_device, check_geometry, encode_records, max_record_bytes
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -38,6 +40,7 @@ from kvzip.types import BlockLayout, BlockView, ErrorBound
 
 if TYPE_CHECKING:
     from kvzip.device import DeviceSwap
+    from kvzip.torch_swap import TorchSwap
 
 _log = logging.getLogger("kvzip")
 
@@ -62,6 +65,8 @@ class EngineStats:
         corrupt_blocks: records that failed their checks at a load.
         violations: values found outside the bound by stores with ``measure_error``.
         fallbacks: pages not coded as asked, by reason.
+        portable_blocks: blocks stored and loaded on GPUs without the CUDA part of the native library, by what coded
+            them: ``"triton"`` or ``"host"``.
         pool: the pool's own counters.
     """
 
@@ -83,6 +88,7 @@ class EngineStats:
     corrupt_blocks: int
     violations: int
     fallbacks: Mapping[str, int]
+    portable_blocks: Mapping[str, int]
     pool: PoolStats
 
 
@@ -144,7 +150,7 @@ class SwapEngine:
         self._fallbacks: Counter[str] = Counter()
         self._seconds = {"store": 0.0, "load": 0.0}
         self._staging = staging or Staging()
-        self._devices: dict[str, DeviceSwap] = {}
+        self._devices: dict[str, DeviceSwap | TorchSwap] = {}
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
 
     # ---- settings
@@ -365,17 +371,16 @@ class SwapEngine:
             tables.append(header.table)
             payloads.append(np.frombuffer(payload, np.uint8))
             groups.setdefault((header.codec, layout), []).append(i)
-        for name, _ in groups:
-            check_device(self.codec_of(name), out)
+        codecs = {name: self._codec_for(name, out.device) for name, _ in groups}
+        for codec in codecs.values():
+            check_device(codec, out)
         # A codec validates its own batch before it writes; with several, all must be valid before the first writes.
         if len(groups) > 1:
             for (name, layout), members in groups.items():
-                self.codec_of(name).validate_blocks(
-                    layout, [payloads[i] for i in members], [tables[i] for i in members]
-                )
+                codecs[name].validate_blocks(layout, [payloads[i] for i in members], [tables[i] for i in members])
         for (name, layout), members in groups.items():
             view = out[out.block_ids[members]].with_groups(layout)
-            self.codec_of(name).decode_blocks(
+            codecs[name].decode_blocks(
                 view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
 
@@ -392,6 +397,12 @@ class SwapEngine:
     def codec_of(self, name: str) -> Codec:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
         return self._codecs.get(name) or get_codec(name)
+
+    def _codec_for(self, name: str, device: str) -> Codec:
+        """The codec that reads records of this name into blocks on a device."""
+        swap = self._devices.get(device)
+        codec = self.codec_of(name)
+        return codec if swap is None else swap.codec_for(codec)
 
     def count_store(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -415,19 +426,28 @@ class SwapEngine:
         with self._lock:
             self._totals["corrupt_blocks"] += blocks
 
-    def _device(self, name: str) -> DeviceSwap:
+    def _device(self, name: str) -> DeviceSwap | TorchSwap:
         """The GPU side for ``"cuda:N"``, made at its first use."""
         with self._lock:
             if name not in self._devices:
                 kind, _, number = name.partition(":")
                 if kind != "cuda":
                     raise LayoutError(f"blocks on {name}: kvzip works on host memory and CUDA GPUs; copy them there")
-                from kvzip.device import DeviceSwap  # needs the native library, which a store of raw pages does not
-
-                self._devices[name] = DeviceSwap(
-                    int(number or 0), self._index, self.pool, self._store_lock, self, self._staging
-                )
+                self._devices[name] = self._make_device(int(number or 0))
             return self._devices[name]
+
+    def _make_device(self, number: int) -> DeviceSwap | TorchSwap:
+        from kvzip.device import DeviceSwap  # needs the native library, which a store of raw pages does not
+
+        choice = device_codec()
+        if choice.name == "cuda":
+            return DeviceSwap(number, self._index, self.pool, self._store_lock, self, self._staging)
+        if choice.name == "none":
+            raise BackendUnavailableError(f"blocks on a GPU cannot be moved: {choice.reason}")
+        from kvzip.torch_swap import TorchSwap
+
+        log_once(f"blocks on GPUs are coded by {choice.name}", choice.reason)
+        return TorchSwap(number, self._index, self._store_lock, self, self._staging, use_triton=choice.name == "triton")
 
     # ---- the rest
 
@@ -496,6 +516,7 @@ class SwapEngine:
                 corrupt_blocks=totals["corrupt_blocks"],
                 violations=totals["violations"],
                 fallbacks=dict(self._fallbacks),
+                portable_blocks=dict(sum((Counter(swap.coded_blocks) for swap in self._devices.values()), Counter())),
                 pool=self.pool.stats(),
             )
 

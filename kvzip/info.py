@@ -7,9 +7,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
 from kvzip import _config, _cuda, _native
+from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import codec_names, get_codec
 from kvzip.record import FORMAT_VERSION
 
@@ -29,6 +31,7 @@ def system_info() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "native": _guarded(_native.describe),
         "cuda": _guarded(_cuda.describe),
+        "device_codec": _guarded(lambda: asdict(device_codec())),
         "codecs": {name: _guarded(lambda name=name: _codec(name)) for name in codec_names()},
         "packages": {name: _version(name) for name in _OPTIONAL},
         "settings": _config.describe(),

@@ -41,7 +41,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from kvzip import _cuda
 from kvzip.errors import BackendUnavailableError, ConfigError, NativeError
+from kvzip.interop.torch import gpu_problem, host_register, host_unregister
 
 __all__ = ["MemoryResource", "PageableMemory", "PinnedMemory", "Region", "numa_node_of_gpu", "numa_nodes"]
 
@@ -211,9 +213,9 @@ class PinnedMemory:
         huge_pages: ask for transparent huge pages where the system offers them.
         progress: called as ``progress(done_bytes, total_bytes)`` after each piece, in the calling thread. An exception
             from it undoes the allocation and is passed on.
-        register: ``register(address, nbytes) -> status`` (0 is success), `kvz_cuda_host_register` of the native
-            library where it is None.
-        unregister: ``unregister(address) -> status``, `kvz_cuda_host_unregister` where it is None.
+        register: ``register(address, nbytes) -> status`` (0 is success); None = `kvz_cuda_host_register` of the native
+            library, or what torch has where the library was built without CUDA.
+        unregister: ``unregister(address) -> status``, its reverse.
 
     The memory is not inherited by forked children (``MADV_DONTFORK``): a fork would otherwise have to copy every
     pinned page, or let the parent's next write move away from the page that the device knows.
@@ -492,6 +494,8 @@ def _register_error(status: int, start: int, stop: int, total: int) -> Exception
 
 
 def _native_functions() -> tuple[Callable[[int, int], int], Callable[[int], int]]:
+    if _cuda.unavailable() and not gpu_problem():
+        return host_register, host_unregister
     native = importlib.import_module("kvzip._native").library()
     try:
         register, unregister = native.kvz_cuda_host_register, native.kvz_cuda_host_unregister

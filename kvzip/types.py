@@ -10,7 +10,7 @@ import enum
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -549,3 +549,19 @@ class BlockView:
 
 def _item_bytes(tensor: Any) -> int:
     return int(tensor.itemsize if isinstance(tensor, np.ndarray) else tensor.element_size())
+
+
+def empty_view(layout: BlockLayout, num_blocks: int) -> BlockView:
+    """New host memory for blocks of a layout, one contiguous tensor a page."""
+    segments = tuple(
+        replace(
+            s,
+            tensor=i,
+            offset_bytes=0,
+            token_stride_bytes=s.heads * s.head_dim * s.dtype.itemsize,
+            head_stride_bytes=s.head_dim * s.dtype.itemsize,
+        )
+        for i, s in enumerate(layout.segments)
+    )
+    arrays = [np.empty((num_blocks, s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits) for s in segments]
+    return BlockView(arrays, BlockLayout(segments))

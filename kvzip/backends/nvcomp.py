@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -30,6 +29,7 @@ import numpy.typing as npt
 
 from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
 from kvzip.errors import BackendUnavailableError, CorruptRecordError, CudaError, KvzipError, NativeError
+from kvzip.interop.torch import page_view
 from kvzip.record import ALIGNMENT, ENTRY_DTYPE, KINDS, Coding, Reason, align, crc32c
 from kvzip.types import BlockLayout, BlockView, DType, SegmentLayout
 
@@ -572,7 +572,7 @@ class NvcompCodec(Codec):
     def _gather(self, device: CudaDevice, blocks: BlockView, ids: Any, work: Any, page_starts: Ints) -> None:
         """Copy the pages of blocks to their places in `work`."""
         for s, segment in enumerate(blocks.layout.segments):
-            view = _page_view(self._torch, blocks, segment)
+            view = page_view(blocks, segment)
             rows = _rows(work, view, segment, int(page_starts[s]), len(blocks))
             if rows.is_contiguous():
                 self._torch.index_select(view, 0, ids, out=rows)
@@ -695,7 +695,7 @@ class NvcompCodec(Codec):
         if blocks is not None:
             ids = control_device[:count]
             for s, segment in enumerate(blocks.layout.segments):
-                view = _page_view(torch, blocks, segment)
+                view = page_view(blocks, segment)
                 view.index_copy_(0, ids, _rows(pages, view, segment, int(page_starts[s]), count))
         device.synchronize()
 
@@ -769,25 +769,6 @@ def _check_payloads(
         inside = chosen & ~columns.last & (at_byte < sources + padded)
         require(~inside | (host[np.where(inside, at_byte, 0)] == 0), "the padding between its chunks is not 0")
     return kept, encoded, sources
-
-
-def _page_view(torch: Any, blocks: BlockView, segment: SegmentLayout) -> Any:
-    """One page of every block of a tensor, without a copy, in the widest integers that fit.
-
-    Returns:
-        Shape ``[blocks, tokens, heads, head_dim * itemsize / width]``.
-    """
-    tensor = blocks.tensors[segment.tensor]
-    storage = tensor.untyped_storage()
-    start = tensor.data_ptr() - storage.data_ptr() + segment.offset_bytes
-    line = segment.head_dim * segment.dtype.itemsize
-    block = blocks.block_stride_bytes(segment.tensor)
-    strides = (block, segment.token_stride_bytes, segment.head_stride_bytes)
-    width = math.gcd(8, storage.data_ptr(), start, line, *strides)
-    types = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    shape = (blocks.num_blocks, segment.tokens, segment.heads, line // width)
-    view = torch.empty(0, dtype=types[width], device=tensor.device)
-    return view.set_(storage, start // width, shape, (*(n // width for n in strides), 1))
 
 
 def _rows(work: Any, view: Any, segment: SegmentLayout, start: int, count: int) -> Any:

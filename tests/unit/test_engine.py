@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pytest
 
 import kvzip
-from kvzip import coding
 from kvzip.backends.base import Bytes, EncodeRequest, Table
 from kvzip.backends.raw import RawCodec
 from kvzip.errors import (
@@ -548,7 +547,7 @@ class Failing(RawCodec):
 def test_a_codec_that_fails_is_replaced_by_raw(
     error: Exception, reason: Reason, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coding, "_logged", set())
+    monkeypatch.setattr("kvzip._log._logged", set())
     x = pages()
     y = np.zeros_like(x)
     codec = Failing(error)

@@ -19,11 +19,11 @@ PACKAGE = ROOT / "kvzip"
 # From the top to the bottom. A module imports from lower layers, or from its own.
 LAYERS: list[set[str]] = [
     {"kvzip.cli", "kvzip.demo", "kvzip.info", "kvzip.testing", "kvzip.adapters"},
-    {"kvzip.engine", "kvzip.planner", "kvzip.device"},
+    {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap"},
     {"kvzip.transport", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
     {"kvzip.pool", "kvzip.memory", "kvzip.policy", "kvzip.metrics", "kvzip.backends"},
     {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop"},
-    {"kvzip.types", "kvzip.errors", "kvzip._config"},
+    {"kvzip.types", "kvzip.errors", "kvzip._config", "kvzip._log"},
 ]
 # Devices' packages: imported by functions of these modules alone, never when a module is imported.
 LAZY = {

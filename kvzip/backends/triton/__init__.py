@@ -12,7 +12,16 @@ from kvzip.backends.triton.codec import (
     check_status,
     decode_blocks,
     encode_blocks,
+    interpreted,
     max_payload_bytes,
 )
 
-__all__ = ["EncodedBlocks", "available", "check_status", "decode_blocks", "encode_blocks", "max_payload_bytes"]
+__all__ = [
+    "EncodedBlocks",
+    "available",
+    "check_status",
+    "decode_blocks",
+    "encode_blocks",
+    "interpreted",
+    "max_payload_bytes",
+]

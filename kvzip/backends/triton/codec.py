@@ -68,7 +68,7 @@ def available() -> tuple[bool, str]:
         import torch
         import triton
 
-        if _interpreted():
+        if interpreted():
             return True, f"triton {triton.__version__}, interpreter (CPU tensors)"
         if not torch.cuda.is_available():
             return False, "torch finds no GPU: install a torch build and a driver for it"
@@ -77,7 +77,8 @@ def available() -> tuple[bool, str]:
         return False, f"triton cannot be used: {type(error).__name__}: {error}"
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors. Imports Triton."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from kvzip.backends.triton import kernels
@@ -89,7 +90,7 @@ def _require(device: str) -> None:
     usable, detail = available()
     if not usable:
         raise BackendUnavailableError(f"the Triton codec cannot run: {detail}")
-    if (device == "cpu") != _interpreted():
+    if (device == "cpu") != interpreted():
         raise BackendUnavailableError(
             f"the Triton codec cannot work on tensors on {device}: here it is {detail}; "
             "move the tensors, or use the native codec"

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""The logger ``kvzip``, and warnings that are worth saying once."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("kvzip")
+_logged: set[tuple[str, str]] = set()
+
+
+def log_once(event: str, detail: str) -> None:
+    """Log a warning the first time that this event happens with this detail."""
+    if (event, detail) not in _logged:
+        _logged.add((event, detail))
+        logger.warning("%s: %s (logged once; the counters have the rest)", event, detail)
