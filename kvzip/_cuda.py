@@ -84,6 +84,7 @@ class _EncodeArgs(ctypes.Structure):
         ("max_ctas", _U32),
         ("strips_per_warp", _U32),
         ("reserved", _U32),
+        ("crc32c", _P),
     )
 
 
@@ -106,6 +107,7 @@ class _DecodeArgs(ctypes.Structure):
         ("max_ctas", _U32),
         ("strips_per_warp", _U32),
         ("reserved", _U32),
+        ("crc32c", _P),
     )
 
 
@@ -451,6 +453,7 @@ class CudaDriver:
             max_ctas=args.max_ctas,
             strips_per_warp=strips_per_warp,
             reserved=0,
+            crc32c=args.crc32c,
         )
         self._check(self._library.kvz_cuda_encode(ctypes.byref(native), stream), "encoding on the GPU")
 
@@ -479,6 +482,7 @@ class CudaDriver:
             max_ctas=args.max_ctas,
             strips_per_warp=strips_per_warp,
             reserved=0,
+            crc32c=args.crc32c,
         )
         self._check(self._library.kvz_cuda_decode(ctypes.byref(native), stream), "decoding on the GPU")
 

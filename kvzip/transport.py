@@ -62,7 +62,10 @@ class Driver(Protocol):
 
 @dataclass(frozen=True)
 class EncodeArgs:
-    """Arguments of one encode launch: device-addressable addresses, sizes in bytes (see ``kvz_cuda_encode_args``)."""
+    """Arguments of one encode launch: device-addressable addresses, sizes in bytes (see ``kvz_cuda_encode_args``).
+
+    With `crc32c`, the checksums of the payloads are written there.
+    """
 
     segments: npt.NDArray[Any]
     device_segments: int
@@ -78,11 +81,15 @@ class EncodeArgs:
     workspace: int
     workspace_bytes: int
     max_ctas: int
+    crc32c: int = 0
 
 
 @dataclass(frozen=True)
 class DecodeArgs:
-    """Arguments of one decode launch (see ``kvz_cuda_decode_args``)."""
+    """Arguments of one decode launch (see ``kvz_cuda_decode_args``).
+
+    With `crc32c`, payloads that have other checksums than those there are refused.
+    """
 
     segments: npt.NDArray[Any]
     device_segments: int
@@ -95,6 +102,7 @@ class DecodeArgs:
     workspace: int
     workspace_bytes: int
     max_ctas: int
+    crc32c: int = 0
 
 
 @dataclass(frozen=True)

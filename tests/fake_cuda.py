@@ -140,6 +140,8 @@ class FakeDriver:
             at(a.record_offsets, np.uint64, a.num_blocks)[b] = where
             assert where + a.header_bytes + size <= a.arena_bytes
             at(a.arena + where + a.header_bytes, np.uint8, size)[:] = out[b, :size]
+            if a.crc32c:
+                at(a.crc32c, np.uint32, a.num_blocks)[b] = crc32c.crc32c(out[b, :size])
             where += -(-(a.header_bytes + size) // 256) * 256
 
     def crc32c(self, a: Any, stream: int) -> None:
@@ -166,6 +168,8 @@ class FakeDriver:
             status = 0
             try:
                 payload = at(int(payloads[b]), np.uint8, int(sizes[b]))
+                if a.crc32c and at(a.crc32c, np.uint32, a.num_blocks)[b] != crc32c.crc32c(payload):
+                    raise CorruptRecordError("the payload's checksum differs")
                 _native.cpu_decode(segments, ids[b : b + 1], [payload], table[b : b + 1], threads=1)
             except CorruptRecordError:
                 status = 2

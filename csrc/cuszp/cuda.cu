@@ -130,9 +130,11 @@ struct Shape {
   uint32_t strips = 0;  // of the largest page
 };
 
+uint64_t item_bytes(uint8_t dtype) { return dtype == KVZ_FP32 ? 4 : dtype == KVZ_OPAQUE ? 1 : 2; }
+
 bool valid_for_device(const kvz_segment& s) {
   if (kvz_max_segment_bytes(&s) == 0 || s.base == 0) return false;
-  const uint64_t item = s.dtype == KVZ_FP32 ? 4 : s.dtype == KVZ_OPAQUE ? 1 : 2;
+  const uint64_t item = item_bytes(s.dtype);
   uint64_t all = s.base | static_cast<uint64_t>(s.block_stride);
   if (s.tokens > 1) all |= static_cast<uint64_t>(s.token_stride);
   if (s.heads > 1) all |= static_cast<uint64_t>(s.head_stride);
@@ -172,10 +174,23 @@ uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
 
 uint32_t least(uint64_t a, uint64_t b) { return static_cast<uint32_t>(a < b ? a : b); }
 
-// Workspace: counters, then block states, then page states.
+// Workspace: counters, then block states, then page states, then two words a block for checksums.
 uint64_t counters_bytes() { return round_up(sizeof(Counters), 64); }
+uint64_t crc_bytes(uint64_t num_blocks) { return round_up(num_blocks * 2 * sizeof(uint32_t), 64); }
 uint64_t states_bytes(uint64_t num_segments, uint64_t num_blocks) {
   return round_up(num_blocks * sizeof(uint64_t), 64) + round_up(num_segments * num_blocks * sizeof(uint64_t), 64);
+}
+
+// No valid payload is larger: every group raw, with a class and a base that an encoder would not spend on it.
+uint64_t largest_payload(const kvz_segment* segments, uint32_t num_segments) {
+  uint64_t bytes = 0;
+  for (uint32_t i = 0; i < num_segments; ++i) {
+    const kvz_segment& s = segments[i];
+    const uint64_t rows = (static_cast<uint64_t>(s.tokens) + s.group_tokens - 1) / s.group_tokens;
+    const uint64_t columns = (static_cast<uint64_t>(s.heads) * s.head_dim * s.group_tokens + 15) / 16;
+    bytes += rows * columns * (16 * item_bytes(s.dtype) + 2) + 32;
+  }
+  return bytes;
 }
 
 int32_t check_batch(const kvz_segment* segments, const kvz_segment* device_segments, uint32_t num_segments,
@@ -201,7 +216,7 @@ using namespace kvz::gpu;
 extern "C" {
 
 uint64_t kvz_cuda_workspace_bytes(uint32_t num_segments, uint32_t num_blocks) {
-  return counters_bytes() + states_bytes(num_segments, num_blocks);
+  return counters_bytes() + states_bytes(num_segments, num_blocks) + crc_bytes(num_blocks);
 }
 
 uint64_t kvz_cuda_arena_bytes(const kvz_segment* segments, uint32_t num_segments, uint32_t num_blocks,
@@ -277,6 +292,18 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   if (error == cudaSuccess && !p.clear_states) {
     error = cudaMemsetAsync(p.block_state, 0, states_bytes(a.num_segments, a.num_blocks), s);
   }
+  if (error == cudaSuccess && a.crc32c != nullptr) {
+    CrcParams c = {};
+    c.base = a.arena;
+    c.offsets = a.record_offsets;
+    c.skip = p.header_units * 16ull;
+    c.end = a.arena_bytes;
+    c.payload_bytes = a.payload_bytes;
+    c.crc32c = a.crc32c;
+    c.scratch = reinterpret_cast<uint32_t*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
+    c.count = a.num_blocks;
+    error = launch_crc(c, worst, a.max_ctas, s);
+  }
   return status_of(error);
 }
 
@@ -329,6 +356,19 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   }
   void* parameters[] = {&p};
   cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (a.crc32c != nullptr) {
+    CrcParams c = {};
+    c.offsets = a.payloads;
+    c.end = ~0ull;
+    c.payload_bytes = a.payload_bytes;
+    c.expected = a.crc32c;
+    c.bad = p.bad;
+    c.any_bad = &p.counters->any_bad;
+    c.scratch = reinterpret_cast<uint32_t*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
+    c.count = a.num_blocks;
+    error = launch_crc(c, largest_payload(a.segments, a.num_segments), a.max_ctas, s);
+    if (error != cudaSuccess) return status_of(error);
+  }
   error =
       cudaLaunchKernel(reinterpret_cast<const void*>(validate_kernel), dim3(validating), dim3(256), parameters, 0, s);
   if (error == cudaSuccess)

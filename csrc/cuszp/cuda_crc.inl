@@ -65,24 +65,54 @@ __device__ uint32_t shift_past(uint32_t units, uint32_t lane) {
   return factor;
 }
 
-__global__ void __launch_bounds__(kCrcThreads) crc_kernel(const kvz_cuda_crc_args a, uint32_t most_pieces) {
+// What a launch of checksums works on.
+struct CrcParams {
+  const uint8_t* base;  // payload b begins at base + offsets[b] + skip
+  const uint64_t* offsets;
+  uint64_t skip;
+  uint64_t end;  // of the memory at `base`: a payload that ends behind it is not read
+  const uint64_t* payload_bytes;
+  uint32_t* crc32c;  // out, unless `expected` is given
+  const uint32_t* expected;
+  uint64_t* clear_size;  // of num_blocks: set to 0 where the checksum differs; or
+  uint32_t* bad;         // set to 1 there, and
+  uint32_t* any_bad;     // 1 too
+  uint32_t* scratch;
+  uint32_t count;
+  uint32_t most_pieces;  // of a payload; a longer one differs from what is expected
+};
+
+__device__ void refuse(const CrcParams& a, uint32_t b) {
+  if (a.clear_size != nullptr) a.clear_size[b] = 0;
+  if (a.bad != nullptr) {
+    a.bad[b] = 1;
+    *a.any_bad = 1;
+  }
+}
+
+__global__ void __launch_bounds__(kCrcThreads) crc_kernel(const __grid_constant__ CrcParams a) {
   __shared__ uint32_t row[4][256];
   for (uint32_t i = threadIdx.x; i < 1024; i += kCrcThreads) row[i >> 8][i & 255] = kCrc.row[i >> 8][i & 255];
   __syncthreads();
   const uint32_t lane = threadIdx.x & 31;
   const uint64_t warps = static_cast<uint64_t>(gridDim.x) * (kCrcThreads / 32);
-  const uint64_t work = static_cast<uint64_t>(a.count) * most_pieces;
+  const uint64_t work = static_cast<uint64_t>(a.count) * a.most_pieces;
   for (uint64_t id = blockIdx.x * (kCrcThreads / 32) + (threadIdx.x >> 5); id < work; id += warps) {
-    const uint32_t b = static_cast<uint32_t>(id / most_pieces);
-    const uint32_t piece = static_cast<uint32_t>(id % most_pieces);  // counted from the end of the payload
-    const int64_t bytes = static_cast<int64_t>(a.payload_bytes[b]);
+    const uint32_t b = static_cast<uint32_t>(id / a.most_pieces);
+    const uint32_t piece = static_cast<uint32_t>(id % a.most_pieces);  // counted from the end of the payload
+    const uint64_t size = a.payload_bytes[b], begin = a.offsets[b] + a.skip;
+    if (size > static_cast<uint64_t>(a.most_pieces) * kPieceBytes || size > a.end || begin > a.end - size) {
+      if (a.expected != nullptr && piece == 0 && lane == 0) refuse(a, b);
+      continue;
+    }
+    const int64_t bytes = static_cast<int64_t>(size);
     const uint32_t pieces = bytes == 0 ? 1 : static_cast<uint32_t>((bytes + kPieceBytes - 1) / kPieceBytes);
     if (piece >= pieces) continue;
     const int64_t after = static_cast<int64_t>(piece) * kPieceBytes;
     const int64_t end = bytes - after;
     const int64_t start = end > kPieceBytes ? end - kPieceBytes : 0;
     const int rows = static_cast<int>((end - start + kRowBytes - 1) / kRowBytes);
-    const uint8_t* const payload = a.base + a.offsets[b] + a.skip;
+    const uint8_t* const payload = a.base + begin;
     // Rows end where the piece ends; words before its start are zero, which leaves the CRC alone.
     int64_t at = end - static_cast<int64_t>(rows) * kRowBytes + lane * 4;
     uint32_t sum = 0;
@@ -111,14 +141,24 @@ __global__ void __launch_bounds__(kCrcThreads) crc_kernel(const kvz_cuda_crc_arg
       if (atomicAdd(&a.scratch[2 * b + 1], 1u) + 1 == pieces) {
         const uint32_t crc = ~atomicExch(&a.scratch[2 * b], 0u);
         a.scratch[2 * b + 1] = 0;
-        if (a.check == 0) {
+        if (a.expected == nullptr) {
           a.crc32c[b] = crc;
-        } else if (crc != a.crc32c[b]) {
-          a.payload_bytes[b] = 0;  // the decoder's validation refuses an empty payload
+        } else if (crc != a.expected[b]) {
+          refuse(a, b);
         }
       }
     }
   }
+}
+
+// `max_payload_bytes` sets how many pieces a payload may have.
+cudaError_t launch_crc(CrcParams p, uint64_t max_payload_bytes, uint32_t max_ctas, cudaStream_t stream) {
+  const uint64_t pieces = (max_payload_bytes + kPieceBytes - 1) / kPieceBytes;
+  p.most_pieces = pieces == 0 ? 1 : static_cast<uint32_t>(pieces);
+  const uint64_t needed = (static_cast<uint64_t>(p.count) * p.most_pieces + kCrcThreads / 32 - 1) / (kCrcThreads / 32);
+  const uint64_t limit = max_ctas != 0 ? max_ctas : 4096;
+  crc_kernel<<<static_cast<uint32_t>(needed < limit ? needed : limit), kCrcThreads, 0, stream>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -134,14 +174,21 @@ int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args* args, void* stream) {
     return KVZ_INVALID_ARGUMENT;
   }
   if (args->count == 0) return KVZ_OK;
-  const uint64_t pieces = (args->max_payload_bytes + kPieceBytes - 1) / kPieceBytes;
-  const uint32_t most_pieces = pieces == 0 ? 1 : static_cast<uint32_t>(pieces);
-  const uint64_t needed =
-      (static_cast<uint64_t>(args->count) * most_pieces + kCrcThreads / 32 - 1) / (kCrcThreads / 32);
-  const uint64_t limit = args->max_ctas != 0 ? args->max_ctas : 4096;
-  crc_kernel<<<static_cast<uint32_t>(needed < limit ? needed : limit), kCrcThreads, 0, stream_of(stream)>>>(
-      *args, most_pieces);
-  return status_of(cudaGetLastError());
+  CrcParams p = {};
+  p.base = args->base;
+  p.offsets = args->offsets;
+  p.skip = args->skip;
+  p.end = ~0ull;
+  p.payload_bytes = args->payload_bytes;
+  p.scratch = args->scratch;
+  p.count = args->count;
+  if (args->check != 0) {
+    p.expected = args->crc32c;
+    p.clear_size = args->payload_bytes;  // the decoder's validation refuses an empty payload
+  } else {
+    p.crc32c = args->crc32c;
+  }
+  return status_of(launch_crc(p, args->max_payload_bytes, args->max_ctas, stream_of(stream)));
 }
 
 }  // extern "C"

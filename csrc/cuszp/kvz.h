@@ -14,7 +14,7 @@
 #define KVZ_API __attribute__((visibility("default")))
 #endif
 
-#define KVZ_ABI_VERSION 1
+#define KVZ_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -142,12 +142,13 @@ typedef struct kvz_cuda_encode_args {
   uint32_t max_ctas;         // most thread blocks to run at a time; 0: as many as fit
   uint32_t strips_per_warp;  // tuning; 0: automatic
   uint32_t reserved;         // 0
+  uint32_t* crc32c;          // device memory, out: num_blocks; CRC32C of the payloads, as headers hold it; may be NULL
 } kvz_cuda_encode_args;
 
-// Encode block block_ids[b] for b < num_blocks in one launch. Record b begins at arena + record_offsets[b], its payload
-// header_bytes (rounded up to 16) later; payload and table are those of kvz_cpu_encode. When the arena is too small,
-// status[0] is KVZ_OUT_OF_SPACE, what did not fit was not written, and the table is complete. Capturable in a CUDA
-// graph.
+// Encode block block_ids[b] for b < num_blocks, in stream order. Record b begins at arena + record_offsets[b], its
+// payload header_bytes (rounded up to 16) later; payload and table are those of kvz_cpu_encode. When the arena is too
+// small, status[0] is KVZ_OUT_OF_SPACE, what did not fit was not written, and the table is complete. Capturable in a
+// CUDA graph.
 KVZ_API int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream);
 
 typedef struct kvz_cuda_decode_args {
@@ -166,10 +167,11 @@ typedef struct kvz_cuda_decode_args {
   uint32_t max_ctas;         // most thread blocks to run at a time; 0: as many as fit
   uint32_t strips_per_warp;  // tuning; 0: automatic
   uint32_t reserved;         // 0
+  const uint32_t* crc32c;    // device memory, num_blocks: what the CRC32C of the payloads must be; NULL: not checked
 } kvz_cuda_decode_args;
 
-// Validate the payloads as kvz_cpu_validate does, then decode into block block_ids[b] of the segments. A block that is
-// corrupt is not written at all. Block ids must be distinct. Capturable in a CUDA graph.
+// Validate the payloads as kvz_cpu_validate does, and against their checksums, then decode into block block_ids[b] of
+// the segments. A block that is corrupt is not written at all. Block ids must be distinct. Capturable in a CUDA graph.
 KVZ_API int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream);
 
 typedef struct kvz_cuda_crc_args {

@@ -646,7 +646,7 @@ def test_a_broken_library_is_named(unloaded: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("unsigned kvz_abi_version(void) { return 999; }", "ABI version 999, this kvzip needs 1"),
+        ("unsigned kvz_abi_version(void) { return 999; }", "ABI version 999, this kvzip needs 2"),
         ("int nothing;", "not kvzip's native library"),
     ],
 )
