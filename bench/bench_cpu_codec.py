@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip import _native
+from kvzip.benchmark import cpu_model, usable_cores
 from kvzip.record import Coding
 from kvzip.types import BlockView, ErrorBound
 
@@ -120,15 +121,6 @@ def measure(view: BlockView, name: str, thread_counts: list[int], repeats: int) 
     return result
 
 
-def cpu_model() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> int:
     """Measure, print a table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,7 +135,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.mib, args.repeats = 4, 3
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     threads = args.threads or sorted({1, cores})
 
     results: dict[str, Any] = {}

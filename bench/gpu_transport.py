@@ -25,16 +25,10 @@ import argparse
 import ctypes
 import faulthandler
 import gc
-import itertools
-import json
 import os
-import platform
-import re
-import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,19 +40,30 @@ import numpy as np
 import numpy.typing as npt
 from gpu_peers import MIB, PAGE_BYTES, TO_DEVICE, TO_HOST, Ints, Row, Unavailable, Way
 
-import kvzip
-from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, Transfer, _native
+from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, _native
 from kvzip.backends.base import EncodeRequest
 from kvzip.backends.cuszp import coding_of
+from kvzip.benchmark import (
+    GIB,
+    PATIENCE_SECONDS,
+    EngineWay,
+    Results,
+    add_link,
+    finish,
+    gpu_name,
+    host_environment,
+    link_environment,
+    quantiles,
+    repeat,
+    transfer_row,
+)
 from kvzip.errors import KvzipError
 from kvzip.memory import PinnedMemory, Region
 from kvzip.record import header_nbytes
 from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
-GIB = 1 << 30
 SECTIONS = ("pool", "transport", "both", "codec", "interference")
 MOST_PAGES_OF_BLOCK = 64
-PATIENCE_SECONDS = 60.0  # a transfer that takes longer hangs
 MAX_CTAS = (0, 16, 32, 64)
 
 
@@ -124,68 +129,32 @@ def check_pages(bench: peers.Bench, numbers: Ints, bound: float, name: str) -> N
         assert bool((error <= limit).all()), f"{name}: a page is further off than {bound} x its range"
 
 
-def finish(transfer: Transfer) -> int:
-    """Wait for a transfer; returns the bytes of its records."""
-    if not transfer.wait(PATIENCE_SECONDS):
-        raise TimeoutError(f"a transfer has not ended within {PATIENCE_SECONDS} s")
-    return transfer.result().record_bytes
-
-
-class Kvzip(Way):
+class Kvzip(EngineWay, Way):
     """An engine with its default settings. `store` and `load` take numbers of blocks; `pages` says of which size."""
 
+    name: ClassVar[str]  # type: ignore[misc]  # of the class here
     relative: ClassVar[float] = 0.0  # 0: lossless
 
     def __init__(self, bench: TransportBench, staging: Staging | None = None) -> None:
-        super().__init__(bench)
+        Way.__init__(self, bench)
         self.kvzip_bench = bench
+        self.pages = 1
         bound = ErrorBound.relative(self.relative) if self.relative else ErrorBound.lossless()
         try:
-            self.engine = bench.engine(bound, staging)
+            engine = bench.engine(bound, staging)
         except KvzipError as error:
             raise Unavailable(str(error)) from error
-        self.pages = 1
-        self._stream = int(bench.kernels.cuda_stream)
-        self._fresh = itertools.count()
-        self._keys: dict[int, list[bytes]] = {}
+        EngineWay.__init__(self, self.name, engine, self._pages, int(bench.kernels.cuda_stream))
+
+    def _pages(self) -> tuple[BlockView, BlockView]:
+        return self.kvzip_bench.view(self.pages), self.kvzip_bench.view(self.pages, targets=True)
 
     def note(self) -> str:
         stats = self.engine.stats()
         return f"pages not coded as asked: {dict(stats.fallbacks)} of {stats.stored_raw_bytes // PAGE_BYTES}"
 
-    def fresh_keys(self, count: int) -> list[bytes]:
-        number = next(self._fresh)
-        return [b"%s-%d-%d" % (self.name.encode(), number, i) for i in range(count)]
-
-    def renew(self, blocks: Ints, slot: int) -> None:
-        """Forget what a slot holds; the next store there has other keys."""
-        self.engine.discard(self._keys.pop(slot, []))
-        self._keys[slot] = self.fresh_keys(len(blocks))
-
-    def forget(self) -> None:
-        """Discard everything."""
-        for keys in self._keys.values():
-            self.engine.discard(keys)
-        self._keys.clear()
-
-    def start_store(self, keys: list[bytes], blocks: Ints) -> Transfer:
-        return self.engine.store(keys, self.kvzip_bench.view(self.pages)[blocks], stream=self._stream)
-
-    def start_load(self, keys: list[bytes], blocks: Ints) -> Transfer:
-        return self.engine.load(keys, self.kvzip_bench.view(self.pages, targets=True)[blocks], stream=self._stream)
-
-    def store(self, ids: Ints, slot: int) -> int:
-        return finish(self.start_store(self._keys[slot], ids))
-
-    def load(self, ids: Ints, slot: int) -> int:
-        return finish(self.start_load(self._keys[slot], ids))
-
     def check(self, ids: Ints) -> None:
         check_pages(self.bench, self.kvzip_bench.page_numbers(self.pages, ids), self.relative, self.name)
-
-    def close(self) -> None:
-        self.forget()
-        self.engine.close()
 
 
 class Kvzip1e3(Kvzip):
@@ -213,90 +182,15 @@ class KvzipLossless(Kvzip):
 WAYS: tuple[type[Way], ...] = (*peers.WAYS, Kvzip1e3, Kvzip1e2, KvzipLossless)
 
 
-# ---- results
-
-
-class Results:
-    """The files of a run, written whenever rows come.
-
-    Args:
-        folder: where they go.
-        gpu: the GPU in their names.
-        environment: stands in each.
-    """
-
-    def __init__(self, folder: Path, gpu: str, environment: Row) -> None:
-        self.folder, self.gpu, self.environment = folder, gpu, environment
-        self.parts: dict[str, Row] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def rows(self, part: str, kind: str = "rows") -> list[Row]:
-        """The rows of a file, by kind."""
-        made = self.parts.setdefault(part, {"environment": self.environment, "rows": [], "notes": []})
-        found: list[Row] = made.setdefault(kind, [])
-        return found
-
-    def add(self, part: str, rows: Iterable[Row], kind: str = "rows") -> None:
-        """Add rows and write the file."""
-        self.rows(part, kind).extend(rows)
-        self.save(part)
-
-    def note(self, part: str, text: str) -> None:
-        """Add a note, print it and write the file."""
-        print(f"{part}: {text}", flush=True)
-        self.rows(part)
-        self.parts[part]["notes"].append(text)
-        self.save(part)
-
-    def save(self, part: str) -> None:
-        """Write a file; whoever reads it never sees half of it."""
-        path = self.folder / f"{self.gpu}_{part}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.parts[part], indent=1) + "\n")
-        temporary.replace(path)
-
-    @contextmanager
-    def attempt(self, part: str, what: str) -> Iterator[None]:
-        """What fails inside becomes a note."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            self.note(part, f"{what} failed: {type(error).__name__}: {error}")
-
-
-def gpu_name(full: str) -> str:
-    """``"NVIDIA H200"`` is ``"h200"``."""
-    words = re.findall(r"[a-z0-9]+", full.lower().replace("nvidia", ""))
-    return next((w for w in words if re.search(r"\d", w)), "".join(words) or "gpu")
-
-
 def environment(torch: Any, data: str, commit: str) -> Row:
     """What the figures depend on."""
     found = peers.environment(torch)
-    found |= {
-        "kvzip": kvzip.__version__,
+    found |= host_environment() | {
         "commit": commit,
-        "native": _native.describe()["build"],
         "data": data,
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(terse=True),
         "page": f"{peers.TOKENS} tokens x {peers.HEADS} heads x {peers.HEAD_DIM}, bfloat16",
     }
-    fields = ("driver_version", "pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current")
-    try:
-        asked = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
-        found |= {f.replace(".", "_"): v.strip() for f, v in zip(fields, answer.split(","), strict=True)}
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        found["nvidia_smi"] = f"not available: {type(error).__name__}"
-    return found
-
-
-def quantiles(seconds: Sequence[float]) -> Row:
-    """Median, p10 and p90 in microseconds."""
-    low, middle, high = (float(q) * 1e6 for q in np.percentile(seconds, (10, 50, 90)))
-    return {"us": middle, "us_p10": low, "us_p90": high}
+    return found | link_environment()
 
 
 # ---- section transport
@@ -313,53 +207,30 @@ def measure(bench: TransportBench, way: Way, pages: int, *, quick: bool, limit_s
     else:
         slots = min(bench.count // pages, case.reps)
         chosen = [bench.order[k * pages : (k + 1) * pages] for k in range(slots)]
-    raw = pages * PAGE_BYTES
     rows: list[Row] = []
     for direction, call in (("out", way.store), ("in", way.load)):
         if direction == "in":
             bench.targets.zero_()
         torch.cuda.synchronize()
         gc.collect()
-        seconds: list[float] = []
-        processor = 0.0
-        moved = used = 0
-        began = time.perf_counter()
-        for r in range(-warm, case.reps):
-            k = (r + warm) % len(chosen)
+
+        def prepare(k: int, direction: str = direction, ids: list[Ints] = chosen) -> None:
             if direction == "out" and isinstance(way, Kvzip):
-                way.renew(chosen[k], k * pages)
-            used = max(used, k + 1)
-            before = time.process_time()
-            start = time.perf_counter()
-            nbytes = call(chosen[k], k * pages)
-            end = time.perf_counter()
-            if r >= 0:
-                seconds.append(end - start)
-                processor += time.process_time() - before
-                moved += nbytes
-                if end - began > limit_seconds and len(seconds) >= 5:
-                    break
-        chosen = chosen[:used]  # what was stored, then what was loaded
-        ratio = raw * len(seconds) / moved
-        row: Row = {"way": way.name, "direction": direction, "raw_bytes": raw, "pages": pages, "ratio": ratio}
-        row |= {"gb_per_s": raw / float(np.median(seconds)) / 1e9, "link_gb_per_s": None} | quantiles(seconds)
-        row |= {"efficiency": None, "cpu_s_per_gib": processor / (raw * len(seconds)) * GIB}
-        rows.append(row | {"repetitions": len(seconds)})
+                way.renew(ids[k], k * pages)
+
+        def move(k: int, call: Callable[[Ints, int], int] = call, ids: list[Ints] = chosen) -> int:
+            return call(ids[k], k * pages)
+
+        timing = repeat(
+            move, len(chosen), repetitions=case.reps, warm=warm, limit_seconds=limit_seconds, prepare=prepare
+        )
+        chosen = chosen[: timing.used]  # what was stored, then what was loaded
+        rows.append(transfer_row(way.name, direction, pages * PAGE_BYTES, timing, pages=pages))
     torch.cuda.synchronize()
     way.check(np.concatenate(chosen))
     if isinstance(way, Kvzip):
         way.forget()
     return rows
-
-
-def add_link(rows: Iterable[Row]) -> None:
-    """Fill in what the plain copy of the same size reached."""
-    rows = list(rows)
-    link = {(r["direction"], r["pages"]): r["gb_per_s"] for r in rows if r["way"] == "raw-link"}
-    for row in rows:
-        row["link_gb_per_s"] = link.get((row["direction"], row["pages"]))
-        if row["link_gb_per_s"]:
-            row["efficiency"] = row["gb_per_s"] / (row["ratio"] * row["link_gb_per_s"])
 
 
 LINE = (

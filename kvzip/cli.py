@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""The command line: ``kvzip demo``, ``kvzip info``, ``kvzip inspect``.
+"""The command line: ``kvzip demo``, ``kvzip bench``, ``kvzip info``, ``kvzip inspect``.
 
 Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated, 2 = unusable
 arguments or input.
@@ -13,11 +13,11 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvzip.errors import KvzipError
+from kvzip.errors import ConfigError, KvzipError
 from kvzip.record import Coding, Reason, RecordHeader, read_header, read_record
 from kvzip.types import ErrorBound
 
@@ -48,12 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="store, overwrite, load and verify a KV cache")
-    demo.add_argument(
-        "--input",
-        type=Path,
-        metavar="FILE.npy",
-        help="uint16 views of bf16, shape [layers, 2, tokens, kv_heads, head_dim]; default: a small real sample",
-    )
+    _add_input(demo)
     demo.add_argument(
         "--bound",
         type=_bound,
@@ -61,17 +56,26 @@ def _parser() -> argparse.ArgumentParser:
         help="1e-3 (relative to each page's range), abs:1e-2 or lossless; default 1e-3",
     )
     demo.add_argument("--mode", help="encoding mode: fixed, plain or outlier; default: the codec's first")
-    demo.add_argument("--codec", default="cuszp", help="name of the codec; default cuszp")
-    demo.add_argument("--block-tokens", type=int, default=16, metavar="N", help="tokens of one block; default 16")
     demo.add_argument(
         "--budget", type=_bytes, metavar="BYTES", help="bytes of the host pool, such as 64MiB; default: all fits"
     )
-    demo.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the pages lie; default auto"
-    )
-    demo.add_argument("--threads", type=int, default=0, metavar="N", help="most host threads; default 0, all cores")
-    demo.add_argument("--json", action="store_true", help="print one JSON object")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="speed of stores and loads on a KV cache, verified")
+    _add_input(bench)
+    bench.add_argument(
+        "--bound",
+        type=_bound,
+        action="append",
+        metavar="BOUND",
+        help="as for demo; may be given several times; default 1e-3, 1e-2 and lossless",
+    )
+    bench.add_argument(
+        "--mib", type=int, metavar="N", help="raw MiB of the largest transfer; default 16 on the host, 256 on a GPU"
+    )
+    bench.add_argument("--quick", action="store_true", help="few repetitions of 4 MiB: whether it works")
+    bench.add_argument("--out", type=Path, metavar="FILE.json", help="write the results to a file as well")
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="what this installation can do")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -82,6 +86,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    """What ``demo`` and ``bench`` share."""
+    parser.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.npy",
+        help="uint16 views of bf16, shape [layers, 2, tokens, kv_heads, head_dim]; default: a small real sample",
+    )
+    parser.add_argument("--codec", default="cuszp", help="name of the codec; default cuszp")
+    parser.add_argument("--block-tokens", type=int, default=16, metavar="N", help="tokens of one block; default 16")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the pages lie; default auto"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="most host threads; default 0, all cores")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _bound(text: str) -> ErrorBound:
@@ -115,14 +136,17 @@ def _bytes(text: str) -> int:
     return int(value)
 
 
+def _progress(of: str) -> Callable[[str, int, int], None]:
+    """A line on stderr where that is a terminal."""
+
+    def show(stage: str, done: int, total: int) -> None:
+        print(f"\r{stage:>14} {done}/{total} {of}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else lambda stage, done, total: None
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from kvzip import demo
-
-    show = sys.stderr.isatty()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if show:
-            print(f"\r{stage:>6} {done}/{total} blocks", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     result = demo.run(
         arguments.input,
@@ -133,7 +157,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         budget_bytes=arguments.budget,
         device=arguments.device,
         threads=arguments.threads,
-        progress=progress,
+        progress=_progress("blocks"),
     )
     if arguments.json:
         print(_json(result.as_dict()))
@@ -156,6 +180,48 @@ def _demo_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
         ("store", f"{r['store_gb_per_s']:.2f} GB/s of raw data"),
         ("load", f"{r['load_gb_per_s']:.2f} GB/s of raw data"),
     ]
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from kvzip import benchmark
+
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise ConfigError(f"{arguments.out.parent} is no folder: make it, or choose another --out")
+    result = benchmark.run(
+        arguments.input,
+        bounds=arguments.bound or [ErrorBound.parse(text) for text in ("1e-3", "1e-2", "lossless")],
+        codec=arguments.codec,
+        device=arguments.device,
+        mib=arguments.mib,
+        block_tokens=arguments.block_tokens,
+        threads=arguments.threads,
+        quick=arguments.quick,
+        progress=_progress("cases"),
+    )
+    if arguments.out:
+        benchmark.write_json(arguments.out, _plain(result))
+    if arguments.json:
+        print(_json(result))
+    else:
+        print(_bench_table(result))
+    return 1 if result["violations"] else 0
+
+
+def _bench_table(result: dict[str, Any]) -> str:
+    lines = [_table([*_flatten(result["environment"]), *_flatten(result["settings"])]), ""]
+    for row in result["rows"]:
+        efficiency = f"  {row['efficiency']:.2f} of ratio x link" if row["efficiency"] else ""
+        lines.append(
+            f"{row['way']:<14} {row['direction']:<3} {row['blocks']:>5} blocks {row['raw_bytes'] / 2**20:>8.2f} MiB "
+            f"ratio {row['ratio']:.3f} {row['gb_per_s']:>7.2f} GB/s {row['us']:>9.0f} us "
+            f"[{row['us_p10']:.0f}, {row['us_p90']:.0f}]{efficiency}"
+        )
+    lines += [
+        f"{row['codec']:<14} {row['op']} alone, {row['threads']} threads: ratio {row['ratio']:.3f} "
+        f"{row['gb_per_s']:.2f} GB/s"
+        for row in result["codec_rows"]
+    ]
+    return "\n".join([*lines, "", f"violations  {result['violations']}"])
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -221,8 +287,15 @@ def _header_dict(header: RecordHeader) -> dict[str, Any]:
 
 def _json(value: dict[str, Any], indent: int | None = None) -> str:
     """JSON proper: it has no infinity and no NaN, they become null."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    return json.dumps(plain, indent=indent, allow_nan=False)
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -217,3 +217,45 @@ def host_unregister(address: int) -> int:
 def _status(code: Any) -> int:
     ok, cuda_error = 0, 6  # KVZ_OK and KVZ_CUDA_ERROR of csrc/cuszp/kvz.h
     return cuda_error if int(code) else ok
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The current GPU and the versions that figures depend on."""
+    import torch
+
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": device.name,
+        "gpu_memory_bytes": device.total_memory,
+        "multiprocessors": device.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+    }
+
+
+class LinkCopy:
+    """Plain copies between a GPU and pinned memory: the limit of the link.
+
+    Args:
+        nbytes: most bytes of a copy.
+        device: the GPU.
+    """
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        import torch
+
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
+        self._host = self._device.cpu().pin_memory()
+        self._stream = torch.cuda.current_stream()
+
+    def out(self, nbytes: int) -> int:
+        """Copy so many bytes to the host; returns their number. Blocks the host."""
+        self._host[:nbytes].copy_(self._device[:nbytes], non_blocking=True)
+        self._stream.synchronize()
+        return nbytes
+
+    def into(self, nbytes: int) -> int:
+        """The reverse of `out`."""
+        self._device[:nbytes].copy_(self._host[:nbytes], non_blocking=True)
+        self._stream.synchronize()
+        return nbytes

@@ -346,6 +346,68 @@ def test_sizes(text: str, value: int) -> None:
     assert cli._bytes(text) == value
 
 
+# ---- bench
+
+
+def test_bench_measures_and_verifies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    status, out, err = run(
+        capsys, "bench", "--quick", "--device", "cpu", "--bound", "1e-2", "--bound", "lossless", "--json",
+        *("--out", str(file)),
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    result = strict(out)
+    assert strict(file.read_text()) == result
+    assert result["violations"] == 0
+    assert result["settings"]["bounds"] == ["rel:0.01", "lossless"]
+    assert {"cpu", "cpu_cores", "native", "kvzip", "numpy"} <= set(result["environment"])
+    rows = {(r["way"], r["direction"], r["blocks"]): r for r in result["rows"]}
+    sizes = sorted({blocks for *_, blocks in rows})
+    assert len(rows) == len(result["rows"]) == 2 * 2 * len(sizes)
+    for (way, _, blocks), row in rows.items():
+        assert row["raw_bytes"] == blocks * result["settings"]["block_bytes"]
+        assert row["us_p10"] <= row["us"] <= row["us_p90"]
+        assert row["gb_per_s"] == pytest.approx(row["raw_bytes"] / row["us"] / 1e3)
+        assert row["ratio"] > (3 if way == "kvzip-1e-2" else 1.3)
+    loaded = rows["kvzip-1e-2", "in", sizes[-1]]
+    assert loaded["compared_blocks"] >= sizes[-1]
+    assert 0.5 < loaded["max_error_over_bound"] <= 1
+    assert {(r["codec"], r["op"]) for r in result["codec_rows"]} == {
+        (w, op) for w in ("kvzip-1e-2", "kvzip-lossless") for op in ("encode", "decode")
+    }
+
+
+def test_bench_table(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "bench", "--quick", "--device", "cpu", "--bound", "abs:1e-2", "--codec", "raw")
+    assert (status, err) == (0, "")
+    for word in ("kvzip-abs:1e-2", "GB/s", "blocks", "ratio 0.9", "encode alone, 1 threads", "violations  0"):
+        assert word in out, out
+
+
+def test_bench_fails_when_a_bound_is_violated(capsys: pytest.CaptureFixture[str]) -> None:
+    kvzip.register_codec(Broken())
+    status, out, _ = run(capsys, "bench", "--quick", "--device", "cpu", "--codec", "broken", "--json")
+    assert status == 1
+    assert strict(out)["violations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bound", "0"], "error bound"),
+        (["--mib", "0"], "0 MiB"),
+        (["--block-tokens", "0"], "0 tokens"),
+        (["--input", "nowhere.npy"], "cannot read nowhere.npy"),
+        (["--codec", "none"], "no codec is named"),
+        (["--out", "no/such/folder/x.json", "--codec", "raw"], "no/such/folder is no folder"),
+    ],
+)
+def test_bench_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    status, out, err = run(capsys, "bench", "--quick", "--device", "cpu", *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
 # ---- info and inspect
 
 

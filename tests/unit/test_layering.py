@@ -18,7 +18,7 @@ PACKAGE = ROOT / "kvzip"
 
 # From the top to the bottom. A module imports from lower layers, or from its own.
 LAYERS: list[set[str]] = [
-    {"kvzip.cli", "kvzip.demo", "kvzip.info", "kvzip.testing", "kvzip.adapters"},
+    {"kvzip.cli", "kvzip.demo", "kvzip.benchmark", "kvzip.info", "kvzip.testing", "kvzip.adapters"},
     {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap"},
     {"kvzip.transport", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
     {"kvzip.pool", "kvzip.memory", "kvzip.policy", "kvzip.metrics", "kvzip.backends"},
