@@ -455,6 +455,13 @@ class SwapEngine:
         """Whether a record is held under this key. Does not count as a use."""
         return key in self._index
 
+    def record_sizes(self, keys: Iterable[bytes]) -> list[int]:
+        """Bytes of the pool that each key's record takes, rounded up to extents; 0 where none is held.
+
+        Does not count as a use.
+        """
+        return self._index.sizes(_key_list(keys))
+
     def discard(self, keys: Iterable[bytes]) -> int:
         """Forget records; keys that are not held are passed over.
 

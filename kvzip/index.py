@@ -286,6 +286,12 @@ class RecordIndex:
         with self.lock:
             return key in self._entries
 
+    def sizes(self, keys: Sequence[bytes]) -> list[int]:
+        """Bytes of extents that each key's record takes; 0 where none is held."""
+        with self.lock:
+            entries = map(self._entries.get, keys)
+            return [0 if entry is None else entry.allocation.extent_nbytes for entry in entries]
+
     def discard(self, keys: Iterable[bytes]) -> int:
         """Forget records; returns how many were held. One that is being loaded is freed when the load ends."""
         found = 0

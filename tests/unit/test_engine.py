@@ -54,6 +54,14 @@ def held(engine: kvzip.SwapEngine) -> list[int]:
     return [i for i, k in enumerate(K) if engine.contains(k)]
 
 
+def test_record_sizes_are_the_bytes_of_the_pool(engine: kvzip.SwapEngine) -> None:
+    engine.store(K[:3], view(pages(), range(3)))
+    assert engine.record_sizes([K[2], K[9], K[0]]) == [RECORD, 0, RECORD]
+    assert sum(engine.record_sizes(K)) == engine.pool.stats().extent_bytes_used
+    with pytest.raises(ConfigError, match="single key"):
+        engine.record_sizes(K[0])
+
+
 def codec_or_skip(name: str) -> str:
     if name == "cuszp":
         from kvzip import _native

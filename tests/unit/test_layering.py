@@ -40,6 +40,8 @@ LAZY = {
 }
 # The kernels of the Triton codec are a module that is itself imported lazily: Triton's decorators need the package.
 LAZY_MODULES = {"kvzip.backends.triton.kernels"}
+# Modules whose classes derive from vLLM's: vLLM imports them, by name.
+FOR_VLLM = {f"kvzip.adapters.vllm.{m}" for m in ("connector", "manager", "messages", "metrics", "spec", "worker")}
 # What the core may import at once.
 ALLOWED = {"numpy", "crc32c", "kvzip"} | set(sys.stdlib_module_names)
 
@@ -137,6 +139,16 @@ def test_lazy_modules_are_imported_lazily(name: str) -> None:
     for other in MODULES:
         for module, at_import, line in imports(other):
             assert not (inside(module, name) and at_import), f"{other}:{line} imports {name} at once"
+
+
+@pytest.mark.parametrize("name", sorted(m for m in MODULES if inside(m, "kvzip.adapters")))
+def test_adapters_import_a_serving_stack_in_their_own_modules_alone(name: str) -> None:
+    for module, at_import, line in imports(name):
+        if module.partition(".")[0] in LAZY and at_import:
+            assert name in FOR_VLLM, f"{name}:{line} imports {module} when it is imported itself: do it in a function"
+        if not inside(module, "kvzip") and module.partition(".")[0] not in LAZY:
+            assert module.partition(".")[0] in ALLOWED, f"{name}:{line} imports {module}"
+        assert not (module in FOR_VLLM and at_import) or name in FOR_VLLM, f"{name}:{line} imports {module} at once"
 
 
 def test_torch_only_in_interop_and_backends() -> None:

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Where the pages of a KV cache group lie in vLLM's tensors, for each version and attention backend.
+
+What vLLM calls a layer's cache is one tensor with a leading axis of (kernel) blocks. Its shape says how a block is
+built; its strides say where that lies in memory, whatever the layout is called:
+
+==============================  ==================================================================================
+shape behind the block axis     meaning
+==============================  ==================================================================================
+``2, N, H, D``                  K and V apart (vLLM 0.25; Triton and FlashAttention)
+``H, N, 2D``                    K and V of each token and head side by side (from 0.26 on)
+``2H, N, D``                    the heads of K, then those of V (FlashInfer with packed heads)
+``H, N, 2D`` on the CPU         the shape only: in memory, each head has its K, then its V, and K lies as D x N
+==============================  ==================================================================================
+
+with N tokens, H KV heads, D values a head. Everything else (latent caches, quantised ones, state-space layers, packed
+blocks) is taken as bytes of unknown meaning, which come back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvzip.coding import log_once
+from kvzip.types import BlockLayout, BlockView, DType, SegmentLayout
+
+_FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache, as the attention backend sees it.
+
+    Attributes:
+        tensor: the layer's tensor, blocks first.
+        spec: vLLM's ``KVCacheSpec`` of the layer.
+        cpu_isa: on the CPU, the instruction set whose layout its attention kernels use, such as ``"vec"``.
+    """
+
+    tensor: Any
+    spec: Any
+    cpu_isa: str = ""
+
+
+def group_view(
+    name: str,
+    layers: Sequence[LayerCache] | None,
+    raw: Sequence[tuple[Any, int]],
+) -> BlockView:
+    """The blocks of one KV cache group.
+
+    Args:
+        name: of the group, for messages.
+        layers: its layers' caches; None when they are not known.
+        raw: the same memory as vLLM's canonical tensors: int8, shape ``[num_blocks, page_bytes]``, each with the bytes
+            of a page that count.
+
+    Returns:
+        A view of all blocks: by geometry if all of it is understood, else as bytes.
+    """
+    num_blocks = int(raw[0][0].shape[0])
+    if layers:
+        segments: list[SegmentLayout] = []
+        for index, layer in enumerate(layers):
+            found = _layer_segments(layer, index, num_blocks)
+            if found is None:
+                log_once(
+                    f"vLLM KV cache group {name}: the page layout is not known, its blocks are kept bit for bit",
+                    f"{type(layer.spec).__name__}, {tuple(getattr(layer.tensor, 'shape', ()))}, "
+                    f"{getattr(layer.tensor, 'dtype', None)}",
+                )
+                break
+            segments += found
+        else:
+            tensors = [_by_manager_block(layer.tensor, num_blocks) for layer in layers]
+            return BlockView(tensors, BlockLayout(tuple(segments)))
+    tensors = [tensor[:, :nbytes] for tensor, nbytes in raw]
+    return BlockView(tensors, BlockLayout.opaque(tensors, dtype="opaque"))
+
+
+def _by_manager_block(tensor: Any, num_blocks: int) -> Any:
+    """The tensor with the scheduler's blocks as its first axis; each may hold several of the kernels' blocks."""
+    if tensor.shape[0] == num_blocks:
+        return tensor
+    return tensor.unflatten(0, (num_blocks, -1))
+
+
+def _layer_segments(layer: LayerCache, index: int, num_blocks: int) -> list[SegmentLayout] | None:
+    """Pages of a layer within a block, K before V; None when its layout is not known."""
+    tensor, spec = layer.tensor, layer.spec
+    heads, dim = getattr(spec, "num_kv_heads", 0), getattr(spec, "head_size", 0)
+    plain = (
+        heads
+        and dim
+        and not isinstance(tensor, (list, tuple))
+        and str(tensor.dtype) in _FLOATS
+        and getattr(spec, "dtype", tensor.dtype) == tensor.dtype
+        and "MLA" not in type(spec).__name__
+        and not getattr(getattr(spec, "kv_quant_mode", None), "value", 0)
+        and tensor.shape[0] % num_blocks == 0
+    )
+    if not plain:
+        return None
+    split = tensor.shape[0] // num_blocks
+    if spec.block_size % split:
+        return None
+    tokens = spec.block_size // split
+    dim_v = getattr(spec, "head_size_v", None) or dim
+    itemsize = tensor.element_size()
+    shape = tuple(tensor.shape[1:])
+    stride = [s * itemsize for s in tensor.stride()]
+    if tensor.stride(-1) != 1:
+        return None
+    dtype = DType.parse(str(tensor.dtype))
+
+    def page(kind: str, values: int, offset: int, token_stride: int, head_stride: int) -> SegmentLayout:
+        return SegmentLayout(index, dtype, tokens, heads, values, offset, token_stride, head_stride, kind)
+
+    pages: list[SegmentLayout]
+    if shape == (2, tokens, heads, dim) and dim_v == dim:
+        pages = [page("k", dim, 0, stride[2], stride[3]), page("v", dim, stride[1], stride[2], stride[3])]
+    elif shape == (heads, tokens, dim + dim_v):
+        if tensor.device.type == "cpu":
+            return _cpu_segments(layer, index, tokens, split)
+        pages = [page("k", dim, 0, stride[2], stride[1]), page("v", dim_v, dim * itemsize, stride[2], stride[1])]
+    elif shape == (2 * heads, tokens, dim) and dim_v == dim:
+        pages = [page("k", dim, 0, stride[2], stride[1]), page("v", dim, heads * stride[1], stride[2], stride[1])]
+    else:
+        return None
+    return _repeat(pages, split, stride[0])
+
+
+def _cpu_segments(layer: LayerCache, index: int, tokens: int, split: int) -> list[SegmentLayout] | None:
+    """Pages of vLLM's CPU attention: for each head ``2 x N x D`` values, K transposed to ``D x N``.
+
+    Tokens are next to each other in K, so each head is a page of its own whose "heads" are the D channels. Other
+    instruction sets tile K: then its values are taken in memory order.
+    """
+    tensor, spec = layer.tensor, layer.spec
+    heads, dim = spec.num_kv_heads, spec.head_size
+    item = tensor.element_size()
+    if (getattr(spec, "head_size_v", None) or dim) != dim or not tensor[0].is_contiguous():
+        return None
+    dtype = DType.parse(str(tensor.dtype))
+    half = tokens * dim * item
+    pages = []
+    for head in range(heads):
+        start = head * 2 * half
+        if layer.cpu_isa in ("vec", "vec16"):
+            pages.append(SegmentLayout(index, dtype, tokens, dim, 1, start, item, tokens * item, "k"))
+        else:
+            pages.append(SegmentLayout(index, dtype, 1, 1, tokens * dim, start, kind="k"))
+    if layer.cpu_isa in ("vec", "vec16"):
+        pages.append(SegmentLayout(index, dtype, tokens, heads, dim, half, dim * item, 2 * half, "v"))
+    else:
+        pages += [
+            SegmentLayout(index, dtype, 1, 1, tokens * dim, (2 * head + 1) * half, kind="v") for head in range(heads)
+        ]
+    return _repeat(pages, split, tensor.stride(0) * item)
+
+
+def _repeat(pages: list[SegmentLayout], split: int, stride_bytes: int) -> list[SegmentLayout]:
+    """The pages of every kernel block in a block, sorted so that equal shapes are side by side."""
+    if split == 1:
+        return pages
+    from dataclasses import replace
+
+    return [replace(p, offset_bytes=p.offset_bytes + i * stride_bytes) for p in pages for i in range(split)]
+
+
+def layers_of(
+    layer_names: Sequence[str], kv_caches: Mapping[str, Any], spec: Any, isa_of: Mapping[str, str]
+) -> list[LayerCache] | None:
+    """The caches of a group's layers.
+
+    Args:
+        layer_names: in vLLM's order.
+        kv_caches: what vLLM registered, by layer.
+        spec: the group's ``KVCacheSpec``; one for all layers, or vLLM's ``UniformTypeKVCacheSpecs``.
+        isa_of: instruction sets of the CPU's attention layers.
+    """
+    if any(name not in kv_caches for name in layer_names):
+        return None
+    own = getattr(spec, "kv_cache_specs", {})
+    return [LayerCache(kv_caches[name], own.get(name, spec), isa_of.get(name, "")) for name in layer_names]

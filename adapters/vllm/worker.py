@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""`KvzipOffloadingWorker`: vLLM's transfers as stores and loads of a `SwapEngine`. One in every worker process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from kvzip.adapters.vllm.messages import RecordSpec, WorkerReport
+from kvzip.adapters.vllm.metrics import worker_totals
+from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
+
+from kvzip.engine import Settings, SwapEngine
+from kvzip.errors import BlockNotFoundError, CorruptRecordError
+from kvzip.policy import LRU
+from kvzip.transfer import Transfer
+from kvzip.types import BlockView
+
+_log = logging.getLogger("kvzip")
+
+
+class WatchedLRU(LRU):
+    """LRU that remembers which records the engine evicted by itself: the scheduler has to hear of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evicted: deque[bytes] = deque()
+
+    def remove(self, key: bytes, *, evicted: bool) -> None:
+        """Forget ``key``, and note it when it was a victim."""
+        super().remove(key, evicted=evicted)
+        if evicted:
+            self.evicted.append(key)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a job moves in one KV cache group: block `blocks[i]` under key `keys[i]`, part of record `numbers[i]`."""
+
+    view: BlockView
+    blocks: npt.NDArray[np.int64]
+    keys: tuple[bytes, ...]
+    numbers: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Job:
+    """One of vLLM's transfer jobs.
+
+    Attributes:
+        job_id: vLLM's number of it.
+        store: whether it stores.
+        numbers: its records.
+        parts: what it moves, a part a group.
+        transfers: what is under way, with the part that it moves.
+        failed: positions of blocks that were not moved, with the part that they are in.
+        started: by `time.perf_counter`.
+    """
+
+    job_id: int
+    store: bool
+    numbers: tuple[int, ...] = ()
+    parts: list[Part] = field(default_factory=list)
+    transfers: list[tuple[Transfer, Part]] = field(default_factory=list)
+    failed: list[tuple[Part, tuple[int, ...]]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def done(self) -> bool:
+        """Whether everything under way has ended."""
+        return all(transfer.done() for transfer, _ in self.transfers)
+
+
+class KvzipOffloadingWorker(OffloadingWorker):
+    """Stores and loads blocks of the worker's KV cache. A failure is counted and reported, it never reaches vLLM.
+
+    Args:
+        views: the blocks of each KV cache group.
+        blocks_per_chunk: vLLM's chunk, in blocks; each block of a chunk is a record of the engine's.
+        make_engine: makes the engine, given an eviction policy.
+        verify: compare every stored block with what a load would give.
+        recover: whether loads that fail can be reported; without it they raise.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[BlockView],
+        blocks_per_chunk: int,
+        make_engine: Callable[[LRU], SwapEngine],
+        *,
+        verify: bool = False,
+        recover: bool = True,
+    ) -> None:
+        self._views = tuple(views)
+        self._blocks_per_chunk = blocks_per_chunk
+        self._policy = WatchedLRU()
+        self.engine = make_engine(self._policy)
+        self.verify = verify
+        self._recover = recover
+        self._jobs: dict[int, Job] = {}
+        self._first = 0  # records with smaller numbers were forgotten
+        self._sizes: dict[int, int] = {}
+        self._news = False  # a job has ended since the last report
+        self._bad_blocks: set[int] = set()
+        self._bad_jobs: set[int] = set()
+        self._failed_blocks = {True: 0, False: 0}  # of stores, of loads
+
+    # ---- what vLLM calls
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: RecordSpec) -> bool:
+        """Begin to store blocks. They must stay as they are until the job is finished."""
+        return self._submit(job_id, src_spec, dst_spec, store=True)
+
+    def submit_load(
+        self, job_id: int, src_spec: RecordSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """Begin to load blocks. They must not be read until the job is finished."""
+        return self._submit(job_id, dst_spec, src_spec, store=False)
+
+    def get_finished(self) -> list[TransferResult]:
+        """Jobs that have ended since the last call, all of them a success as far as vLLM is concerned."""
+        ended = [job for job in self._jobs.values() if job.done()]
+        return [self._settle(job) for job in ended]
+
+    def wait(self, job_ids: Collection[int]) -> None:
+        """Block the host until these jobs have ended."""
+        for job_id in job_ids:
+            job = self._jobs.get(job_id)
+            for transfer, _ in job.transfers if job is not None else ():
+                try:
+                    transfer.wait()
+                except Exception:  # `get_finished` sees to it
+                    _log.debug("job %d failed", job_id)
+
+    def shutdown(self) -> None:
+        """Let what is under way end, and free the pool."""
+        self.wait(list(self._jobs))
+        self._jobs.clear()
+        self.engine.close()
+        self.engine.pool.close()
+
+    # ---- what the connector calls
+
+    def take_report(self) -> WorkerReport | None:
+        """What the scheduler has to know, or None when nothing has changed."""
+        while self._policy.evicted:
+            self._drop([_number(self._policy.evicted.popleft())])
+        if not (self._sizes or self._news):
+            return None
+        self._news = False
+        sizes, self._sizes = self._sizes, {}
+        totals = worker_totals(self.engine.stats(), self._failed_blocks[True], self._failed_blocks[False])
+        return WorkerReport(sizes, totals)
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks of the cache that could not be loaded, once."""
+        taken, self._bad_blocks = self._bad_blocks, set()
+        return taken
+
+    def take_bad_jobs(self) -> set[int]:
+        """Load jobs with blocks that could not be loaded, once."""
+        taken, self._bad_jobs = self._bad_jobs, set()
+        return taken
+
+    def configure(self, **settings: Any) -> Settings:
+        """Change what the next stores are coded with: ``codec``, ``bound``, ``mode`` (see `SwapEngine.configure`)."""
+        return self.engine.configure(**settings)
+
+    # ---- inner
+
+    def _submit(self, job_id: int, gpu: GPULoadStoreSpec, spec: RecordSpec, *, store: bool) -> bool:
+        job = Job(job_id, store, tuple(spec.numbers))
+        self._jobs[job_id] = job
+        try:
+            self._obey(spec)
+            job.parts = list(self._parts(gpu, spec.numbers))
+        except Exception:
+            if not store:
+                raise  # the blocks to load are not known: nothing can be reported in their place
+            _log.exception("vLLM's store job %d is not understood, its chunks are not kept", job_id)
+            return True
+        for part in job.parts:
+            (self._start_store if store else self._start_load)(job, part)
+        return True
+
+    def _obey(self, spec: RecordSpec) -> None:
+        """Forget the records that the scheduler has given up."""
+        if spec.first_number > self._first:
+            self._first = spec.first_number
+            self.engine.discard([key for key in self._policy.victims() if _number(key) < self._first])
+        if spec.discards:
+            self.engine.discard(_key(number, i) for number in spec.discards for i in range(self._blocks_per_chunk))
+
+    def _parts(self, gpu: GPULoadStoreSpec, numbers: Sequence[int]) -> Iterator[Part]:
+        """Match blocks with records, group by group."""
+        n = self._blocks_per_chunk
+        sizes = gpu.group_sizes if getattr(gpu, "group_sizes", None) else [len(gpu.block_ids)]
+        indices = gpu.block_indices if getattr(gpu, "block_indices", None) else [0] * len(sizes)
+        ids = np.asarray(gpu.block_ids, np.int64)
+        block = record = 0
+        for view, size, index in zip(self._views, sizes, indices, strict=True):
+            if size == 0:
+                continue
+            skip = index % n  # blocks of the first chunk that are not meant
+            chunks = -(-(skip + size) // n)
+            own = numbers[record : record + chunks]
+            at = [(own[i // n], i % n) for i in range(skip, skip + size)]
+            yield Part(
+                view,
+                ids[block : block + size],
+                tuple(_key(number, i) for number, i in at),
+                tuple(number for number, _ in at),
+            )
+            block += size
+            record += chunks
+        if block != len(ids) or record != len(numbers):
+            raise ValueError(f"{len(ids)} blocks and {len(numbers)} records, {block} and {record} are accounted for")
+
+    def _start_store(self, job: Job, part: Part) -> None:
+        try:
+            blocks = part.view[part.blocks]
+            job.transfers.append((self.engine.store(part.keys, blocks, measure_error=self.verify), part))
+        except Exception as error:
+            _warn("store", error)
+            job.failed.append((part, tuple(range(len(part.keys)))))
+
+    def _start_load(self, job: Job, part: Part, positions: Sequence[int] | None = None) -> None:
+        """Load the blocks at these positions of a part; what cannot be loaded is noted, the rest is."""
+        left = list(range(len(part.keys)) if positions is None else positions)
+        while left:
+            try:
+                keys = [part.keys[i] for i in left]
+                chosen = Part(part.view, part.blocks[left], tuple(keys), tuple(part.numbers[i] for i in left))
+                job.transfers.append((self.engine.load(keys, part.view[chosen.blocks]), chosen))
+                return
+            except BlockNotFoundError as error:
+                missing = set(error.keys)
+                bad = [i for i in left if part.keys[i] in missing]
+            except CorruptRecordError as error:  # in host memory nothing was loaded yet
+                bad = [left[i] for i in error.blocks] if error.blocks else []
+                if not bad and len(left) > 1:  # which one it is shows one by one
+                    for i in left:
+                        self._start_load(job, part, [i])
+                    return
+                bad = bad or left
+                _warn("load", error)
+            except Exception as error:
+                _warn("load", error)
+                bad = left
+            job.failed.append((part, tuple(bad)))
+            left = [i for i in left if i not in set(bad)]
+
+    def _settle(self, job: Job) -> TransferResult:
+        """A job has ended: see what came of it."""
+        del self._jobs[job.job_id]
+        self._news = True
+        moved = 0
+        for transfer, part in job.transfers:
+            try:
+                moved += transfer.result().record_bytes
+            except CorruptRecordError as error:
+                job.failed.append((part, error.blocks or tuple(range(len(part.keys)))))
+            except Exception:  # the engine has logged it
+                job.failed.append((part, tuple(range(len(part.keys)))))
+        for part, positions in job.failed:
+            self._failed_blocks[job.store] += len(positions)
+            if not job.store:
+                self._load_failed(job, part, positions)
+        if job.store:
+            self._stored(job)
+        return _result(job, moved)
+
+    def _stored(self, job: Job) -> None:
+        """Report what the records of a store take; a record that lacks a block is dropped."""
+        keys: dict[int, list[bytes]] = {number: [] for number in job.numbers}
+        for part in job.parts:
+            for number, key in zip(part.numbers, part.keys, strict=True):
+                keys[number].append(key)
+        dropped = []
+        for number, own in keys.items():
+            sizes = self.engine.record_sizes(own)
+            if not sizes or 0 in sizes or number < self._first:
+                dropped.append(number)
+            else:
+                self._sizes[number] = sum(sizes)
+        self._drop(dropped)
+
+    def _load_failed(self, job: Job, part: Part, positions: Sequence[int]) -> None:
+        if not self._recover:
+            raise RuntimeError(
+                f"{len(positions)} KV blocks could not be loaded, and vLLM's own OffloadingConnector cannot compute "
+                "them again: use kv_connector KvzipConnector with kv_load_failure_policy recompute"
+            )
+        self._bad_blocks.update(int(part.blocks[i]) for i in positions)
+        self._bad_jobs.add(job.job_id)
+        self._drop({part.numbers[i] for i in positions})
+
+    def _drop(self, numbers: Collection[int]) -> None:
+        """Give records up, and say so."""
+        self.engine.discard(_key(number, i) for number in numbers for i in range(self._blocks_per_chunk))
+        self._sizes.update({number: 0 for number in numbers if number >= self._first})
+
+
+def _key(number: int, block: int) -> bytes:
+    """The engine's key of a block of a chunk."""
+    return number.to_bytes(8, "big") + block.to_bytes(4, "big")
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big")
+
+
+def _warn(what: str, error: Exception) -> None:
+    _log.warning("a %s failed, vLLM goes on without it: %s: %s", what, type(error).__name__, error)
+
+
+def _result(job: Job, moved: int) -> TransferResult:
+    return TransferResult(
+        job_id=job.job_id, success=True, transfer_size=moved, transfer_time=time.perf_counter() - job.started
+    )
