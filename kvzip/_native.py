@@ -132,7 +132,8 @@ def _load(path: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendUnavailableError(
-            f"the native library {path} cannot be loaded ({error}): reinstall kvzip on this machine"
+            f"the native library {path} cannot be loaded ({error}): it was built for another machine or is damaged; "
+            "build it here with `pip install --force-reinstall --no-deps .`"
         ) from error
     try:
         found = int(loaded.kvz_abi_version())
@@ -147,7 +148,13 @@ def _load(path: Path) -> ctypes.CDLL:
             "that both come from one build"
         )
     for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(loaded, name)
+        try:
+            function = getattr(loaded, name)
+        except AttributeError:
+            raise BackendUnavailableError(
+                f"the native library {path} has no {name}: it belongs to another version; reinstall kvzip, so that "
+                "both come from one build"
+            ) from None
         function.restype, function.argtypes = result, arguments
     isa = _config.cpu_isa()
     if isa != "auto" and loaded.kvz_cpu_set_isa(isa.encode()) != OK:

@@ -100,7 +100,7 @@ def paged(cache: npt.NDArray[Any], block_tokens: int) -> list[npt.NDArray[Any]]:
 
 
 def choose_device(wanted: str) -> str:
-    """Where the demo's pages lie.
+    """Where the pages of ``kvzip demo`` and ``kvzip bench`` lie.
 
     Args:
         wanted: ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -116,9 +116,9 @@ def choose_device(wanted: str) -> str:
     choice = device_codec()
     reason = choice.reason if choice.name == "none" else ""
     if not reason and importlib.util.find_spec("torch") is None:
-        reason = "the demo keeps its pages in torch tensors: pip install 'kvzip[torch]'"
+        reason = "pages on a GPU are torch tensors here: pip install 'kvzip[torch]'"
     if reason and wanted == "cuda":
-        raise BackendUnavailableError(f"the demo cannot run on the GPU: {reason}")
+        raise BackendUnavailableError(f"there is no GPU that can be used: {reason}")
     return "cpu" if reason else "cuda"
 
 

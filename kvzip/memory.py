@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import mmap
 import os
 import platform
@@ -41,7 +40,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from kvzip import _cuda
+from kvzip import _cuda, _native
 from kvzip.errors import BackendUnavailableError, ConfigError, NativeError
 from kvzip.interop.torch import gpu_problem, host_register, host_unregister
 
@@ -494,16 +493,13 @@ def _register_error(status: int, start: int, stop: int, total: int) -> Exception
 
 
 def _native_functions() -> tuple[Callable[[int, int], int], Callable[[int], int]]:
-    if _cuda.unavailable() and not gpu_problem():
+    reason = _cuda.unavailable()
+    if reason and gpu_problem():
+        raise BackendUnavailableError(f"pinned memory needs a GPU; use PageableMemory, or mend this: {reason}")
+    if reason:
         return host_register, host_unregister
-    native = importlib.import_module("kvzip._native").library()
-    try:
-        register, unregister = native.kvz_cuda_host_register, native.kvz_cuda_host_unregister
-    except AttributeError:
-        raise BackendUnavailableError(
-            "pinned memory needs CUDA, and the native library has no CUDA part: rebuild with KVZIP_CUDA=on (nvcc must "
-            "be found), or use PageableMemory"
-        ) from None
+    native = _native.library()
+    register, unregister = native.kvz_cuda_host_register, native.kvz_cuda_host_unregister
 
     def call_register(address: int, nbytes: int) -> int:
         return int(register(ctypes.c_void_p(address), ctypes.c_uint64(nbytes)))

@@ -7,14 +7,13 @@ from __future__ import annotations
 import gc
 import mmap
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvzip import memory
+from kvzip import _cuda, _native, memory
 from kvzip.errors import BackendUnavailableError, ConfigError, NativeError
 from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory, Region
 
@@ -255,11 +254,24 @@ def test_no_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailableError, match="KVZIP_CUDA=on"):
         Cuda(fail_at=0, status=5).memory().allocate(100)
 
-    native = types.ModuleType("kvzip._native")
-    native.library = lambda: types.SimpleNamespace()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kvzip._native", native)
-    with pytest.raises(BackendUnavailableError, match="KVZIP_CUDA=on"):
+    monkeypatch.setattr(_cuda, "unavailable", lambda: "no GPU can be used. Run on a machine with one")
+    monkeypatch.setattr(memory, "gpu_problem", lambda: "torch is not installed")
+    with pytest.raises(BackendUnavailableError, match=r"PageableMemory.*Run on a machine with one"):
         PinnedMemory().allocate(100)
+
+
+@linux
+def test_torch_pins_where_the_library_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    monkeypatch.setattr(_cuda, "unavailable", lambda: "the native library was built without CUDA")
+    monkeypatch.setattr(memory, "gpu_problem", lambda: "")
+    monkeypatch.setattr(memory, "host_register", cuda.register)
+    monkeypatch.setattr(memory, "host_unregister", cuda.unregister)
+    region = PinnedMemory().allocate(100)
+    assert region.pinned
+    assert cuda.calls == [(region.address, 100)]
+    region.close()
+    assert cuda.unregistered
 
 
 @linux
@@ -275,9 +287,8 @@ def test_the_native_library_is_looked_up_when_memory_is_allocated(monkeypatch: p
             calls.append(("unregister", 0))
             return 0
 
-    native = types.ModuleType("kvzip._native")
-    native.library = Library  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kvzip._native", native)
+    monkeypatch.setattr(_cuda, "unavailable", lambda: "")
+    monkeypatch.setattr(_native, "library", Library)
     resource = PinnedMemory()
     assert not calls
     with resource.allocate(1000):

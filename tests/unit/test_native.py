@@ -648,6 +648,7 @@ def test_a_broken_library_is_named(unloaded: pytest.MonkeyPatch, tmp_path: Path)
     [
         ("unsigned kvz_abi_version(void) { return 999; }", "ABI version 999, this kvzip needs 2"),
         ("int nothing;", "not kvzip's native library"),
+        (f"unsigned kvz_abi_version(void) {{ return {_native.ABI_VERSION}; }}", "has no kvz_.*another version"),
     ],
 )
 def test_another_version_is_refused(unloaded: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str) -> None:
