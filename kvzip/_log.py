@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 
 logger = logging.getLogger("kvzip")
+logger.addHandler(logging.NullHandler())  # what an application wants to see of a library it says itself
 _logged: set[tuple[str, str]] = set()
 
 

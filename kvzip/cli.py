@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvzip._log import logger
 from kvzip.errors import ConfigError, KvzipError
 from kvzip.record import Coding, Reason, RecordHeader, read_header, read_record
 from kvzip.types import ErrorBound
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = _parser().parse_args(argv)
+    warnings = logging.StreamHandler()  # to stderr
+    warnings.setFormatter(logging.Formatter("kvzip: %(message)s"))
+    logger.addHandler(warnings)
     try:
         status: int = arguments.run(arguments)
     except (KvzipError, OSError) as error:
@@ -40,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         print(f"kvzip: out of memory ({error}): use a smaller input, block or budget", file=sys.stderr)
         return 2
+    finally:
+        logger.removeHandler(warnings)
     return status
 
 

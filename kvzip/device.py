@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
@@ -73,6 +74,10 @@ class HostPaths(Protocol):
 
     def count_corrupt(self, blocks: int) -> None:
         """Count records that were found damaged."""
+        ...
+
+    def counting_failures(self, operation: str) -> AbstractContextManager[None]:
+        """A context that counts what a ``"store"`` or a ``"load"`` fails with."""
         ...
 
 

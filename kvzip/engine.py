@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from kvzip.errors import (
     LayoutError,
 )
 from kvzip.index import Entry, RecordIndex, contents_of
+from kvzip.metrics import Meter, MetricsSnapshot, snapshot
 from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
 from kvzip.record import Reason, RecordHeader, read_record
@@ -148,6 +149,7 @@ class SwapEngine:
         self._store_lock = threading.Lock()  # one store at a time: what it was promised cannot be taken by another
         self._totals: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
+        self._meter = Meter()
         self._seconds = {"store": 0.0, "load": 0.0}
         self._staging = staging or Staging()
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
@@ -211,7 +213,7 @@ class SwapEngine:
         if blocks.device != "cpu":
             self._index.check_open()
             return self._device(blocks.device).store(names, blocks, settings.codec, request, measure_error, stream)
-        with self._store_lock:
+        with self.counting_failures("store"), self._store_lock:
             self._index.check_open()
             result = self.store_blocks(names, blocks, settings.codec, request, measure_error)
         transfer = Transfer()
@@ -338,6 +340,7 @@ class SwapEngine:
         except BlockNotFoundError as error:
             with self._lock:
                 self._totals["missing_blocks"] += len(error.keys)
+                self._meter.failed("load", error)
             raise
         if out.device != "cpu":
             try:
@@ -347,7 +350,8 @@ class SwapEngine:
                 raise
             return swap.load(names, entries, out, stream)
         try:
-            self.load_blocks(entries, out)
+            with self.counting_failures("load"):
+                self.load_blocks(entries, out)
         except CorruptRecordError:
             self.count_corrupt(1)
             raise
@@ -413,6 +417,7 @@ class SwapEngine:
             self._totals["violations"] += result.violations or 0
             self._fallbacks.update(result.fallbacks)
             self._seconds["store"] += result.seconds
+            self._meter.finished("store", result.raw_bytes, result.record_bytes, result.seconds)
 
     def count_load(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -420,11 +425,22 @@ class SwapEngine:
             self._totals["loaded_blocks"] += result.blocks
             self._totals["loaded_raw_bytes"] += result.raw_bytes
             self._seconds["load"] += result.seconds
+            self._meter.finished("load", result.raw_bytes, result.record_bytes, result.seconds)
 
     def count_corrupt(self, blocks: int) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
         with self._lock:
             self._totals["corrupt_blocks"] += blocks
+
+    @contextmanager
+    def counting_failures(self, operation: str) -> Iterator[None]:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        try:
+            yield
+        except BaseException as error:
+            with self._lock:
+                self._meter.failed(operation, error)
+            raise
 
     def _device(self, name: str) -> DeviceSwap | TorchSwap:
         """The GPU side for ``"cuda:N"``, made at its first use."""
@@ -526,6 +542,11 @@ class SwapEngine:
                 portable_blocks=dict(sum((Counter(swap.coded_blocks) for swap in self._devices.values()), Counter())),
                 pool=self.pool.stats(),
             )
+
+    def metrics(self) -> MetricsSnapshot:
+        """The same and more, as families of counters, gauges and histograms: docs/reference/metrics.md."""
+        with self._lock:
+            return snapshot(asdict(self.stats()), self._meter)
 
     def close(self) -> None:
         """Forget all records, and close the pool if the engine made it.

@@ -101,7 +101,7 @@ class TorchSwap:
         after = self._mark(stream, self._device)
 
         def run() -> TransferResult:
-            with self._store_lock, self._lanes[0].behind(after):
+            with self._host.counting_failures("store"), self._store_lock, self._lanes[0].behind(after):
                 self._index.check_open()
                 return self._host.store_blocks(keys, blocks, self.codec_for(codec), request, measure_error)
 
@@ -120,7 +120,7 @@ class TorchSwap:
 
         def run() -> TransferResult:
             try:
-                with self._lanes[1].behind(after):
+                with self._host.counting_failures("load"), self._lanes[1].behind(after):
                     self._load(keys, entries, out)
             finally:
                 self._index.end_load(entries)
