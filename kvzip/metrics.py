@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """What an engine counts, as families of counters, gauges and histograms; and an exporter of them to Prometheus.
 
-`SwapEngine.metrics` gives a `MetricsSnapshot`. docs/reference/metrics.md has the names: base units (bytes, seconds), labels
-with few values, none for a request. Nothing here imports prometheus_client before a `PrometheusCollector` is used.
+`SwapEngine.metrics` gives a `MetricsSnapshot`. docs/reference/metrics.md has the names: base units (bytes, seconds),
+labels with few values, none for a request. Nothing here imports prometheus_client before a `PrometheusCollector` is
+used.
 """
 
 from __future__ import annotations
