@@ -117,7 +117,7 @@ class SwapEngine:
         codec: name of a codec, or a codec.
         bound: how far a loaded value may be from the stored one.
         mode: encoding mode; by default the codec's first.
-        policy: name of an eviction policy (``"lru"``), or a policy object of its own.
+        policy: name of an eviction policy (``"lru"``, ``"arc"`` or ``"s3fifo"``), or a policy object of its own.
         threads: most host threads for coding; 0 = all cores that the process may use.
         staging: bounds of the memory and of the thread blocks that transfers use on a GPU.
 

@@ -345,7 +345,7 @@ def test_a_policy_of_ones_own() -> None:
     assert policy.evicted[:2] == [(K[7], True), (K[6], True)]
     assert {(K[8], True), (K[9], True), (K[0], False), (K[5], False)} <= set(policy.evicted)
     assert (K[0], True) not in policy.evicted  # replaced is not evicted
-    with pytest.raises(ConfigError, match="unknown eviction policy 'fifo': use one of lru"):
+    with pytest.raises(ConfigError, match="unknown eviction policy 'fifo': use one of arc, lru"):
         kvzip.SwapEngine(4096, codec="raw", policy="fifo")
 
 
