@@ -150,7 +150,11 @@ def performance() -> str:
             "second, medians. Measure on your own machine before you rely on any of it."
         ),
     ]
-    for make in (cpu_section, pool_section, transport_section, codec_section, compute_section, pinned_section):
+    sections = (
+        *(cpu_section, pool_section, policy_section),
+        *(transport_section, codec_section, compute_section, pinned_section),
+    )
+    for make in sections:
         parts += make()
     return "\n".join(parts)
 
@@ -219,6 +223,33 @@ def pool_section() -> list[str]:
         ),
         table(["records", "eviction", "headroom", "payload", "runs per record", "allocate / free, us"], rows),
     ]
+
+
+def policy_section() -> list[str]:
+    """Hit rates of the eviction policies."""
+    found = load("policies.json")
+    if not found:
+        return []
+    name, data = found
+    parts = [
+        "## Eviction policies\n",
+        paragraph(
+            "The part of all blocks of the requests that the pool still held as part of a prefix, by the size of the "
+            "pool as a part of all blocks of the trace (`bench/policies.py`; requests give their blocks from the first "
+            f"token on, [{name}](../bench/results/{name}) has the reverse order too). A ratio of 2 is worth about one "
+            "column to the right. `lru` is the default: no other is better on all traces. The traces `mooncake-` are "
+            "those published with Mooncake (Qin et al., FAST 2025)."
+        ),
+    ]
+    rows = [r for r in data["rows"] if r["order"] == "forward"]
+    fractions = sorted({r["capacity_fraction"] for r in rows})
+    cells = {(r["trace"], r["policy"], r["capacity_fraction"]): f"{r['prefix_hit_rate']:.1%}" for r in rows}
+    lines = [
+        [about["trace"], policy, *(cells[about["trace"], policy, f] for f in fractions), f"{about['ceiling']:.1%}"]
+        for about in data["traces"]
+        for policy in dict.fromkeys(r["policy"] for r in rows)
+    ]
+    return [*parts, table(["trace", "policy", *(f"{f:.0%}" for f in fractions), "all"], lines)]
 
 
 def transport_section() -> list[str]:
