@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip import _native
-from kvzip.record import ENTRY_DTYPE
+from kvzip.record import ENTRY_DTYPE, crc32c
 
 BF16, FP16, FP32, OPAQUE = range(4)
 RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS = range(6)
@@ -234,6 +234,7 @@ class GpuEncode:
         strips_per_warp: int = 0,
         arena_bytes: int | None = None,
         guard: int = 0,
+        checksums: bool = False,
     ):
         from kvzip.transport import EncodeArgs
 
@@ -246,6 +247,7 @@ class GpuEncode:
         self.payload_bytes = torch.zeros(blocks, dtype=torch.int64, device="cuda")
         self.offsets = torch.zeros(blocks, dtype=torch.int64, device="cuda")
         self.status = torch.full((2,), 99, dtype=torch.int32, device="cuda")
+        self.crc32c = torch.zeros(blocks if checksums else 0, dtype=torch.int32, device="cuda")
         self.options = {"record_stride": 0 if packed else stride, "strips_per_warp": strips_per_warp}
         self.args = EncodeArgs(
             segments=batch.segments,
@@ -262,6 +264,7 @@ class GpuEncode:
             workspace=batch.workspace.data_ptr(),
             workspace_bytes=batch.workspace.numel(),
             max_ctas=max_ctas,
+            crc32c=self.crc32c.data_ptr() if checksums else 0,
         )
 
     def launch(self, stream: int | None = None) -> None:
@@ -288,6 +291,7 @@ class GpuDecode:
         all_or_nothing: bool = False,
         max_ctas: int = 0,
         strips_per_warp: int = 0,
+        crc32c: Array | None = None,
     ):
         from kvzip.transport import DecodeArgs
 
@@ -298,6 +302,7 @@ class GpuDecode:
         self.payload_bytes = batch.upload(encoded.payload_bytes)
         self.table = batch.upload(encoded.table)
         self.status = torch.full((len(batch.block_ids),), 99, dtype=torch.int32, device="cuda")
+        self.crc32c = None if crc32c is None else batch.upload(crc32c.astype(np.uint32))
         self.options = {"all_or_nothing": all_or_nothing, "strips_per_warp": strips_per_warp}
         self.args = DecodeArgs(
             segments=batch.segments,
@@ -311,6 +316,7 @@ class GpuDecode:
             workspace=batch.workspace.data_ptr(),
             workspace_bytes=batch.workspace.numel(),
             max_ctas=max_ctas,
+            crc32c=0 if self.crc32c is None else self.crc32c.data_ptr(),
         )
 
     def launch(self, stream: int | None = None) -> None:
@@ -352,6 +358,13 @@ def differences(batch: Batch, cpu: Encoded, gpu: Encoded) -> str:
             s = int(np.searchsorted(cpu.table[b]["offset"], unit, side="right")) - 1
             return f"payload of block {b}, 16 bytes {unit}, page {s} ({batch.specs[s]}, {cpu.table[b, s]})"
     return ""
+
+
+def checksums(encoded: Encoded) -> Array:
+    """CRC32C of every payload, computed on the host."""
+    payloads = encoded.payloads.cpu().numpy()
+    ends = encoded.starts + encoded.payload_bytes
+    return np.array([crc32c(payloads[i:j]) for i, j in zip(encoded.starts, ends, strict=True)], np.uint32)
 
 
 def decode_cpu(
@@ -397,17 +410,19 @@ def check_both_ways(batch: Batch, **options: Any) -> Encoded:
     decode_options = {k: v for k, v in options.items() if k in ("max_ctas", "strips_per_warp", "all_or_nothing")}
     memories = batch.host_memories()
     cpu = encode_cpu(batch, memories)
-    job = GpuEncode(batch, **encode_options)
+    job = GpuEncode(batch, checksums=True, **encode_options)
     job.launch()
     gpu = job.result()
     assert job.status.tolist() == [0, 1]
+    crcs = job.crc32c.cpu().numpy().view(np.uint32)
+    assert np.array_equal(crcs, checksums(gpu)), "checksums differ"
     found = differences(batch, cpu, gpu)
     assert not found, found
     for after, before in zip(batch.host_memories(), memories, strict=True):
         assert np.array_equal(after, before), "encoding wrote to the pages"
     out = batch.like()
     expected = out.host_memories()
-    back = GpuDecode(out, gpu, **decode_options)
+    back = GpuDecode(out, gpu, crc32c=crcs, **decode_options)
     back.launch()
     assert not back.statuses().any()
     decode_cpu(out, cpu, range(len(batch.block_ids)), expected)

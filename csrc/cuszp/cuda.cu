@@ -15,14 +15,14 @@ namespace {
 
 extern __shared__ __align__(16) uint8_t g_shared[];
 
-// Two CTAs of 512 threads, or four of 256: enough pages in flight to cover the latency of device memory, with 64
-// registers a thread.
+// 80 registers a thread: 24 warps on a multiprocessor, three pages of 64 KiB or more smaller ones, whose phases
+// overlap.
 template <int DTYPE>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 2) encode_fast_kernel(const __grid_constant__ EncodeParams p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) encode_fast_kernel(const __grid_constant__ EncodeParams p) {
   encode_fast<DTYPE>(p, g_shared);
 }
 template <int DTYPE>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 2) decode_fast_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) decode_fast_kernel(const __grid_constant__ DecodeParams p) {
   decode_fast<DTYPE>(p, g_shared);
 }
 __global__ void __launch_bounds__(kGeneralThreads, 2) encode_general_kernel(const __grid_constant__ EncodeParams p) {
@@ -158,16 +158,16 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
     const uint64_t channels = static_cast<uint64_t>(s.heads) * s.head_dim;
     const uint64_t strips = s.tokens / 16 * ((channels + kStripChannels - 1) / kStripChannels);
     shape.fast = s.dtype == shape.dtype && s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 &&
-                 all % 16 == 0 && strips <= most_strips;
+                 all % 16 == 0 && strips <= most_strips && s.token_stride == static_cast<int32_t>(s.token_stride);
     if (shape.fast && strips > shape.strips) shape.strips = static_cast<uint32_t>(strips);
   }
   return shape;
 }
 
-// Two strips a warp share what a warp does once a page, and leave several CTAs on a multiprocessor; large pages take
+// Four strips a warp share what a warp does once a page, and leave several CTAs on a multiprocessor; large pages take
 // more.
 uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
-  if (strips_per_warp == 0) strips_per_warp = 2;
+  if (strips_per_warp == 0) strips_per_warp = kBatch;
   const uint32_t warps = (strips + strips_per_warp - 1) / strips_per_warp;
   return warps < kMaxWarps ? warps : kMaxWarps;
 }
@@ -323,7 +323,7 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   if (error != cudaSuccess) return status_of(error);
   const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
   const uint32_t most_strips =
-      least(kMaxStrips, (room - kSharedBytes - 16) / (fast_decode_bytes(1) - kSharedBytes - 16));
+      least(kMaxStrips, (room - fast_decode_bytes(0)) / (fast_decode_bytes(1) - fast_decode_bytes(0)));
   const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
   const uint32_t pages = a.num_segments * a.num_blocks;
 

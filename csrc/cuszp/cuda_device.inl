@@ -20,6 +20,8 @@
 // This file compiles for the host as well (tests/gpu/emulation), so that its logic is tested where there is no GPU.
 #pragma once
 
+#include <type_traits>
+
 #include "format.h"
 #include "kvz.h"
 #include "quant.inl"
@@ -41,8 +43,8 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kStripChannels = 64;
 constexpr uint32_t kStripBytes = 16 * kStripChannels * 2;
 constexpr uint32_t kStripClassBytes = 64;   // most that the classes (and bases) of a strip take in any coding
-constexpr uint32_t kStripStateBytes = 256;  // encode: extremes of the strip's groups, 8 bytes a lane
-constexpr uint32_t kMaxWarps = 16;
+constexpr uint32_t kStripStateBytes = 128;  // encode: what a lane knows of its groups, 4 bytes
+constexpr uint32_t kMaxWarps = 24;
 constexpr uint32_t kMaxStrips = 128;
 constexpr uint32_t kGeneralThreads = 256;
 constexpr uint32_t kRecordUnits = 16;  // records start at multiples of 256 bytes
@@ -60,6 +62,11 @@ KVZ_DEV uint64_t load_relaxed(const uint64_t* from) {
 }
 KVZ_DEV void store_relaxed(uint64_t* to, uint64_t value) { *to = value; }
 KVZ_DEV void relax() { emulation::yield(); }
+KVZ_DEV void store_page(uint8_t* to, uint32_t value) { memcpy(to, &value, 4); }
+template <class Byte>
+KVZ_DEV Byte* row_of(Byte* base, int32_t stride, int32_t row) {
+  return base + static_cast<int64_t>(stride) * row;
+}
 
 template <int DTYPE>
 KVZ_DEV uint32_t extreme_half(uint32_t a, uint32_t b, bool largest) {
@@ -88,7 +95,22 @@ KVZ_DEV uint32_t narrow2(float low, float high) {
 
 KVZ_DEV uint32_t sign_fill_2(uint32_t q) { return (q >> 15 & 0x00010001u) * 0xffffu; }
 
+// The callers' results are representable: no rounding.
+KVZ_DEV uint32_t fma_bf16_2(uint32_t a, uint32_t b, uint32_t c) {
+  const float low = float_of(a << 16) * float_of(b << 16) + float_of(c << 16);
+  const float high = float_of(a & 0xffff0000u) * float_of(b & 0xffff0000u) + float_of(c & 0xffff0000u);
+  return bits_of(low) >> 16 | (bits_of(high) & 0xffff0000u);
+}
+KVZ_DEV float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
 #else
+
+KVZ_DEV uint32_t fma_bf16_2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+KVZ_DEV float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // The sign of each half in all of its bits. __byte_perm would drop the bits of the selector that replicate signs.
 KVZ_DEV uint32_t sign_fill_2(uint32_t q) {
@@ -116,6 +138,19 @@ KVZ_DEV void store_relaxed(uint64_t* to, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(value) : "memory");
 }
 KVZ_DEV void relax() { __nanosleep(32); }
+
+// To a page, which nothing here reads again: the compiler may move it past accesses to shared memory.
+KVZ_DEV void store_page(uint8_t* to, uint32_t value) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(value));
+}
+
+// base + stride * row in one instruction.
+template <class Byte>
+KVZ_DEV Byte* row_of(Byte* base, int32_t stride, int32_t row) {
+  uint64_t r;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(r) : "r"(stride), "r"(row), "l"(reinterpret_cast<uint64_t>(base)));
+  return reinterpret_cast<Byte*>(r);
+}
 
 // Extremes of both halves; NaN wins, and +0 counts as above -0.
 template <int DTYPE>
@@ -214,6 +249,28 @@ KVZ_DEV void transpose_16(uint32_t (&a)[16]) {
   transpose_8(a + 8);
 }
 
+// The low four bits of the bytes of a[0..7]: bit j of a[i] -> bit i of a[j], for j < 4.
+KVZ_DEV void transpose_low_4(uint32_t* a) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = choose(0x0f0f0f0fu, a[i], a[i + 4] << 4);
+  exchange<2>(a[0], a[2], 0x33333333u);
+  exchange<2>(a[1], a[3], 0x33333333u);
+  exchange<1>(a[0], a[1], 0x55555555u);
+  exchange<1>(a[2], a[3], 0x55555555u);
+}
+// And back, which leaves 0 in the high four bits.
+KVZ_DEV void transpose_from_low_4(uint32_t* a) {
+  exchange<1>(a[0], a[1], 0x55555555u);
+  exchange<1>(a[2], a[3], 0x55555555u);
+  exchange<2>(a[0], a[2], 0x33333333u);
+  exchange<2>(a[1], a[3], 0x33333333u);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[i + 4] = (a[i] >> 4) & 0x0f0f0f0fu;
+    a[i] &= 0x0f0f0f0fu;
+  }
+}
+
 // Zigzag and its inverse in both halves.
 KVZ_DEV uint32_t zigzag_2(uint32_t q) { return ((q << 1) & 0xfffefffeu) ^ sign_fill_2(q); }
 KVZ_DEV uint32_t unzigzag_2(uint32_t z) { return ((z >> 1) & 0x7fff7fffu) ^ ((z & 0x00010001u) * 0xffffu); }
@@ -259,6 +316,8 @@ KVZ_DEV int32_t key_32(float x) {
 KVZ_DEV float value_of_key_32(int32_t key) { return float_of(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff))); }
 
 KVZ_DEV uint32_t lane_of(uint32_t thread) { return thread & 31u; }
+// The same in all lanes, and the compiler knows it.
+KVZ_DEV uint32_t warp_of(uint32_t thread) { return __shfl_sync(kAllLanes, thread / kWarp, 0); }
 
 KVZ_DEV uint32_t inclusive_sum(uint32_t v, uint32_t lane) {
 #if !defined(KVZ_EMULATE)
@@ -622,8 +681,9 @@ KVZ_DEV uint32_t sum_words(const uint32_t* words, uint32_t count, uint32_t lane)
 constexpr uint32_t fast_encode_bytes(uint32_t strips) {
   return kSharedBytes + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
 }
+constexpr uint32_t kBehindPage = 48;  // that decoding may read behind a segment: padding, and words that no group has
 constexpr uint32_t fast_decode_bytes(uint32_t strips) {
-  return kSharedBytes + strips * (kStripClassBytes + kStripBytes) + 16;
+  return kSharedBytes + strips * (kStripClassBytes + kStripBytes) + kBehindPage;
 }
 
 // Word b of both groups to its place. A mask of bits is faster to test than a width to compare with: predicates come
@@ -658,14 +718,706 @@ KVZ_DEV void store_words(uint16_t* to, const uint32_t (&a)[16], uint32_t coding,
   for (int b = 8; b < 16; ++b) store_pair(to0, to1, have0, have1, b, a[b - 1] ^ sign);
 }
 
+// Strips of a warp are index = k * warps + warp for k = 0, 1, ...; this one is read by its own warp alone until it is
+// packed. Fetches them in the background.
+KVZ_DEV void fetch_strips(const Strips& strips, uint8_t* input, uint32_t warp, uint32_t warps, uint32_t lane) {
+  const uint32_t row = lane >> 3, chunk = lane & 7u;
+  for (uint32_t index = warp; index < strips.count; index += warps) {
+    const Strip at = strip_at(strips, index);
+    const uint32_t channel = at.channel + chunk * 8;
+    if (channel < strips.channels) {
+      const uint8_t* from = value_address(strips, at.row * 16 + row, channel);
+      uint8_t* to = input + index * kStripBytes + row * 128 + chunk * 16;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        copy_async_16(to + i * 512, row_of(from, static_cast<int32_t>(strips.token_stride), i * 4));
+    }
+  }
+}
+
+// A lane's column of a strip: two channels, a token every 32 words.
+KVZ_DEV const uint32_t* column_of(const uint8_t* input, uint32_t index, uint32_t lane) {
+  return reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+}
+
+// Least and largest of a column under a mask, halves apart; NaN wins in both.
 template <int DTYPE>
-KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
+KVZ_DEV void column_extremes(const uint32_t* column, uint32_t mask, uint32_t& low, uint32_t& high) {
+  low = high = column[0] & mask;
+#pragma unroll
+  for (int t = 1; t < 16; ++t) {
+    const uint32_t x = column[t * 32] & mask;
+    low = min2<DTYPE>(low, x);
+    high = max2<DTYPE>(high, x);
+  }
+}
+
+// Where strips' words begin, from the number of words of each. The same in every warp.
+struct Prefix {
+  const uint32_t* words;
+  uint32_t count, before;  // of strip `lane`, where there are few
+  uint32_t total;
+};
+KVZ_DEV Prefix prefix_of(const uint32_t* words, uint32_t count, uint32_t lane) {
+  Prefix p;
+  p.words = words;
+  p.count = count;
+  p.before = 0;
+  if (count <= kWarp) {
+    const uint32_t mine = lane < count ? words[lane] : 0u, sum = inclusive_sum(mine, lane);
+    p.before = sum - mine;
+    p.total = __shfl_sync(kAllLanes, sum, 31);
+  } else {
+    p.total = sum_words(words, count, lane);
+  }
+  return p;
+}
+KVZ_DEV uint32_t words_before(const Prefix& p, uint32_t index, uint32_t lane) {
+  if (index >= p.count) return p.total;
+  return p.count <= kWarp ? __shfl_sync(kAllLanes, p.before, static_cast<int>(index)) : sum_words(p.words, index, lane);
+}
+
+// A page whose strips are in shared memory, in any coding and with any values. Returns its entry; what fits no coding
+// stays where it is. By every thread of the CTA.
+template <int DTYPE>
+KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
   using Tr = Traits<DTYPE>;
   constexpr uint32_t kInfinity2 = Tr::kInfinity * 0x00010001u;
   constexpr uint32_t kFractionBits = Tr::kFraction;
   constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
+  const uint32_t page = shared.page, block = shared.block, segment_index = shared.segment;
+  const kvz_segment segment = p.segments[segment_index];
+  const Strips strips = strips_of(segment, p.block_ids[block]);
+  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  const uint32_t groups = segment.tokens / 16 * strips.channels;
+  const uint32_t raw_bytes = groups * 32;
+  // Of each strip and lane: the state of its groups in the quantised candidate, and, shifted by 16, their classes and
+  // bases in the lossless one.
+  uint32_t* const states = reinterpret_cast<uint32_t*>(memory + kSharedBytes);
+  uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
+  uint8_t* const input = out + count * kStripClassBytes;
+
+  // Extremes of the groups and of the page; are all values equal?
+  uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u, nonfinite = 0;
+  for (uint32_t k = 0; k < rounds; ++k) {
+    const uint32_t index = k * warps + warp;
+    if (index >= count) break;
+    const uint32_t* const column = column_of(input, index, lane);
+    uint32_t low, high;
+    column_extremes<DTYPE>(column, 0xffffffffu, low, high);
+    const bool inside = groups_at(strips, index, lane).inside;
+    if (!inside) {
+      low = kInfinity2;
+      high = kInfinity2 | 0x80008000u;
+    }
+    const uint32_t bad = inside ? nonfinite_2<DTYPE>(low, high) : 0u;
+    if (__any_sync(kAllLanes, bad != 0)) {
+      nonfinite = 1;
+#pragma unroll 1
+      for (uint32_t shift = 0; shift < 32; shift += 16) {
+        if (((bad >> shift) & 0x8000u) == 0) continue;
+        const uint32_t half = 0xffffu << shift;
+        const uint2 finite = finite_extremes<DTYPE>(column, shift);
+        low = (low & ~half) | finite.x;
+        high = (high & ~half) | finite.y;
+      }
+    }
+    page_low = min2<DTYPE>(page_low, low);
+    page_high = max2<DTYPE>(page_high, high);
+  }
+  {
+    const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
+    const int32_t high0 = key_16(page_high), high1 = key_16(page_high >> 16);
+    const int32_t low = __reduce_min_sync(kAllLanes, low0 < low1 ? low0 : low1);
+    const int32_t high = __reduce_max_sync(kAllLanes, high0 > high1 ? high0 : high1);
+    uint32_t equal = low == high ? value_of_key_16(low) : kDiffers;
+    if (nonfinite) {  // the extremes do not tell: compare every value of the warp's strips with the first
+      const uint32_t first = *reinterpret_cast<const uint16_t*>(input + warp * kStripBytes) * 0x00010001u;
+      uint32_t differs = 0;
+#pragma unroll 1
+      for (uint32_t index = warp; index < count; index += warps) {
+        if (!groups_at(strips, index, lane).inside) continue;
+        const uint32_t* const column = column_of(input, index, lane);
+#pragma unroll 1
+        for (int t = 0; t < 16; ++t) differs |= column[t * 32] ^ first;
+      }
+      equal = __any_sync(kAllLanes, differs != 0) ? kDiffers : first & 0xffffu;
+    }
+    if (lane == 0) {
+      shared.low[warp] = low;
+      shared.high[warp] = high;
+      shared.equal[warp] = equal;
+    }
+  }
+  __syncthreads();
+
+  const uint32_t busy = warps < count ? warps : count;  // warps that have a strip
+  const uint32_t slot = lane < busy ? lane : 0;
+  const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
+  const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
+  const uint32_t equal = shared.equal[0];
+  const bool constant = equal != kDiffers && __all_sync(kAllLanes, shared.equal[slot] == equal);
+  const uint32_t low_bits = value_of_key_16(low_key), high_bits = value_of_key_16(high_key);
+  const uint32_t lossy_coding = segment.coding;  // or raw, or lossless
+
+  const bool lossy = lossy_coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
+
+  float bound = 0.0f;
+  if (lossy && low_key <= high_key) {
+    bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
+  }
+  uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
+  uint32_t size = raw_bytes, param = 0;
+  const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
+  float finer = 0.0f;    // lane w: 1 / S for width w
+  bool settled = false;  // the quantised candidate is small enough: there is no lossless one
+
+  if (lossy_coding == KVZ_RAW) {
+    reason = KVZ_AS_ASKED;
+  } else if (constant) {
+    coding = KVZ_CONSTANT;
+    reason = KVZ_AS_ASKED;
+    size = KVZ_CONSTANT_BYTES;
+  } else {
+    // Widths of the quantised candidate.
+    if (bound > 0.0f) {
+      finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
+      for (uint32_t k = 0; k < rounds; ++k) {
+        const uint32_t index = k * warps + warp;
+        if (index >= count) break;
+        const Groups at = groups_at(strips, index, lane);
+        const uint32_t* const column = column_of(input, index, lane);
+        uint32_t low, high;
+        column_extremes<DTYPE>(column, 0xffffffffu, low, high);
+        const float low0 = widen<DTYPE>(low), low1 = widen_high<DTYPE>(low);
+        const float high0 = widen<DTYPE>(high), high1 = widen_high<DTYPE>(high);
+        const bool fits0 = quantisable<DTYPE>(low0, high0, bound, inverse);
+        const bool fits1 = quantisable<DTYPE>(low1, high1, bound, inverse);
+        uint32_t w0, w1;
+        if (lossy_coding == KVZ_FIXED) {
+          const int32_t top0 = top_bit(widest_code(low0, high0, inverse)),
+                        top1 = top_bit(widest_code(low1, high1, inverse));
+          const uint32_t less0 = static_cast<uint32_t>(top0 > 0 ? top0 : 0),
+                         less1 = static_cast<uint32_t>(top1 > 0 ? top1 : 0);
+          // Lanes past 15 repeat those below, so that the shuffle may have any width of a group that does not fit.
+          const float finer0 = __shfl_sync(kAllLanes, finer, static_cast<int>(less0));
+          const float finer1 = __shfl_sync(kAllLanes, finer, static_cast<int>(less1));
+          w0 = (widest_code(low0, high0, finer0) >> less0) == 0 ? less0 : static_cast<uint32_t>(top0 + 1);
+          w1 = (widest_code(low1, high1, finer1) >> less1) == 0 ? less1 : static_cast<uint32_t>(top1 + 1);
+          w0 = fits0 ? w0 : 16u | kStateRaw;
+          w1 = fits1 ? w1 : 16u | kStateRaw;
+        } else {
+          uint32_t before0 = kCodeZero, before1 = kCodeZero, rest = 0, first = 0;
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t u0, u1;
+            quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
+            const uint32_t code = zigzag_2(low_half(u0 - before0, u1 - before1));
+            if (t == 0) {
+              first = code;
+            } else {
+              rest |= code;
+            }
+            before0 = u0;
+            before1 = u1;
+          }
+          const uint32_t all = rest | first;
+          w0 = static_cast<uint32_t>(bit_length(all & 0xffffu));
+          w1 = static_cast<uint32_t>(bit_length(all >> 16));
+          uint32_t apart0 = 0, apart1 = 0;
+          if (lossy_coding == KVZ_OUTLIER) {
+            const uint32_t rest0 = static_cast<uint32_t>(bit_length(rest & 0xffffu));
+            const uint32_t rest1 = static_cast<uint32_t>(bit_length(rest >> 16));
+            apart0 = rest0 + 1 < w0 ? kStateApart : 0u;
+            apart1 = rest1 + 1 < w1 ? kStateApart : 0u;
+            w0 = apart0 ? rest0 : w0;
+            w1 = apart1 ? rest1 : w1;
+          }
+          w0 = fits0 && w0 <= Tr::kMaxWidth ? w0 | apart0 : 16u | kStateRaw;
+          w1 = fits1 && w1 <= Tr::kMaxWidth ? w1 | apart1 : 16u | kStateRaw;
+        }
+        const uint32_t state = at.inside ? make_state(w0, w1) : 0u;
+        states[index * kWarp + lane] = state;
+        if (at.inside) {
+          if (lossy_coding == KVZ_OUTLIER) {
+            const uint32_t class0 = w0 & kStateRaw ? KVZ_BYTE_RAW : w0 + (w0 & kStateApart);  // bit 5 moves to bit 6
+            const uint32_t class1 = w1 & kStateRaw ? KVZ_BYTE_RAW : w1 + (w1 & kStateApart);
+            *reinterpret_cast<uint16_t*>(out + at.first) = static_cast<uint16_t>(class0 | class1 << 8);
+          } else {
+            out[at.first / 2] = static_cast<uint8_t>((w0 < 15u ? w0 : 15u) | (w1 < 15u ? w1 : 15u) << 4);
+          }
+        }
+        const uint32_t words = __reduce_add_sync(kAllLanes, state_words(state));
+        if (lane == 0) shared.words[index] = words;
+      }
+      __syncthreads();
+      const uint32_t quantised =
+          (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(shared.words, count, lane);
+      if (quantised < size) {
+        size = quantised;
+        coding = static_cast<uint8_t>(lossy_coding);
+        reason = KVZ_AS_ASKED;
+      }
+      settled = static_cast<uint64_t>(quantised) * 8 <= static_cast<uint64_t>(raw_bytes) * 5;
+    }
+
+    // Widths of the lossless candidate.
+    if (!settled) {
+      const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
+      const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
+      for (uint32_t k = 0; k < rounds; ++k) {
+        const uint32_t index = k * warps + warp;
+        if (index >= count) break;
+        uint32_t least, most;
+        column_extremes<DTYPE>(column_of(input, index, lane), 0x7fff7fffu, least, most);
+        uint32_t known = 0, words = 0;
+#pragma unroll
+        for (uint32_t h = 0; h < 2; ++h) {
+          const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
+          const bool raw = !is_finite<DTYPE>(most >> (16 * h));
+          const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
+          const uint32_t w = static_cast<uint32_t>(bit_length(largest - base - bottom));
+          known |= raw ? static_cast<uint32_t>(KVZ_NIBBLE_RAW) << (4 * h) : w << (4 * h) | base << (8 + 4 * h);
+          words += raw ? 16u : kFractionBits + 1 + w;
+        }
+        uint32_t& state = states[index * kWarp + lane];
+        state = (bound > 0.0f ? state : 0u) | known << 16;
+        words = __reduce_add_sync(kAllLanes, groups_at(strips, index, lane).inside ? words : 0u);
+        if (lane == 0) shared.lossless_words[index] = words;
+      }
+      __syncthreads();
+      const uint32_t lossless = groups + 2 * sum_words(shared.lossless_words, count, lane);
+      if (lossless < size) {
+        reason = !lossy ? KVZ_AS_ASKED : bound > 0.0f ? KVZ_LOSSLESS_SMALLER : KVZ_BOUND_TOO_FINE;
+        size = lossless;
+        coding = KVZ_LOSSLESS;
+        param = largest;
+      }
+    }
+  }
+  const uint32_t units = units_of(size);
+  if (thread == 0) publish_size(p, page, segment_index, units);
+  const kvz_entry entry =
+      make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
+
+  if (coding >= KVZ_FIXED) {
+    // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
+    // strips.
+    const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? shared.lossless_words : shared.words;
+    const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
+    const bool few = count <= kWarp;
+    const uint32_t held = few && lane < count ? strip_words[lane] : 0u;
+    for (uint32_t k = 0; k < rounds; ++k) {
+      const uint32_t index = k * warps + warp;
+      const bool busy_warp = index < count;
+      uint32_t a[16];
+      uint32_t first = 0, position = 0;
+      Pair g = {};
+      bool narrow = false;
+      if (busy_warp) {
+        const uint32_t* const column = column_of(input, index, lane);
+        const Groups at = groups_at(strips, index, lane);
+        const uint32_t state = states[index * kWarp + lane], known = state >> 16;
+        if (coding != KVZ_LOSSLESS) {
+          g = pair_of_state(state);
+        } else if (at.inside) {
+          g = pair_of_classes<DTYPE>(KVZ_LOSSLESS, known & 15u, (known >> 4) & 15u);
+        }
+        const uint32_t mine = g.words0 + g.words1;
+        const uint32_t before =
+            few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(strip_words, index, lane);
+        position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
+        narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
+
+        if (coding == KVZ_FIXED) {
+          const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width0 & 15u));
+          const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width1 & 15u));
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t u0, u1;
+            quantise_2<DTYPE>(column[t * 32], inverse0, inverse1, u0, u1);
+            a[t] = low_half(u0, u1);
+          }
+        } else if (coding == KVZ_LOSSLESS) {
+          if (at.inside) {
+            out[at.first / 2] = static_cast<uint8_t>(known);
+            out[groups / 2 + at.first / 2] = static_cast<uint8_t>(known >> 8);
+          }
+          const uint32_t top0 = (param - ((known >> 8) & 15u)) << kFractionBits;
+          const uint32_t top1 = (param - ((known >> 12) & 15u)) << kFractionBits;
+          const uint32_t top = low_half(top0, top1);
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            const uint32_t x = column[t * 32];
+            // No borrow passes between the halves: no exponent is above its group's top, and raw halves are replaced
+            // below.
+            a[t] = (((top | 0x80008000u) - (x & kExponentMask)) & kExponentMask) | (x & ~kExponentMask);
+          }
+        } else {
+          uint32_t before0 = kCodeZero, before1 = kCodeZero;
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t u0, u1;
+            quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
+            a[t] = low_half(u0 - before0, u1 - before1);
+            before0 = u0;
+            before1 = u1;
+          }
+          first = a[0];
+          a[0] &= ~g.apart;
+        }
+        if (__any_sync(kAllLanes, g.raw != 0)) {
+          // A raw group is one whose codes, after zigzag or in the order of lossless words, are the values' bits.
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            const uint32_t x = column[t * 32];
+            const uint32_t y = coding == KVZ_LOSSLESS ? sign_to_top<DTYPE>(x) : unzigzag_2(x);
+            a[t] = (a[t] & ~g.raw) | (y & g.raw);
+          }
+        }
+        if (narrow) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) a[i] = __byte_perm(a[i], a[i + 8], 0x6240);
+          transpose_8(a);
+        } else {
+          transpose_16(a);
+        }
+      }
+      __syncthreads();
+      if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
+    }
+    if (thread < units * 16 - size) out[size + thread] = 0;
+  } else if (coding == KVZ_CONSTANT && thread < 4) {
+    reinterpret_cast<uint32_t*>(out)[thread] = thread == 0 ? equal : 0u;
+  }
+  return entry;
+}
+
+// ---- fast path: coders
+//
+// A coder knows one coding of a page of strips: how wide the groups of a strip are, what planes they have, and how
+// planes become words. What is common to codings, where words go and when they may go there, is in pack_page. Coders
+// leave pages with values that are not finite, and other rare ones, to encode_any.
+
+// Codes of `fixed` at the finest step that each group's width allows.
+template <int DTYPE>
+struct FixedCoder {
+  float bound, inverse;
+  float finer;  // lane w: 1 / S for width w
+  static constexpr uint32_t kCoding = KVZ_FIXED;
+
+  KVZ_DEV FixedCoder(float page_bound, float power_of_two, uint32_t lane) : bound(page_bound), inverse(power_of_two) {
+    finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
+  }
+
+  KVZ_DEV static uint32_t class_bytes(uint32_t groups) { return groups / 2; }
+
+  // Width of a group between two extremes, all quantisable.
+  KVZ_DEV uint32_t width(float low, float high) const {
+    const int32_t top = top_bit(widest_code(low, high, inverse));
+    const uint32_t less = static_cast<uint32_t>(top > 0 ? top : 0);
+    const float step = __shfl_sync(kAllLanes, finer, static_cast<int>(less));
+    return (widest_code(low, high, step) >> less) == 0 ? less : static_cast<uint32_t>(top + 1);
+  }
+
+  // Classes of a lane's two groups.
+  KVZ_DEV uint32_t classes(uint32_t low, uint32_t high) const {
+    const uint32_t w0 = width(widen<DTYPE>(low), widen<DTYPE>(high));
+    const uint32_t w1 = width(widen_high<DTYPE>(low), widen_high<DTYPE>(high));
+    return w0 | w1 << 4;
+  }
+
+  // One pass of packing: planes of a strip in a[], then words[].
+  uint32_t width0, width1, level;  // level: planes that any group of the strip has, rounded up to 8, 12 or 16
+  KVZ_DEV uint32_t begin(uint32_t c) {
+    width0 = c & 15u;
+    width1 = c >> 4;
+    return width0 + width1;
+  }
+  KVZ_DEV void planes(uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    begin(c);
+    const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(width0));
+    const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(width1));
+    const uint32_t widest = width0 > width1 ? width0 : width1;
+    level = !__any_sync(kAllLanes, widest > 8) ? 8 : !__any_sync(kAllLanes, widest > 12) ? 12 : 16;
+    // Numbers are rounded by adding 2^23 and an even bias that makes codes positive: integers are then in the low bits
+    // of the sums, which multiplication and addition of integers put beside each other.
+    if (level == 8) {
+      constexpr float kBias = 8388608.0f + 65536.0f + 128.0f;  // 65,536: no sum is below 2^23
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
+        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0 + kBias);
+        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0 + kBias);
+        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1 + kBias);
+        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1 + kBias);
+        a[t] = low_half(v0 * 256u + u0, v1 * 256u + u1);
+      }
+      transpose_8(a);
+    } else {
+      // The exponent of the lower code, 0x4b00, runs into the higher one, whose bias makes up for it: both are q +
+      // 0x8000 in the end.
+      constexpr float kLow = 8388608.0f + 32768.0f, kHigh = 8388608.0f + 32768.0f - 19200.0f;
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
+        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0 + kLow);
+        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0 + kHigh);
+        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1 + kLow);
+        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1 + kHigh);
+        const uint32_t both0 = v0 * 65536u + u0, both1 = v1 * 65536u + u1;
+        a[t] = __byte_perm(both0, both1, 0x6420);
+        a[t + 8] = __byte_perm(both0, both1, 0x7531);
+      }
+      transpose_8(a);
+      if (level == 12) {
+        transpose_low_4(a + 8);
+      } else {
+        transpose_8(a + 8);
+      }
+    }
+  }
+  // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
+  KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
+    uint16_t* const to1 = to + width0;
+    const uint32_t have0 = (1u << width0) - 1u, have1 = (1u << width1) - 1u;
+    const uint32_t positive = level == 8 ? a[7] : level == 12 ? ~a[11] : a[15];
+#pragma unroll
+    for (int b = 0; b < 8; ++b) store_pair(to, to1, have0, have1, b, b == 0 ? ~positive : ~(a[b - 1] ^ positive));
+    if (level == 8) return;
+#pragma unroll
+    for (int b = 8; b < 12; ++b) store_pair(to, to1, have0, have1, b, ~(a[b - 1] ^ positive));
+    if (level == 12) return;
+#pragma unroll
+    for (int b = 12; b < 14; ++b) store_pair(to, to1, have0, have1, b, ~(a[b - 1] ^ positive));
+  }
+};
+
+// The lossless coding. A class holds the widths of both groups and their bases.
+template <int DTYPE>
+struct LosslessCoder {
+  uint32_t largest;  // exponent of the page
+  static constexpr uint32_t kCoding = KVZ_LOSSLESS;
+  static constexpr int kFraction = Traits<DTYPE>::kFraction;
+
+  KVZ_DEV explicit LosslessCoder(uint32_t exponent) : largest(exponent) {}
+
+  KVZ_DEV static uint32_t class_bytes(uint32_t groups) { return groups; }
+
+  // From the extremes of the magnitudes.
+  KVZ_DEV uint32_t classes(uint32_t least, uint32_t most) const {
+    uint32_t c = 0;
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
+      const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
+      c |= static_cast<uint32_t>(bit_length(largest - base - bottom)) << (4 * h) | base << (8 + 4 * h);
+    }
+    return c;
+  }
+
+  uint32_t width0, width1;
+  KVZ_DEV uint32_t begin(uint32_t c) {
+    width0 = kFraction + 1 + (c & 15u);
+    width1 = kFraction + 1 + ((c >> 4) & 15u);
+    return width0 + width1;
+  }
+  KVZ_DEV void planes(uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    begin(c);
+    const uint32_t top =
+        low_half((largest - ((c >> 8) & 15u)) << kFraction, (largest - ((c >> 12) & 15u)) << kFraction);
+    // Exponents are subtracted, sign and fraction come out turned over, and nothing is borrowed: no exponent is above
+    // its group's top.
+    const uint32_t all = top | 0x80008000u | ((1u << kFraction) - 1u) * 0x00010001u;
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      const uint32_t x = all - column[t * 32], y = all - column[(t + 8) * 32];
+      a[t] = __byte_perm(x, y, 0x6240);
+      a[t + 8] = __byte_perm(x, y, 0x7351);
+    }
+    transpose_8(a);
+    transpose_8(a + 8);
+  }
+  KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
+    uint16_t* const to1 = to + width0;
+    const uint32_t have0 = (1u << width0) - 1u, have1 = (1u << width1) - 1u;
+    if (width0 != 0) {
+#pragma unroll
+      for (int b = 0; b <= kFraction; ++b) {
+        const uint32_t word = ~(b < kFraction ? a[b] : a[15]);
+        to[b] = static_cast<uint16_t>(word);
+        to1[b] = static_cast<uint16_t>(word >> 16);
+      }
+    }
+#pragma unroll
+    for (int b = kFraction + 1; b < 16; ++b) store_pair(to, to1, have0, have1, b, a[b - 1]);
+  }
+};
+
+// Classes of a strip in shared memory.
+template <class Coder>
+KVZ_DEV void store_classes(uint8_t* out, uint32_t groups, uint32_t first, uint32_t c) {
+  out[first / 2] = static_cast<uint8_t>(c);
+  if (Coder::kCoding == KVZ_LOSSLESS) out[groups / 2 + first / 2] = static_cast<uint8_t>(c >> 8);
+}
+template <class Coder>
+KVZ_DEV uint32_t load_classes(const uint8_t* out, uint32_t groups, uint32_t first) {
+  uint32_t c = out[first / 2];
+  if (Coder::kCoding == KVZ_LOSSLESS) c |= static_cast<uint32_t>(out[groups / 2 + first / 2]) << 8;
+  return c;
+}
+
+// Words of a page whose classes are in place, in place of the strips. Words follow the classes and reach only strips
+// that were packed before, or at the same time: those are in registers, once all warps have met.
+template <class Coder>
+KVZ_DEV void pack_page(Coder& coder, const Strips& strips, const Prefix& prefix, uint8_t* out, const uint8_t* input,
+                       uint32_t groups, uint32_t warp, uint32_t warps, uint32_t lane) {
+  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  const uint32_t class_bytes = Coder::class_bytes(groups);
+  const uint32_t strips_at = static_cast<uint32_t>(input - out);
+  uint32_t read_until = strips_at;  // all warps have read the strips before
+  for (uint32_t k = 0; k < rounds; k += 2) {
+    uint32_t c[2], words[2];
+#pragma unroll
+    for (uint32_t j = 0; j < 2; ++j) {
+      const uint32_t index = (k + j) * warps + warp;
+      const Groups at = groups_at(strips, index, lane);
+      const bool inside = index < count && at.inside;
+      c[j] = inside ? load_classes<Coder>(out, groups, at.first) : 0u;
+      words[j] = inside ? coder.begin(c[j]) : 0u;
+    }
+    const uint32_t both = words[0] | words[1] << 16, before = inclusive_sum(both, lane) - both;
+#pragma unroll
+    for (uint32_t j = 0; j < 2; ++j) {
+      if (k + j >= rounds) break;
+      const uint32_t index = (k + j) * warps + warp, next = (k + j + 1) * warps;
+      const bool busy = index < count;
+      const uint32_t start = words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
+      uint32_t a[16];
+      if (busy) coder.planes(c[j], column_of(input, index, lane), a);
+      const uint32_t end = (class_bytes + 2 * words_before(prefix, next, lane) + 15) & ~15u;
+      if (end > read_until) {
+        __syncthreads();
+        read_until = strips_at + next * kStripBytes;
+      }
+      if (busy) {
+        if (words[j] == 0) coder.width0 = coder.width1 = 0;
+        coder.store(reinterpret_cast<uint16_t*>(out + class_bytes) + start, a);
+      }
+    }
+  }
+}
+
+constexpr uint32_t kBatch = 4;  // strips of a warp whose extremes stay in registers
+
+// A page in the coding of a coder, or an entry of size 0 when it is one for encode_any, which finds the page as it was.
+// `Quantised`: FixedCoder, else LosslessCoder.
+template <int DTYPE, bool QUANTISED>
+KVZ_DEV kvz_entry encode_page_of(const EncodeParams& p, Shared& shared, uint8_t* memory, const kvz_segment& segment,
+                                 const Strips& strips, uint32_t page, uint32_t segment_index) {
+  using Coder = std::conditional_t<QUANTISED, FixedCoder<DTYPE>, LosslessCoder<DTYPE>>;
+  constexpr uint32_t kInfinity = Traits<DTYPE>::kInfinity, kInfinity2 = kInfinity * 0x00010001u;
+  constexpr uint32_t kMask = QUANTISED ? 0xffffffffu : 0x7fff7fffu;
+  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
+  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  const uint32_t groups = segment.tokens / 16 * strips.channels, raw_bytes = groups * 32;
+  uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
+  const uint8_t* const input = out + count * kStripClassBytes;
+  kvz_entry none = {};
+
+  uint32_t low[kBatch], high[kBatch];
+  uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u;
+  for (uint32_t k = 0; k < rounds; k += kBatch) {
+#pragma unroll
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const uint32_t index = (k + j) * warps + warp;
+      if (index >= count) break;
+      uint32_t l, h;
+      column_extremes<DTYPE>(column_of(input, index, lane), kMask, l, h);
+      if (groups_at(strips, index, lane).inside) {
+        page_low = min2<DTYPE>(page_low, l);
+        page_high = max2<DTYPE>(page_high, h);
+      }
+      if (k == 0) {
+        low[j] = l;
+        high[j] = h;
+      }
+    }
+  }
+  {
+    const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
+    const int32_t high0 = key_16(page_high), high1 = key_16(page_high >> 16);
+    const int32_t least = __reduce_min_sync(kAllLanes, low0 < low1 ? low0 : low1);
+    const int32_t most = __reduce_max_sync(kAllLanes, high0 > high1 ? high0 : high1);
+    if (lane == 0) {
+      shared.low[warp] = least;
+      shared.high[warp] = most;
+    }
+  }
+  __syncthreads();
+  const uint32_t slot = lane < warps && lane < count ? lane : 0;
+  const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
+  const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
+  if (low_key <= key_16(kInfinity | 0x8000u) || high_key >= key_16(kInfinity) || low_key == high_key) return none;
+
+  float bound = 0.0f, inverse = 0.0f;
+  uint32_t param = 0;
+  if (QUANTISED) {
+    const float page_least = widen<DTYPE>(value_of_key_16(low_key)),
+                page_most = widen<DTYPE>(value_of_key_16(high_key));
+    bound = page_bound(segment.bound_kind, segment.bound, page_least, page_most);
+    if (!(bound > 0.0f)) return none;
+    inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
+    if (!quantisable<DTYPE>(page_least, page_most, bound, inverse)) return none;
+  } else {
+    param = exponent_of<DTYPE>(static_cast<uint32_t>(high_key));
+  }
+  Coder coder = [&] {
+    if constexpr (QUANTISED) {
+      return FixedCoder<DTYPE>(bound, inverse, lane);
+    } else {
+      return LosslessCoder<DTYPE>(param);
+    }
+  }();
+
+  for (uint32_t k = 0; k < rounds; k += kBatch) {
+#pragma unroll
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const uint32_t index = (k + j) * warps + warp;
+      if (index >= count) break;
+      uint32_t l = low[j], h = high[j];
+      if (k != 0) column_extremes<DTYPE>(column_of(input, index, lane), kMask, l, h);
+      const Groups at = groups_at(strips, index, lane);
+      const uint32_t c = coder.classes(l, h);
+      uint32_t words = 0;
+      if (at.inside) {
+        store_classes<Coder>(out, groups, at.first, c);
+        words = coder.begin(c);
+      }
+      words = __reduce_add_sync(kAllLanes, words);
+      if (lane == 0) shared.words[index] = words;
+    }
+  }
+  __syncthreads();
+  const Prefix prefix = prefix_of(shared.words, count, lane);
+  const uint32_t size = Coder::class_bytes(groups) + 2 * prefix.total;
+  // A quantised candidate that is not small enough has a lossless one beside it.
+  if (QUANTISED ? static_cast<uint64_t>(size) * 8 > static_cast<uint64_t>(raw_bytes) * 5 : size >= raw_bytes) {
+    return none;
+  }
+  const uint32_t units = units_of(size);
+  if (thread == 0) publish_size(p, page, segment_index, units);
+  pack_page(coder, strips, prefix, out, input, groups, warp, warps, lane);
+  if (thread < units * 16 - size) out[size + thread] = 0;
+  return make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding), bound, param, KVZ_AS_ASKED);
+}
+
+template <int DTYPE>
+KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
   const uint32_t pages = p.num_blocks * p.num_segments;
 
   if (thread == 0) take_page(p, shared, atomicAdd(&p.counters->ticket, 1u));
@@ -677,347 +1429,34 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
     if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
     const kvz_segment segment = p.segments[segment_index];
     const Strips strips = strips_of(segment, p.block_ids[block]);
-    const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
-    const uint32_t groups = segment.tokens / 16 * strips.channels;
-    const uint32_t raw_bytes = groups * 32;
-    uint2* const extremes = reinterpret_cast<uint2*>(memory + kSharedBytes);
+    const uint32_t count = strips.count;
     uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
     uint8_t* const input = out + count * kStripClassBytes;
 
-    // Read the page. A warp reads what it will work on, so that it need not wait for the others.
-    for (uint32_t k = 0; k < rounds; ++k) {
-      const uint32_t index = k * warps + warp;
-      if (index >= count) break;
-      const Strip at = strip_at(strips, index);
-      const uint32_t channel = at.channel + (lane & 7u) * 8, row = lane >> 3;
-      if (channel < strips.channels) {
-        const uint8_t* from = value_address(strips, at.row * 16 + row, channel);
-        uint8_t* to = input + index * kStripBytes + row * 128 + (lane & 7u) * 16;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) copy_async_16(to + i * 512, from + i * 4 * strips.token_stride);
-      }
-    }
+    fetch_strips(strips, input, warp, warps, lane);
     copy_async_wait();
     __syncwarp();
 
-    // Extremes of the groups and of the page; are all values equal?
-    uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u, nonfinite = 0;
-    for (uint32_t k = 0; k < rounds; ++k) {
-      const uint32_t index = k * warps + warp;
-      if (index >= count) break;
-      const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
-      uint32_t low = column[0], high = low;
-#pragma unroll
-      for (int t = 1; t < 16; ++t) {
-        const uint32_t x = column[t * 32];
-        low = min2<DTYPE>(low, x);
-        high = max2<DTYPE>(high, x);
-      }
-      const bool inside = groups_at(strips, index, lane).inside;
-      if (!inside) {
-        low = kInfinity2;
-        high = kInfinity2 | 0x80008000u;
-      }
-      const uint32_t bad = inside ? nonfinite_2<DTYPE>(low, high) : 0u;
-      uint2 kept;
-      kept.x = low;
-      kept.y = high;
-      if (__any_sync(kAllLanes, bad != 0)) {
-        nonfinite = 1;
-#pragma unroll 1
-        for (uint32_t shift = 0; shift < 32; shift += 16) {
-          if (((bad >> shift) & 0x8000u) == 0) continue;
-          const uint32_t half = 0xffffu << shift;
-          const uint2 finite = finite_extremes<DTYPE>(column, shift);
-          low = (low & ~half) | finite.x;
-          high = (high & ~half) | finite.y;
-          // A group whose extremes are -Inf and +Inf cannot be quantised: that is how the next steps know it.
-          kept.x = (kept.x & ~half) | ((kInfinity2 | 0x80008000u) & half);
-          kept.y = (kept.y & ~half) | (kInfinity2 & half);
-        }
-      }
-      extremes[index * kWarp + lane] = kept;
-      page_low = min2<DTYPE>(page_low, low);
-      page_high = max2<DTYPE>(page_high, high);
+    kvz_entry entry = {};
+    const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
+    if (segment.coding == KVZ_FIXED && lossy) {
+      entry = encode_page_of<DTYPE, true>(p, shared, memory, segment, strips, page, segment_index);
+    } else if (segment.coding != KVZ_RAW && !lossy) {
+      entry = encode_page_of<DTYPE, false>(p, shared, memory, segment, strips, page, segment_index);
     }
-    {
-      const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
-      const int32_t high0 = key_16(page_high), high1 = key_16(page_high >> 16);
-      const int32_t low = __reduce_min_sync(kAllLanes, low0 < low1 ? low0 : low1);
-      const int32_t high = __reduce_max_sync(kAllLanes, high0 > high1 ? high0 : high1);
-      uint32_t equal = low == high ? value_of_key_16(low) : kDiffers;
-      if (nonfinite) {  // the extremes do not tell: compare every value of the warp's strips with the first
-        const uint32_t first = *reinterpret_cast<const uint16_t*>(input + warp * kStripBytes) * 0x00010001u;
-        uint32_t differs = 0;
-#pragma unroll 1
-        for (uint32_t index = warp; index < count; index += warps) {
-          if (!groups_at(strips, index, lane).inside) continue;
-          const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
-#pragma unroll 1
-          for (int t = 0; t < 16; ++t) differs |= column[t * 32] ^ first;
-        }
-        equal = __any_sync(kAllLanes, differs != 0) ? kDiffers : first & 0xffffu;
-      }
-      if (lane == 0) {
-        shared.low[warp] = low;
-        shared.high[warp] = high;
-        shared.equal[warp] = equal;
-      }
-    }
-    __syncthreads();
-
-    const uint32_t busy = warps < count ? warps : count;  // warps that have a strip
-    const uint32_t slot = lane < busy ? lane : 0;
-    const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
-    const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
-    const uint32_t equal = shared.equal[0];
-    const bool constant = equal != kDiffers && __all_sync(kAllLanes, shared.equal[slot] == equal);
-    const uint32_t low_bits = value_of_key_16(low_key), high_bits = value_of_key_16(high_key);
-    const uint32_t lossy_coding = segment.coding;  // or raw, or lossless
-
-    const bool lossy = lossy_coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
-
-    float bound = 0.0f;
-    if (lossy && low_key <= high_key) {
-      bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
-    }
-    uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
-    uint32_t size = raw_bytes, param = 0;
-    const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
-    float finer = 0.0f;    // lane w: 1 / S for width w
-    bool settled = false;  // the quantised candidate is small enough: there is no lossless one
-
-    if (lossy_coding == KVZ_RAW) {
-      reason = KVZ_AS_ASKED;
-    } else if (constant) {
-      coding = KVZ_CONSTANT;
-      reason = KVZ_AS_ASKED;
-      size = KVZ_CONSTANT_BYTES;
-    } else {
-      // Widths of the quantised candidate.
-      if (bound > 0.0f) {
-        finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
-        for (uint32_t k = 0; k < rounds; ++k) {
-          const uint32_t index = k * warps + warp;
-          if (index >= count) break;
-          const Groups at = groups_at(strips, index, lane);
-          const uint2 e = extremes[index * kWarp + lane];
-          const float low0 = widen<DTYPE>(e.x), low1 = widen_high<DTYPE>(e.x);
-          const float high0 = widen<DTYPE>(e.y), high1 = widen_high<DTYPE>(e.y);
-          const bool fits0 = quantisable<DTYPE>(low0, high0, bound, inverse);
-          const bool fits1 = quantisable<DTYPE>(low1, high1, bound, inverse);
-          uint32_t w0, w1;
-          if (lossy_coding == KVZ_FIXED) {
-            const int32_t top0 = top_bit(widest_code(low0, high0, inverse)),
-                          top1 = top_bit(widest_code(low1, high1, inverse));
-            const uint32_t less0 = static_cast<uint32_t>(top0 > 0 ? top0 : 0),
-                           less1 = static_cast<uint32_t>(top1 > 0 ? top1 : 0);
-            // Lanes past 15 repeat those below, so that the shuffle may have any width of a group that does not fit.
-            const float finer0 = __shfl_sync(kAllLanes, finer, static_cast<int>(less0));
-            const float finer1 = __shfl_sync(kAllLanes, finer, static_cast<int>(less1));
-            w0 = (widest_code(low0, high0, finer0) >> less0) == 0 ? less0 : static_cast<uint32_t>(top0 + 1);
-            w1 = (widest_code(low1, high1, finer1) >> less1) == 0 ? less1 : static_cast<uint32_t>(top1 + 1);
-            w0 = fits0 ? w0 : 16u | kStateRaw;
-            w1 = fits1 ? w1 : 16u | kStateRaw;
-          } else {
-            const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
-            uint32_t before0 = kCodeZero, before1 = kCodeZero, rest = 0, first = 0;
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              uint32_t u0, u1;
-              quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
-              const uint32_t code = zigzag_2(low_half(u0 - before0, u1 - before1));
-              if (t == 0) {
-                first = code;
-              } else {
-                rest |= code;
-              }
-              before0 = u0;
-              before1 = u1;
-            }
-            const uint32_t all = rest | first;
-            w0 = static_cast<uint32_t>(bit_length(all & 0xffffu));
-            w1 = static_cast<uint32_t>(bit_length(all >> 16));
-            uint32_t apart0 = 0, apart1 = 0;
-            if (lossy_coding == KVZ_OUTLIER) {
-              const uint32_t rest0 = static_cast<uint32_t>(bit_length(rest & 0xffffu));
-              const uint32_t rest1 = static_cast<uint32_t>(bit_length(rest >> 16));
-              apart0 = rest0 + 1 < w0 ? kStateApart : 0u;
-              apart1 = rest1 + 1 < w1 ? kStateApart : 0u;
-              w0 = apart0 ? rest0 : w0;
-              w1 = apart1 ? rest1 : w1;
-            }
-            w0 = fits0 && w0 <= Tr::kMaxWidth ? w0 | apart0 : 16u | kStateRaw;
-            w1 = fits1 && w1 <= Tr::kMaxWidth ? w1 | apart1 : 16u | kStateRaw;
-          }
-          uint2 kept;
-          kept.x = at.inside ? make_state(w0, w1) : 0u;
-          kept.y = max2<DTYPE>(e.x & 0x7fff7fffu, e.y & 0x7fff7fffu);  // the lossless candidate wants to know it
-          extremes[index * kWarp + lane] = kept;
-          if (at.inside) {
-            if (lossy_coding == KVZ_OUTLIER) {
-              const uint32_t class0 = w0 & kStateRaw ? KVZ_BYTE_RAW : w0 + (w0 & kStateApart);  // bit 5 moves to bit 6
-              const uint32_t class1 = w1 & kStateRaw ? KVZ_BYTE_RAW : w1 + (w1 & kStateApart);
-              *reinterpret_cast<uint16_t*>(out + at.first) = static_cast<uint16_t>(class0 | class1 << 8);
-            } else {
-              out[at.first / 2] = static_cast<uint8_t>((w0 < 15u ? w0 : 15u) | (w1 < 15u ? w1 : 15u) << 4);
-            }
-          }
-          const uint32_t words = __reduce_add_sync(kAllLanes, state_words(kept.x));
-          if (lane == 0) shared.words[index] = words;
-        }
-        __syncthreads();
-        const uint32_t quantised =
-            (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(shared.words, count, lane);
-        if (quantised < size) {
-          size = quantised;
-          coding = static_cast<uint8_t>(lossy_coding);
-          reason = KVZ_AS_ASKED;
-        }
-        settled = static_cast<uint64_t>(quantised) * 8 <= static_cast<uint64_t>(raw_bytes) * 5;
-      }
-
-      // Widths of the lossless candidate.
-      if (!settled) {
-        const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
-        const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
-        for (uint32_t k = 0; k < rounds; ++k) {
-          const uint32_t index = k * warps + warp;
-          if (index >= count) break;
-          const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
-          const uint2 e = extremes[index * kWarp + lane];
-          uint32_t least = column[0] & 0x7fff7fffu;
-#pragma unroll
-          for (int t = 1; t < 16; ++t) least = min2<DTYPE>(least, column[t * 32] & 0x7fff7fffu);
-          const uint32_t most = bound > 0.0f ? e.y : max2<DTYPE>(e.x & 0x7fff7fffu, e.y & 0x7fff7fffu);
-          uint32_t state = 0;
-#pragma unroll
-          for (uint32_t h = 0; h < 2; ++h) {
-            const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
-            const bool raw = !is_finite<DTYPE>(most >> (16 * h));
-            const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
-            const uint32_t w = kFractionBits + 1 + static_cast<uint32_t>(bit_length(largest - base - bottom));
-            state |= raw ? (16u | kStateRaw) << (8 * h) : w << (8 * h) | base << (16 + 4 * h);
-          }
-          if (!groups_at(strips, index, lane).inside) state = 0;
-          extremes[index * kWarp + lane].y = state;
-          const uint32_t words = __reduce_add_sync(kAllLanes, state_words(state));
-          if (lane == 0) shared.lossless_words[index] = words;
-        }
-        __syncthreads();
-        const uint32_t lossless = groups + 2 * sum_words(shared.lossless_words, count, lane);
-        if (lossless < size) {
-          reason = !lossy ? KVZ_AS_ASKED : bound > 0.0f ? KVZ_LOSSLESS_SMALLER : KVZ_BOUND_TOO_FINE;
-          size = lossless;
-          coding = KVZ_LOSSLESS;
-          param = largest;
-        }
-      }
-    }
-    const uint32_t units = units_of(size);
-    if (thread == 0) publish_size(p, page, segment_index, units);
-    const kvz_entry entry =
-        make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
-
-    if (coding >= KVZ_FIXED) {
-      // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
-      // strips.
-      const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? shared.lossless_words : shared.words;
-      const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
-      const bool few = count <= kWarp;
-      const uint32_t held = few && lane < count ? strip_words[lane] : 0u;
-      for (uint32_t k = 0; k < rounds; ++k) {
-        const uint32_t index = k * warps + warp;
-        const bool busy_warp = index < count;
-        uint32_t a[16];
-        uint32_t first = 0, position = 0;
-        Pair g = {};
-        bool narrow = false;
-        if (busy_warp) {
-          const uint32_t* column = reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
-          const uint2 states = extremes[index * kWarp + lane];
-          const uint32_t state = coding == KVZ_LOSSLESS ? states.y : states.x;
-          g = pair_of_state(state);
-          const uint32_t mine = g.words0 + g.words1;
-          const uint32_t before =
-              few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(strip_words, index, lane);
-          position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
-          narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
-
-          if (coding == KVZ_FIXED) {
-            const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width0 & 15u));
-            const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width1 & 15u));
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              uint32_t u0, u1;
-              quantise_2<DTYPE>(column[t * 32], inverse0, inverse1, u0, u1);
-              a[t] = low_half(u0, u1);
-            }
-          } else if (coding == KVZ_LOSSLESS) {
-            const Groups at = groups_at(strips, index, lane);
-            if (at.inside) {
-              const uint32_t class0 = g.raw & 1u ? KVZ_NIBBLE_RAW : g.width0 - (kFractionBits + 1);
-              const uint32_t class1 = g.raw >> 31 ? KVZ_NIBBLE_RAW : g.width1 - (kFractionBits + 1);
-              out[at.first / 2] = static_cast<uint8_t>(class0 | class1 << 4);
-              out[groups / 2 + at.first / 2] = static_cast<uint8_t>(state >> 16);
-            }
-            const uint32_t top0 = (param - ((state >> 16) & 15u)) << kFractionBits;
-            const uint32_t top1 = (param - ((state >> 20) & 15u)) << kFractionBits;
-            const uint32_t top = low_half(top0, top1);
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              const uint32_t x = column[t * 32];
-              // No borrow passes between the halves: no exponent is above its group's top, and raw halves are replaced
-              // below.
-              a[t] = (((top | 0x80008000u) - (x & kExponentMask)) & kExponentMask) | (x & ~kExponentMask);
-            }
-          } else {
-            uint32_t before0 = kCodeZero, before1 = kCodeZero;
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              uint32_t u0, u1;
-              quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
-              a[t] = low_half(u0 - before0, u1 - before1);
-              before0 = u0;
-              before1 = u1;
-            }
-            first = a[0];
-            a[0] &= ~g.apart;
-          }
-          if (__any_sync(kAllLanes, g.raw != 0)) {
-            // A raw group is one whose codes, after zigzag or in the order of lossless words, are the values' bits.
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              const uint32_t x = column[t * 32];
-              const uint32_t y = coding == KVZ_LOSSLESS ? sign_to_top<DTYPE>(x) : unzigzag_2(x);
-              a[t] = (a[t] & ~g.raw) | (y & g.raw);
-            }
-          }
-          if (narrow) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) a[i] = __byte_perm(a[i], a[i + 8], 0x6240);
-            transpose_8(a);
-          } else {
-            transpose_16(a);
-          }
-        }
-        __syncthreads();
-        if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
-      }
-      if (thread < units * 16 - size) out[size + thread] = 0;
-    } else if (coding == KVZ_CONSTANT && thread < 4) {
-      reinterpret_cast<uint32_t*>(out)[thread] = thread == 0 ? equal : 0u;
+    if (entry.size == 0) {
+      __syncthreads();  // some may still look at what the others left in `shared`
+      entry = encode_any<DTYPE>(p, memory);
     }
 
-    if (warp == 0) {
-      place(p, shared, page, block, segment_index, units, entry, lane);
-    }
+    const uint32_t units = units_of(entry.size);
+    if (warp == 0) place(p, shared, page, block, segment_index, units, entry, lane);
     if (thread == 0) take_page(p, shared, ticket);
     __syncthreads();
 
     if (shared.destination != ~0ull) {
       uint4* const to = reinterpret_cast<uint4*>(p.arena) + shared.destination;
-      if (coding == KVZ_RAW) {
+      if (entry.coding == KVZ_RAW) {
         const uint32_t chunks = strips.channels / 8;  // of a token
         for (uint32_t i = thread; i < units; i += blockDim.x) {
           const uint32_t token = i / chunks, chunk = i - token * chunks;
@@ -1313,14 +1752,173 @@ KVZ_DEV void fill_page(const Geometry& g, uint32_t value) {
 // ---- fast path: decode
 // ------------------------------------------------------------------------------------------------
 
+// Classes of a lane's two groups, a byte each, in any coding.
+KVZ_DEV uint32_t load_class_pair(const uint8_t* data, uint32_t coding, uint32_t first) {
+  if (coding == KVZ_OUTLIER) return *reinterpret_cast<const uint16_t*>(data + first);
+  const uint32_t c = data[first / 2];
+  return (c & 15u) | (c & 0xf0u) << 4;
+}
+
+// Word b of both groups. It may lie behind the groups' own words, yet not behind the memory that follows a page.
+KVZ_DEV uint32_t load_pair(const uint16_t* words0, const uint16_t* words1, int b) {
+  return words0[b] | static_cast<uint32_t>(words1[b]) << 16;
+}
+
+// Mask of the halves whose group has word b, from one bit a word: those of the first group below, of the second above.
+KVZ_DEV uint32_t has_word(uint32_t have, int b) { return sign_fill_2(have << (15 - b)); }
+
+// A lane's column of a strip in the page.
+struct Rows {
+  uint8_t* to;
+  int32_t stride;
+  bool inside;
+  KVZ_DEV void store(int t, uint32_t x) const {
+    if (inside) store_page(row_of(to, stride, t), x);
+  }
+};
+
+// A strip in any coding, raw groups and all widths.
 template <int DTYPE>
-KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
+KVZ_DEV_NOINLINE void decode_strip_any(const uint8_t* data, uint32_t position, uint32_t coding, uint32_t classes,
+                                       uint32_t bases, uint32_t param, float step, uint8_t* to, int32_t stride) {
   using Tr = Traits<DTYPE>;
   constexpr int kFractionBits = Tr::kFraction;
   constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
+  Rows rows = {to, stride, to != nullptr};
+  Pair g = {};
+  if (rows.inside) g = pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8);
+  const uint16_t* words0 = reinterpret_cast<const uint16_t*>(data) + position;
+  const uint16_t* words1 = words0 + g.words0;
+  uint32_t first = 0;
+  if (g.apart & 1u) first = *words0++;
+  if (g.apart >> 31) first |= static_cast<uint32_t>(*words1++) << 16;
+
+  uint32_t a[16];
+#pragma unroll
+  for (int b = 0; b < 16; ++b) {
+    uint32_t low = 0, high = 0;
+    if (b < static_cast<int>(g.width0)) low = words0[b];
+    if (b < static_cast<int>(g.width1)) high = words1[b];
+    a[b] = low | high << 16;
+  }
+  if (coding == KVZ_LOSSLESS) {
+    const uint32_t sign = a[kFractionBits];
+#pragma unroll
+    for (int b = kFractionBits; b < 15; ++b) a[b] = a[b + 1];
+    a[15] = sign;
+    transpose_16(a);
+    const int32_t top0 = static_cast<int32_t>(param) - static_cast<int32_t>(bases & 15u);
+    const int32_t top1 = static_cast<int32_t>(param) - static_cast<int32_t>(bases >> 4);
+    const uint32_t top = (low_half(static_cast<uint32_t>(top0 > 0 ? top0 : 0) << kFractionBits,
+                                   static_cast<uint32_t>(top1 > 0 ? top1 : 0) << kFractionBits) &
+                          kExponentMask) |
+                         0x80008000u;
+#pragma unroll
+    for (int t = 0; t < 16; ++t) {
+      const uint32_t x = ((top - (a[t] & kExponentMask)) & kExponentMask) | (a[t] & ~kExponentMask);
+      rows.store(t, choose(g.raw, sign_from_top<DTYPE>(a[t]), x));
+    }
+    return;
+  }
+  const uint32_t sign = a[0];
+#pragma unroll
+  for (int b = 0; b < 15; ++b) a[b] = a[b + 1] ^ sign;
+  a[15] = ~sign;  // halves are q + 32768
+  transpose_16(a);
+  const float step0 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width0 & 15u));
+  const float step1 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width1 & 15u));
+  uint32_t sum0 = kCodeZero, sum1 = kCodeZero;
+#pragma unroll
+  for (int t = 0; t < 16; ++t) {
+    const uint32_t d0 = (a[t] & 0xffffu) - 32768u, d1 = (a[t] >> 16) - 32768u;
+    if (coding == KVZ_FIXED) {
+      sum0 = kCodeZero + d0;
+      sum1 = kCodeZero + d1;
+    } else {
+      sum0 += t == 0 && (g.apart & 1u)
+                  ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first & 0xffffu)))
+                  : d0;
+      sum1 += t == 0 && (g.apart >> 31) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first >> 16)))
+                                        : d1;
+    }
+    const uint32_t x = narrow2<DTYPE>((float_of(sum0) - 12582912.0f) * step0, (float_of(sum1) - 12582912.0f) * step1);
+    rows.store(t, choose(g.raw, zigzag_2(a[t] ^ 0x80008000u), x));
+  }
+}
+
+// A strip in the coding `fixed` whose groups are at most 7 bits wide: bfloat16 holds their codes, and the products.
+KVZ_DEV void decode_strip_narrow(const uint16_t* words0, const uint16_t* words1, uint32_t have, float step0,
+                                 float step1, const Rows& rows) {
+  uint32_t a[8];
+  const uint32_t sign = load_pair(words0, words1, 0) & has_word(have, 0);
+#pragma unroll
+  for (int b = 1; b < 7; ++b) a[b - 1] = (load_pair(words0, words1, b) & has_word(have, b)) ^ sign;
+  a[6] = ~sign;
+  a[7] = 0;
+  transpose_8(a);  // bytes are q + 64
+  const uint32_t steps = narrow2<KVZ_BF16>(step0, step1);
+  // From a shuffle, so that it stays in a register: the compiler would rather load the selectors below each time.
+  const uint32_t exponent = __shfl_sync(kAllLanes, 0x43434343u, 0);
+#pragma unroll
+  for (int t = 0; t < 16; ++t) {
+    const uint32_t number = __byte_perm(a[t & 7], exponent, t < 8 ? 0x4240 : 0x4341);  // 128 + (q + 64)
+    const uint32_t q = fma_bf16_2(number, 0x3f803f80u, 0xc340c340u);
+    rows.store(t, fma_bf16_2(q, steps, 0x80008000u));
+  }
+}
+
+// A strip in the coding `fixed` whose groups are at most 12 bits wide.
+template <int DTYPE>
+KVZ_DEV void decode_strip_medium(const uint16_t* words0, const uint16_t* words1, uint32_t have, float step0,
+                                 float step1, const Rows& rows) {
+  uint32_t a[8], h[8];
+  const uint32_t sign = load_pair(words0, words1, 0) & has_word(have, 0);
+#pragma unroll
+  for (int b = 1; b < 9; ++b) a[b - 1] = (load_pair(words0, words1, b) & has_word(have, b)) ^ sign;
+#pragma unroll
+  for (int b = 9; b < 12; ++b) h[b - 9] = (load_pair(words0, words1, b) & has_word(have, b)) ^ sign;
+  h[3] = ~sign;
+  transpose_8(a);
+  transpose_from_low_4(h);  // bytes of q + 2048
+  // (2^23 + q + 2048) * step - (2^23 + 2048) * step: both products fit into float32, as does the difference.
+  const float zero0 = -8390656.0f * step0, zero1 = -8390656.0f * step1;
+#pragma unroll
+  for (int t = 0; t < 16; ++t) {
+    const uint32_t both = __byte_perm(a[t & 7], h[t & 7], t < 8 ? 0x6240 : 0x7351);
+    const uint32_t u0 = __byte_perm(both, 0x4b000000u, 0x7410), u1 = __byte_perm(both, 0x4b000000u, 0x7432);
+    rows.store(t, narrow2<DTYPE>(fma_float(float_of(u0), step0, zero0), fma_float(float_of(u1), step1, zero1)));
+  }
+}
+
+// A lossless strip without raw groups.
+template <int DTYPE>
+KVZ_DEV void decode_strip_lossless(const uint16_t* words0, const uint16_t* words1, uint32_t have, uint32_t bases,
+                                   uint32_t param, const Rows& rows) {
+  constexpr int kFractionBits = Traits<DTYPE>::kFraction;
+  constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << kFractionBits) - 1u)) * 0x00010001u;
+  uint32_t a[16];
+#pragma unroll
+  for (int b = 0; b <= kFractionBits; ++b) a[b < kFractionBits ? b : 15] = load_pair(words0, words1, b);
+#pragma unroll
+  for (int b = kFractionBits + 1; b < 16; ++b) a[b - 1] = load_pair(words0, words1, b) & has_word(have, b);
+  transpose_16(a);
+  const int32_t top0 = static_cast<int32_t>(param) - static_cast<int32_t>(bases & 15u);
+  const int32_t top1 = static_cast<int32_t>(param) - static_cast<int32_t>(bases >> 4);
+  const uint32_t top = (low_half(static_cast<uint32_t>(top0 > 0 ? top0 : 0) << kFractionBits,
+                                 static_cast<uint32_t>(top1 > 0 ? top1 : 0) << kFractionBits) &
+                        kExponentMask) |
+                       0x80008000u;
+#pragma unroll
+  for (int t = 0; t < 16; ++t) rows.store(t, choose(kExponentMask, top - (a[t] & kExponentMask), a[t]));
+}
+
+constexpr float kLargestMediumBound = 1.2676506e30f;  // 2^100: no product of decode_strip_medium overflows
+
+template <int DTYPE>
+KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   uint8_t* const data = memory + kSharedBytes;
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
   const uint32_t pages = p.num_blocks * p.num_segments;
 
   for (uint32_t page = blockIdx.x; page < pages; page += gridDim.x) {
@@ -1352,153 +1950,81 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     copy_async_wait();
     __syncthreads();
 
-    for (uint32_t k = 0; k < rounds; ++k) {
-      const uint32_t index = k * warps + warp;
-      if (index >= count) break;
+    const uint32_t fixed_words = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
+    // Classes of a lane's groups of a strip, and the widths that they stand for; 0 where there is no group.
+    struct Widths {
+      uint32_t classes, width0, width1, apart0, apart1;
+    };
+    const auto widths_at = [&](uint32_t index) {
+      Widths w = {};
+      if (index >= count) return w;
       const Groups at = groups_at(strips, index, lane);
-      uint32_t words = 0;
-      if (at.inside) {
-        const uint32_t classes =
-            coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + at.first) : data[at.first / 2];
-        const Pair g = coding == KVZ_OUTLIER ? pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8)
-                                             : pair_of_classes<DTYPE>(coding, classes & 15u, classes >> 4);
-        words = g.words0 + g.words1;
+      if (!at.inside) return w;
+      w.classes = load_class_pair(data, coding, at.first);
+      uint32_t c0 = w.classes & 255u, c1 = w.classes >> 8;
+      if (coding == KVZ_OUTLIER) {
+        w.apart0 = c0 >> 6;
+        w.apart1 = c1 >> 6;
+        c0 = (c0 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c0 & 63u;
+        c1 = (c1 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c1 & 63u;
       }
-      words = __reduce_add_sync(kAllLanes, words);
-      if (lane == 0) shared.words[index] = words;
+      w.width0 = c0 == KVZ_NIBBLE_RAW ? 16u : fixed_words + c0;
+      w.width1 = c1 == KVZ_NIBBLE_RAW ? 16u : fixed_words + c1;
+      return w;
+    };
+    const auto words_of = [](const Widths& w) { return w.width0 + w.width1 + w.apart0 + w.apart1; };
+
+    for (uint32_t k = 0; k < rounds; k += 2) {
+      const uint32_t index = k * warps + warp, second = index + warps;
+      const uint32_t both =
+          __reduce_add_sync(kAllLanes, words_of(widths_at(index)) | words_of(widths_at(second)) << 16);
+      if (lane == 0 && index < count) shared.words[index] = both & 0xffffu;
+      if (lane == 0 && second < count) shared.words[second] = both >> 16;
     }
     __syncthreads();
 
-    if (class_bytes + 2 * sum_words(shared.words, count, lane) == entry.size) {
-      const float bound = entry.bound;
+    const Prefix prefix = prefix_of(shared.words, count, lane);
+    if (class_bytes + 2 * prefix.total == entry.size) {
       float step = 1.0f;  // lane w: S for width w
-      if (coding != KVZ_LOSSLESS) step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), bound);
-      const bool few = count <= kWarp;
-      const uint32_t held = few && lane < count ? shared.words[lane] : 0u;
-      for (uint32_t k = 0; k < rounds; ++k) {
-        const uint32_t index = k * warps + warp;
-        if (index >= count) break;
-        const Groups at = groups_at(strips, index, lane);
-        const bool inside = at.inside;
-        const uint32_t group = at.first;
-        Pair g = {};
-        if (inside) {
-          const uint32_t classes =
-              coding == KVZ_OUTLIER ? *reinterpret_cast<const uint16_t*>(data + group) : data[group / 2];
-          g = coding == KVZ_OUTLIER ? pair_of_classes<DTYPE>(coding, classes & 255u, classes >> 8)
-                                    : pair_of_classes<DTYPE>(coding, classes & 15u, classes >> 4);
-        }
-        const uint32_t mine = g.words0 + g.words1;
-        const uint32_t before =
-            few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(shared.words, index, lane);
-        const uint32_t position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
-        const uint16_t* words0 = reinterpret_cast<const uint16_t*>(data) + position;
-        const uint16_t* words1 = words0 + g.words0;
-        const bool narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
-        const bool any_raw = __any_sync(kAllLanes, g.raw != 0);
-        uint32_t first = 0;
-        if (g.apart & 1u) first = *words0++;
-        if (g.apart >> 31) first |= static_cast<uint32_t>(*words1++) << 16;
-
-        uint32_t a[16];
+      if (coding != KVZ_LOSSLESS) {
+        step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
+      }
+      for (uint32_t k = 0; k < rounds; k += 2) {
+        Widths w[2];
 #pragma unroll
-        for (int b = 0; b < 8; ++b) {
-          uint32_t low = 0, high = 0;
-          if (b < static_cast<int>(g.width0)) low = words0[b];
-          if (b < static_cast<int>(g.width1)) high = words1[b];
-          a[b] = low | high << 16;
-        }
-        if (narrow) {
-          const uint32_t sign = a[0];
+        for (uint32_t j = 0; j < 2; ++j) w[j] = widths_at((k + j) * warps + warp);
+        const uint32_t both = words_of(w[0]) | words_of(w[1]) << 16, before = inclusive_sum(both, lane) - both;
 #pragma unroll
-          for (int b = 0; b < 7; ++b) a[b] = a[b + 1] ^ sign;
-          a[7] = ~sign;  // bytes are q + 128
-          transpose_8(a);
-        } else {
-#pragma unroll
-          for (int b = 8; b < 16; ++b) {
-            uint32_t low = 0, high = 0;
-            if (b < static_cast<int>(g.width0)) low = words0[b];
-            if (b < static_cast<int>(g.width1)) high = words1[b];
-            a[b] = low | high << 16;
-          }
-          if (coding == KVZ_LOSSLESS) {
-            const uint32_t sign = a[kFractionBits];
-#pragma unroll
-            for (int b = kFractionBits; b < 15; ++b) a[b] = a[b + 1];
-            a[15] = sign;
-          } else {
-            const uint32_t sign = a[0];
-#pragma unroll
-            for (int b = 0; b < 15; ++b) a[b] = a[b + 1] ^ sign;
-            a[15] = ~sign;  // halves are q + 32768
-          }
-          transpose_16(a);
-        }
-
-        uint8_t* to = nullptr;
-        if (inside) {
+        for (uint32_t j = 0; j < 2; ++j) {
+          const uint32_t index = (k + j) * warps + warp;
+          if (index >= count) break;
+          const uint32_t position =
+              class_bytes / 2 + words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
+          const uint16_t* const words0 = reinterpret_cast<const uint16_t*>(data) + position;
+          const uint16_t* const words1 = words0 + w[j].width0;
+          const uint32_t have = ((1u << w[j].width0) - 1u) | ((1u << w[j].width1) - 1u) << 16;
+          const Groups at = groups_at(strips, index, lane);
           const Strip strip = strip_at(strips, index);
-          to = value_address(strips, strip.row * 16, strip.channel + lane * 2);
-        }
-        if (coding == KVZ_LOSSLESS) {
-          const uint32_t bases = inside ? data[groups / 2 + group / 2] : 0u;
-          const int32_t top0 = static_cast<int32_t>(entry.param) - static_cast<int32_t>(bases & 15u);
-          const int32_t top1 = static_cast<int32_t>(entry.param) - static_cast<int32_t>(bases >> 4);
-          const uint32_t top = (low_half(static_cast<uint32_t>(top0 > 0 ? top0 : 0) << kFractionBits,
-                                         static_cast<uint32_t>(top1 > 0 ? top1 : 0) << kFractionBits) &
-                                kExponentMask) |
-                               0x80008000u;
-#pragma unroll
-          for (int t = 0; t < 16; ++t) {
-            uint32_t x = ((top - (a[t] & kExponentMask)) & kExponentMask) | (a[t] & ~kExponentMask);
-            if (any_raw) x = (x & ~g.raw) | (sign_from_top<DTYPE>(a[t]) & g.raw);
-            if (inside) *reinterpret_cast<uint32_t*>(to) = x;
-            to += strips.token_stride;
-          }
-        } else {
-          const float step0 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width0 & 15u));
-          const float step1 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width1 & 15u));
-          const uint32_t bias = narrow ? 128u : 32768u;
-          if (coding == KVZ_FIXED) {
-            const float zero = narrow ? 8388736.0f : 8421376.0f;  // 2^23 + bias
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              uint32_t u0, u1;
-              if (narrow) {
-                u0 = __byte_perm(a[t & 7], 0x4b000000u, t < 8 ? 0x7440 : 0x7441);
-                u1 = __byte_perm(a[t & 7], 0x4b000000u, t < 8 ? 0x7442 : 0x7443);
-              } else {
-                u0 = __byte_perm(a[t], 0x4b000000u, 0x7410);
-                u1 = __byte_perm(a[t], 0x4b000000u, 0x7432);
-              }
-              uint32_t x = narrow2<DTYPE>((float_of(u0) - zero) * step0, (float_of(u1) - zero) * step1);
-              if (any_raw) x = (x & ~g.raw) | (zigzag_2(a[t] ^ 0x80008000u) & g.raw);
-              if (inside) *reinterpret_cast<uint32_t*>(to) = x;
-              to += strips.token_stride;
+          Rows rows;
+          rows.inside = at.inside;
+          rows.to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
+          rows.stride = static_cast<int32_t>(strips.token_stride);
+          const uint32_t widest = w[j].width0 > w[j].width1 ? w[j].width0 : w[j].width1;
+          const uint32_t bases = coding == KVZ_LOSSLESS && at.inside ? data[groups / 2 + at.first / 2] : 0u;
+          if (coding == KVZ_FIXED && entry.bound <= kLargestMediumBound && !__any_sync(kAllLanes, widest > 12)) {
+            const float step0 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width0));
+            const float step1 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width1));
+            if (DTYPE == KVZ_BF16 && !__any_sync(kAllLanes, widest > 7)) {
+              decode_strip_narrow(words0, words1, have, step0, step1, rows);
+            } else {
+              decode_strip_medium<DTYPE>(words0, words1, have, step0, step1, rows);
             }
+          } else if (coding == KVZ_LOSSLESS && !__any_sync(kAllLanes, (w[j].classes & 255u) == KVZ_NIBBLE_RAW ||
+                                                                          w[j].classes >> 8 == KVZ_NIBBLE_RAW)) {
+            decode_strip_lossless<DTYPE>(words0, words1, have, bases, entry.param, rows);
           } else {
-            uint32_t sum0 = kCodeZero, sum1 = kCodeZero;
-#pragma unroll
-            for (int t = 0; t < 16; ++t) {
-              const uint32_t d0 = (narrow ? (a[t & 7] >> (t < 8 ? 0 : 8)) & 255u : a[t] & 0xffffu) - bias;
-              const uint32_t d1 = (narrow ? (a[t & 7] >> (t < 8 ? 16 : 24)) & 255u : a[t] >> 16) - bias;
-              if (t == 0) {
-                sum0 += (g.apart & 1u)
-                            ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first & 0xffffu)))
-                            : d0;
-                sum1 += (g.apart >> 31) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first >> 16)))
-                                        : d1;
-              } else {
-                sum0 += d0;
-                sum1 += d1;
-              }
-              uint32_t x =
-                  narrow2<DTYPE>((float_of(sum0) - 12582912.0f) * step0, (float_of(sum1) - 12582912.0f) * step1);
-              if (any_raw) x = (x & ~g.raw) | (zigzag_2(a[t] ^ 0x80008000u) & g.raw);
-              if (inside) *reinterpret_cast<uint32_t*>(to) = x;
-              to += strips.token_stride;
-            }
+            decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step, rows.to,
+                                    rows.stride);
           }
         }
       }

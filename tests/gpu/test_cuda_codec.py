@@ -261,6 +261,36 @@ def test_hostile_records(cuda: tuple[Any, Any], specs: list[Spec], all_or_nothin
     assert refused > 100
 
 
+@pytest.mark.parametrize("all_or_nothing", [False, True])
+def test_wrong_checksums(cuda: tuple[Any, Any], all_or_nothing: bool) -> None:
+    """A block whose payload is not what its checksum says is refused, also where the codes are valid."""
+    specs = [Spec(BF16, 16, 8, 128), Spec(BF16, 16, 3, 64, coding=LOSSLESS), Spec(BF16, 16, 3, 64, coding=RAW)]
+    batch = Batch.random(*cuda, specs, 200, seed=22)
+    good = bridge.encode_cpu(batch)
+    crcs = bridge.checksums(good)
+    rng = np.random.default_rng(4)
+    payloads = good.payloads.cpu().numpy().copy()
+    wrong = np.sort(rng.choice(200, 50, replace=False))
+    for b in wrong:  # one bit of the raw page at the end
+        at = int(good.starts[b]) + int(good.table[b, 2]["offset"]) * 16 + int(rng.integers(16 * 3 * 64 * 2))
+        payloads[at] ^= 1 << int(rng.integers(8))
+    import torch
+
+    bad = Encoded(torch.from_numpy(payloads), good.starts, good.payload_bytes, good.table)
+    bad.payloads = bad.payloads.to(batch.memories[0].device)
+    assert not bridge.verdicts_cpu(batch, bad).any()
+    out = batch.like()
+    expected = out.host_memories()
+    job = GpuDecode(out, bad, all_or_nothing=all_or_nothing, crc32c=crcs)
+    for _ in range(2):  # the second finds the workspace as the first did
+        job.launch()
+        assert np.array_equal(np.flatnonzero(job.statuses()), wrong)
+    bridge.decode_cpu(out, bad, [] if all_or_nothing else sorted(set(range(200)) - set(wrong.tolist())), expected)
+    for found, wanted in zip(out.host_memories(), expected, strict=True):
+        assert np.array_equal(found, wanted)
+    assert not bool(out.workspace.any())
+
+
 def test_arena_too_small(cuda: tuple[Any, Any]) -> None:
     """The status says so, the table is complete, and nothing is written behind the arena."""
     specs = [Spec(BF16, 16, 3, 64), Spec(BF16, 16, 3, 64, coding=RAW)]
