@@ -8,6 +8,8 @@ threads, no CUDA context, no native library.
 
 from kvzip.backends.base import Codec
 from kvzip.backends.registry import get_codec, register_codec
+from kvzip.bounds import BoundPolicy
+from kvzip.calibration import CalibrationTable
 from kvzip.coding import decode, encode
 from kvzip.engine import SwapEngine
 from kvzip.errors import (
@@ -38,6 +40,8 @@ __all__ = [
     "BlockLayout",
     "BlockNotFoundError",
     "BlockView",
+    "BoundPolicy",
+    "CalibrationTable",
     "Codec",
     "CodecNotFoundError",
     "ConfigError",

@@ -45,9 +45,10 @@ SEGMENT_DTYPE = np.dtype(
         ("bound", "<f8"),
         ("kind", "u1"),
         ("reserved", "u1", (7,)),
+        ("channel_bounds", "<u8"),
     ]
 )
-assert SEGMENT_DTYPE.itemsize == 64
+assert SEGMENT_DTYPE.itemsize == 72
 assert ENTRY_DTYPE.itemsize == 16
 
 Segments = npt.NDArray[Any]
@@ -60,6 +61,7 @@ OUT_OF_SPACE = 3
 OUT_OF_MEMORY = 4
 NO_CUDA = 5
 CUDA_ERROR = 6
+NO_BOUNDS = 7
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -250,11 +252,11 @@ def segments_array(
 
     Args:
         blocks: a view; or a layout, for validation.
-        bound: one error bound, or one a page; not needed to decode.
+        bound: one error bound, or one a page; to decode, only channel tables matter, and the view has them.
         coding: coding wanted, or one a page; not needed to decode.
 
     Returns:
-        Shape ``[pages]``, dtype `SEGMENT_DTYPE`. It does not keep the tensors alive.
+        Shape ``[pages]``, dtype `SEGMENT_DTYPE`. It does not keep the tensors and the bounds alive.
     """
     layout = blocks if isinstance(blocks, BlockLayout) else blocks.layout
     template, tensors, offsets = _template(layout)
@@ -263,15 +265,23 @@ def segments_array(
         addresses, strides = blocks.addresses
         segments["base"] = addresses[tensors] + offsets
         segments["block_stride"] = strides[tensors]
+        if bound is None and blocks.bounds:
+            bound = blocks.bounds
     segments["coding"] = coding
     if isinstance(bound, ErrorBound):
         segments["bound_kind"], segments["bound"] = int(bound.kind), bound.value
+        segments["channel_bounds"] = _channels(bound)
     elif bound is not None:
         if len(bound) != len(segments):
             raise ConfigError(f"{len(bound)} error bounds for {len(segments)} pages: give one, or one a page")
         segments["bound_kind"] = [int(b.kind) for b in bound]
         segments["bound"] = [b.value for b in bound]
+        segments["channel_bounds"] = [_channels(b) for b in bound]
     return segments
+
+
+def _channels(bound: ErrorBound) -> int:
+    return 0 if bound.channels is None else _pointer(bound.channels.values)
 
 
 def max_segment_bytes(segment: npt.NDArray[Any]) -> int:
@@ -389,6 +399,11 @@ def _payload_arrays(
 
 
 def _check_decode(status: int, what: str, segments: Segments, bad: Any, table: npt.NDArray[Any]) -> None:
+    if status == NO_BOUNDS:
+        raise CorruptRecordError(
+            f"{what}: a page was encoded with a channel table, and the blocks have none: if the record says which one "
+            "it is, give it with BlockView.with_bounds; nothing was written"
+        )
     if status == CORRUPT:
         block, page = int(bad[0]), int(bad[1])
         entry, segment = table[block, page], segments[page]

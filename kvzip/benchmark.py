@@ -325,9 +325,9 @@ def compare(source: BlockView, target: BlockView, bound: ErrorBound) -> Found:
     violations, worst = 0, 0.0
     for b in range(len(source)):
         for s, segment in enumerate(source.layout.segments):
-            error, bad, limit = compare_pages(source.page(b, s), target.page(b, s), segment.dtype, bound)
-            violations += bad
-            worst = max(worst, error / limit if limit else (float("inf") if error else 0.0))
+            found = compare_pages(source.page(b, s), target.page(b, s), segment.dtype, bound)
+            violations += found.violations
+            worst = max(worst, found.over_bound)
     return Found(source.nbytes // source.layout.segments[0].dtype.itemsize, violations, worst)
 
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kvzip._log import logger
+from kvzip.bounds import BoundPolicy
+from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError, KvzipError
-from kvzip.record import Coding, Reason, RecordHeader, read_header, read_record
+from kvzip.record import Coding, Reason, RecordHeader, Steps, read_header, read_record
 from kvzip.types import ErrorBound
 
 
@@ -60,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--bound",
         type=_bound,
         default="1e-3",
-        help="1e-3 (relative to each page's range), abs:1e-2 or lossless; default 1e-3",
+        help="1e-3 (relative to each page's range), abs:1e-2, rms:0.17 (of each token), lossless, table:FILE:0.4 "
+        "(calibration table), or by kind of page: k=BOUND,v=BOUND,sink=BOUND; default 1e-3",
     )
     demo.add_argument("--mode", help="encoding mode: fixed, plain or outlier; default: the codec's first")
     demo.add_argument(
@@ -112,10 +115,10 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _bound(text: str) -> ErrorBound:
+def _bound(text: str) -> ErrorBound | BoundPolicy:
     try:
-        return ErrorBound.parse(text)
-    except KvzipError as error:
+        return parse_bounds(text)
+    except (KvzipError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -266,12 +269,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _header_dict(header: RecordHeader) -> dict[str, Any]:
     coding: Counter[int] = Counter(header.table["coding"].tolist())
     reason: Counter[int] = Counter(header.table["reason"].tolist())
-    names = {int(c): c.name.lower() for c in Coding}
+    names = {
+        int(c) | int(s): c.name.lower() + ("" if s is Steps.PAGE else f" by {s.name.lower()}")
+        for c in Coding
+        for s in Steps
+    }
     return {
         "format_version": header.version,
         "codec": header.codec,
         "mode": header.mode,
         "bound": str(header.bound),
+        **({"table_id": f"{header.table_id:016x}"} if header.table_id else {}),
         "reason": header.reason.name.lower(),
         "max_error": header.max_error,
         "raw_bytes": header.raw_bytes,

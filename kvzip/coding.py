@@ -20,9 +20,11 @@ from kvzip._log import log_once
 from kvzip.backends.base import Bytes, Codec, EncodeRequest
 from kvzip.backends.portable import codec_for
 from kvzip.backends.registry import get_codec
+from kvzip.bounds import BoundPolicy, PageBounds, bound_of_page, resolve, table_id
 from kvzip.errors import BackendUnavailableError, ConfigError, LayoutError
 from kvzip.interop.torch import to_host
 from kvzip.record import (
+    KINDS,
     MODES,
     Buffer,
     Geometry,
@@ -63,6 +65,21 @@ class EncodedRecord:
     def nbytes(self) -> int:
         """Bytes of the record."""
         return self.header.size + self.payload.size
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks of a store that are coded alike.
+
+    Attributes:
+        keys: their names.
+        blocks: the blocks, in the same order.
+        request: how they are coded.
+    """
+
+    keys: Sequence[bytes]
+    blocks: BlockView
+    request: EncodeRequest
 
 
 @dataclass(frozen=True)
@@ -148,7 +165,7 @@ def check_device(codec: Codec, blocks: BlockView) -> None:
 
 
 def measure_errors(
-    blocks: BlockView, codec: Codec, bound: ErrorBound, payloads: Sequence[Bytes], tables: Sequence[npt.NDArray[Any]]
+    blocks: BlockView, codec: Codec, bound: PageBounds, payloads: Sequence[Bytes], tables: Sequence[npt.NDArray[Any]]
 ) -> list[tuple[float, int]]:
     """Decode payloads and compare with the blocks that they were made of, in host memory.
 
@@ -156,48 +173,87 @@ def measure_errors(
         For every block the largest absolute error, and the number of values that break the bound.
     """
     layout = blocks.layout
-    decoded = empty_view(layout, len(blocks))
+    decoded = empty_view(layout, len(blocks)).with_bounds(bound)
     codec.decode_blocks(decoded, payloads, tables)
     results = []
     for b in range(len(blocks)):
         pages = [
-            compare_pages(blocks.page(b, s), decoded.page(b, s), segment.dtype, bound)
+            compare_pages(blocks.page(b, s), decoded.page(b, s), segment.dtype, bound_of_page(bound, s))
             for s, segment in enumerate(layout.segments)
         ]
-        results.append((max(p[0] for p in pages), sum(p[1] for p in pages)))
+        results.append((max(p.max_error for p in pages), sum(p.violations for p in pages)))
     return results
 
 
-def compare_pages(
-    before: npt.NDArray[Any], after: npt.NDArray[Any], dtype: DType, bound: ErrorBound
-) -> tuple[float, int, float]:
+@dataclass(frozen=True)
+class PageError:
+    """How far a page is from what was stored.
+
+    Attributes:
+        max_error: largest absolute error over the finite values, formed in float64.
+        over_bound: largest error over the bound of its value; infinite where an exact value changed.
+        violations: values that break their bound (also: a non-finite value whose bits changed).
+    """
+
+    max_error: float
+    over_bound: float
+    violations: int
+
+
+def compare_pages(before: npt.NDArray[Any], after: npt.NDArray[Any], dtype: DType, bound: ErrorBound) -> PageError:
     """Compare the bit patterns of a page before and after.
 
     Args:
-        before: bit patterns of the page that was stored, unsigned.
+        before: bit patterns of the page that was stored, unsigned, shape ``[tokens, heads, head_dim]``.
         after: what was loaded, the same shape.
         dtype: what the patterns mean.
-        bound: the bound to check against; `before` gives the page's range.
-
-    Returns:
-        The largest absolute error over the finite values of `before`, formed in float64; the number of values that
-        break the bound (also: a non-finite value whose bits changed); and the absolute bound that this page had.
+        bound: the bound to check against; `before` gives the page's range and its tokens' rms.
     """
     if dtype is DType.OPAQUE:
-        return 0.0, int(np.count_nonzero(before != after)), 0.0
+        bad = int(np.count_nonzero(before != after))
+        return PageError(0.0, math.inf if bad else 0.0, bad)
     x, y = to_float64(before, dtype), to_float64(after, dtype)
     finite = np.isfinite(x)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(np.where(finite, y - x, 0.0))
-    limit = 0.0
-    if bound.kind is BoundKind.ABSOLUTE:
-        limit = bound.value
-    elif bound.kind is BoundKind.RELATIVE and finite.any():
-        limit = bound.value * float(x[finite].max() - x[finite].min())
+    limit = value_bounds(x, bound)
     inexact = bound.kind is not BoundKind.LOSSLESS
-    bad = np.where(finite & inexact, ~(error <= limit), before != after)
+    wrong = np.where(finite & inexact, ~(error <= limit), before != after)
     largest = float(error.max()) if error.size else 0.0
-    return (math.inf if math.isnan(largest) else largest), int(np.count_nonzero(bad)), limit
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.where(error > 0, error / limit, 0.0)
+    over = float(part.max()) if part.size else 0.0
+    return PageError(
+        math.inf if math.isnan(largest) else largest,
+        math.inf if math.isnan(over) else over,
+        int(np.count_nonzero(wrong)),
+    )
+
+
+def value_bounds(x: npt.NDArray[np.float64], bound: ErrorBound) -> npt.NDArray[np.float64]:
+    """The absolute bound of each value of a page.
+
+    Args:
+        x: the page's values, shape ``[tokens, heads, head_dim]``.
+        bound: the bound that was asked for.
+
+    Returns:
+        Something that broadcasts to the shape of x.
+    """
+    finite = np.isfinite(x)
+    if bound.kind is BoundKind.TOKEN_RMS:
+        known = np.where(finite, x, 0.0)
+        largest = np.abs(known).max(axis=-1, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = np.where(largest > 0, known / largest, 0.0)  # squares of what is very large or small
+        rms: npt.NDArray[np.float64] = bound.value * largest * np.sqrt(np.mean(part**2, axis=-1, keepdims=True))
+        return rms
+    if bound.channels is not None:
+        return bound.channels.values.astype(np.float64)[None]
+    limit = bound.value if bound.kind is BoundKind.ABSOLUTE else 0.0
+    if bound.kind is BoundKind.RELATIVE and finite.any():
+        limit = bound.value * float(x[finite].max() - x[finite].min())
+    return np.array(limit)
 
 
 def to_float64(bits: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float64]:
@@ -249,7 +305,7 @@ def _shape(page: Geometry | SegmentLayout) -> str:
 def encode(
     x: Any,
     *,
-    bound: ErrorBound,
+    bound: ErrorBound | BoundPolicy,
     codec: str | Codec = "cuszp",
     mode: str | None = None,
     layout: str | BlockLayout | None = None,
@@ -261,7 +317,7 @@ def encode(
     Args:
         x: NumPy array, or torch tensor in host memory or on a GPU; bfloat16 in NumPy as uint16 with
             ``dtype="bfloat16"``, or as ml_dtypes.
-        bound: how far a decoded value may be from the given one.
+        bound: how far a decoded value may be from the given one; a policy by page.
         codec: name of a codec, or a codec.
         mode: encoding mode; by default the codec's first (``"fixed"`` for cuszp).
         layout: order of the axes of x, such as ``"NHD"`` or ``"2HND"`` (see `BlockLayout.from_tensors`), or a
@@ -279,8 +335,9 @@ def encode(
         BackendUnavailableError: x lies on a GPU, and nothing here reaches it.
     """
     chosen = get_codec(codec)
-    if not isinstance(bound, ErrorBound):
+    if not isinstance(bound, (ErrorBound, BoundPolicy)):
         raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
+    chosen.check_bound(bound)
     TensorMemory.of(x, dtype)  # says what is wrong with x
     tensor = x[None]
     if layout is None:
@@ -290,12 +347,19 @@ def encode(
     mode = chosen.modes[0] if mode is None else chosen.check_mode(mode)
     view = BlockView([tensor], layout)
     chosen = codec_for(chosen, view.device)
-    batch = encode_records(view, chosen, EncodeRequest(bound, mode), measure_error=measure_error)
+    request = EncodeRequest(resolve(bound, layout), mode)
+    batch = encode_records(view, chosen, request, measure_error=measure_error)
     record = batch.records[0]
     return record.header.tobytes() + record.payload.tobytes()
 
 
-def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> Any:
+def decode(
+    record: Buffer,
+    *,
+    out: Any = None,
+    bound: ErrorBound | BoundPolicy | None = None,
+    max_raw_bytes: int = 1 << 30,
+) -> Any:
     """Decode a record. Blocks the host.
 
     Args:
@@ -303,6 +367,7 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
         out: a NumPy array or torch tensor (in host memory or on a GPU) to fill, in the shape and order of axes that was
             encoded (any shape when the record was coded in memory order), or a list of them for a record of several
             tensors.
+        bound: what it was encoded with; needed when that was a channel table, which a record only names.
         max_raw_bytes: refuse to allocate more than this when `out` is not given; a forged record can claim any size.
 
     Returns:
@@ -314,7 +379,7 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
         FormatVersionError: a newer kvzip wrote it.
         CodecNotFoundError: its codec is not installed here.
         LayoutError: `out` does not fit.
-        ConfigError: the record claims more than `max_raw_bytes`.
+        ConfigError: the record claims more than `max_raw_bytes`, or needs a channel table that `bound` is not.
     """
     header, payload = read_record(record)
     codec = get_codec(header.codec)
@@ -332,8 +397,26 @@ def decode(record: Buffer, *, out: Any = None, max_raw_bytes: int = 1 << 30) -> 
         raise LayoutError("out is read-only: pass a writable array")
     codec = codec_for(codec, view.device)
     check_device(codec, view)
+    if header.table_id != 0:
+        view = view.with_bounds(_table_of(header, bound, view.layout))
     codec.decode_blocks(view, [np.frombuffer(payload, np.uint8)], [header.table])
     return tensors[0] if made and len(tensors) == 1 else out
+
+
+def _table_of(header: RecordHeader, bound: ErrorBound | BoundPolicy | None, layout: BlockLayout) -> PageBounds:
+    """The bounds whose channel tables a record names."""
+    kinds = header.table["kind"].tolist()
+    named = BlockLayout(tuple(replace(s, kind=KINDS[k]) for s, k in zip(layout.segments, kinds, strict=True)))
+    for sink in (False, True):
+        if bound is not None:
+            bounds = resolve(bound, named, sink)
+            if table_id(bounds, header.num_segments) == header.table_id:
+                return bounds
+    given = "none was given" if bound is None else f"{bound} is another one"
+    raise ConfigError(
+        f"the record was encoded with channel table {header.table_id:016x}, {given}: pass the bound= that it was "
+        "encoded with"
+    )
 
 
 def _tensors_of(header: RecordHeader) -> tuple[str, list[tuple[int, ...]]]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip.backends.portable import device_codec
+from kvzip.bounds import BoundPolicy, bound_of_page, resolve
 from kvzip.coding import compare_pages, max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError
@@ -125,7 +125,7 @@ def choose_device(wanted: str) -> str:
 def run(
     path: Path | None = None,
     *,
-    bound: ErrorBound,
+    bound: ErrorBound | BoundPolicy,
     codec: str = "cuszp",
     mode: str | None = None,
     block_tokens: int = 16,
@@ -162,6 +162,7 @@ def run(
     view = BlockView(pages, layout)
     count = len(view)
     keys = [f"block-{i}".encode() for i in range(count)]
+    bounds = resolve(bound, layout)
 
     if budget_bytes is None:
         with SwapEngine(1 << 20, codec=codec, mode=mode) as probe:
@@ -198,12 +199,11 @@ def run(
         original, loaded = BlockView(before, layout), BlockView([host_bits(p, dtype) for p in pages], layout)
         for done, (source, place) in enumerate(zip(held, target, strict=True), 1):
             for s, segment in enumerate(layout.segments):
-                error, bad, limit = compare_pages(
-                    original.page(source, s), loaded.page(int(place), s), segment.dtype, bound
-                )
-                max_error = max(max_error, error)
-                over_bound = max(over_bound, error / limit if limit else (math.inf if error else 0.0))
-                violations += bad
+                asked = bound_of_page(bounds, s)
+                found = compare_pages(original.page(source, s), loaded.page(int(place), s), segment.dtype, asked)
+                max_error = max(max_error, found.max_error)
+                over_bound = max(over_bound, found.over_bound)
+                violations += found.violations
             progress("verify", done, len(held))
         loaded_bytes = len(held) * layout.nbytes
         return DemoResult(

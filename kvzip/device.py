@@ -22,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip import _native
+from kvzip._log import log_once
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import coding_of
-from kvzip.coding import check_geometry, max_record_bytes, measure_errors
+from kvzip.bounds import PageBounds, summary, table_id
+from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError, TransferError
-from kvzip.index import Entry, RecordIndex, contents_of
+from kvzip.index import Contents, Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
 from kvzip.pool import HostPool
 from kvzip.record import (
@@ -40,19 +42,20 @@ from kvzip.record import (
 )
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Sources, Staging
-from kvzip.types import BlockLayout, BlockView, ErrorBound, empty_view
+from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound, empty_view
 
 _log = logging.getLogger("kvzip")
 
 _LOSSLESS = ErrorBound.lossless()
+# What the CUDA codec has.
+_GPU_BOUND_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)
+_GPU_LAST_CODING = Coding.LOSSLESS
 
 
 class HostPaths(Protocol):
     """What the engine does with blocks in host memory; a device falls back on it, and reports to it."""
 
-    def store_blocks(
-        self, keys: Sequence[bytes], blocks: BlockView, codec: Codec, request: EncodeRequest, measure_error: bool
-    ) -> TransferResult:
+    def store_blocks(self, parts: Sequence[Part], codec: Codec, measure_error: bool) -> TransferResult:
         """Encode with the codec's own functions, keep the records, count them."""
         ...
 
@@ -70,6 +73,10 @@ class HostPaths(Protocol):
 
     def count_load(self, result: TransferResult) -> None:
         """Add a finished load to the counters."""
+        ...
+
+    def count_fallback(self, reason: str, pages: int) -> None:
+        """Count pages that were not coded as asked."""
         ...
 
     def count_corrupt(self, blocks: int) -> None:
@@ -174,15 +181,7 @@ class DeviceSwap:
         """The codec for blocks on this GPU: itself, the pipelines bring the pages to it."""
         return codec
 
-    def store(
-        self,
-        keys: Sequence[bytes],
-        blocks: BlockView,
-        codec: Codec,
-        request: EncodeRequest,
-        measure_error: bool,
-        stream: object,
-    ) -> Transfer:
+    def store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
         """Queue a store. The pages must stay as they are until the transfer is done."""
         started = time.perf_counter()
         after = self._mark(stream)
@@ -192,11 +191,16 @@ class DeviceSwap:
             try:
                 with self._store_lock:
                     self._index.check_open()
-                    if codec.name not in ("cuszp", "raw"):
+                    native = codec.name in ("cuszp", "raw")
+                    if not native or not all(encodes_on_gpu(codec, part.request) for part in parts):
                         self._driver.event_synchronize(after)
-                        pages = blocks if "cuda" in codec.devices else self._to_host(blocks, after)
-                        return self._host.store_blocks(keys, pages, codec, request, measure_error)
-                    result = self._store(keys, blocks, codec, request, measure_error, after, transfer)
+                        if native:
+                            self._count_host_coding(parts)
+                        if "cuda" not in codec.devices:
+                            here = [replace(part, blocks=self._to_host(part.blocks, after)) for part in parts]
+                            return self._host.store_blocks(here, codec, measure_error)
+                        return self._host.store_blocks(parts, codec, measure_error)
+                    result = self._store(parts, codec, measure_error, after, transfer)
             finally:
                 self._driver.event_destroy(after)
             result = replace(result, seconds=time.perf_counter() - started)
@@ -247,59 +251,58 @@ class DeviceSwap:
 
     # ---- stores, in the worker
 
+    def _count_host_coding(self, parts: Sequence[Part]) -> None:
+        bound = parts[0].request.bound
+        log_once(
+            "the GPU codec lacks a mode or a kind of bound, blocks are coded on the host, which is slower",
+            f"mode {parts[0].request.mode}, bound {summary(bound)}",
+        )
+        pages = sum(len(part.keys) * len(part.blocks.layout.segments) for part in parts)
+        self._host.count_fallback("coded_on_host", pages)
+
     def _store(
-        self,
-        keys: Sequence[bytes],
-        blocks: BlockView,
-        codec: Codec,
-        request: EncodeRequest,
-        measure_error: bool,
-        after: int,
-        transfer: Transfer,
+        self, parts: Sequence[Part], codec: Codec, measure_error: bool, after: int, transfer: Transfer
     ) -> TransferResult:
-        coding = coding_of(request) if codec.name == "cuszp" else Coding.RAW
+        codings = [coding_of(part.request) if codec.name == "cuszp" else Coding.RAW for part in parts]
+        reason = parts[0].request.reason
         try:
-            return self._encode(keys, blocks, codec, request, coding, request.reason, measure_error, after, transfer)
+            return self._encode(parts, codings, codec, reason, measure_error, after, transfer)
         except CudaError:
             raise  # the device is at fault: another encoder would fail as well
         except NativeError as error:
             _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
-            return self._encode(
-                keys, blocks, codec, request, Coding.RAW, Reason.ENCODER_FAILED, measure_error, after, transfer
-            )
+            raw = [Coding.RAW] * len(parts)
+            return self._encode(parts, raw, codec, Reason.ENCODER_FAILED, measure_error, after, transfer)
 
     def _encode(
         self,
-        keys: Sequence[bytes],
-        blocks: BlockView,
+        parts: Sequence[Part],
+        codings: Sequence[Coding | list[Coding]],
         codec: Codec,
-        request: EncodeRequest,
-        coding: Coding,
         reason: Reason,
         measure_error: bool,
         after: int,
         transfer: Transfer,
     ) -> TransferResult:
-        layout, index, pool = blocks.layout, self._index, self._pool
-        contents = contents_of(layout, codec.name)
-        header = contents.header_bytes
+        layout, index, pool = parts[0].blocks.layout, self._index, self._pool
+        keys = [key for part in parts for key in part.keys]
+        header = header_nbytes(layout)
         worst = len(keys) * pool.round_up(max_record_bytes(codec, layout))
         if not index.can_hold(worst, keys):
             # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
-            sizes = self._transport.out.sizes(blocks, request.bound, coding, after)
-            needed = sum(pool.round_up(int(n)) for n in sizes)
+            needed = 0
+            for part, coding in zip(parts, codings, strict=True):
+                sizes = self._transport.out.sizes(part.blocks, part.request.bound, coding, after)
+                needed += sum(pool.round_up(int(n)) for n in sizes)
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys)
-        original = self._to_host(blocks, after) if measure_error else None
-        mode = request.mode if request.mode in codec.modes else "none"
-        header_of = partial(_header_of, layout, mode=mode, bound=request.bound, reason=reason)
         fresh: list[Entry] = []
         tables = []
         record_bytes = violations = 0
         max_error = 0.0
         evicted_before = index.evicted
 
-        def admit(chunk: EncodedChunk) -> list[Runs]:
+        def admit(contents: Contents, chunk: EncodedChunk) -> list[Runs]:
             entries = index.admit(
                 chunk.payload_bytes.tolist(),
                 chunk.payload_crc32c.tolist(),
@@ -310,9 +313,13 @@ class DeviceSwap:
             fresh.extend(entries)
             return self._runs(entries)
 
-        def landed(chunk: EncodedChunk) -> None:
+        def landed(part: Part, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
             nonlocal record_bytes, violations, max_error
-            entries = fresh[chunk.first : chunk.first + len(chunk.tables)]
+            first = before + chunk.first
+            entries = fresh[first : first + len(chunk.tables)]
+            request = part.request
+            mode = request.mode if request.mode in codec.modes else "none"
+            header_of = partial(_header_of, layout, mode=mode, bound=request.bound, reason=reason)
             if original is None:
                 for entry in entries:
                     entry.header = header_of
@@ -332,9 +339,20 @@ class DeviceSwap:
             tables.append(chunk.tables)
 
         try:
-            self._transport.out.run(
-                blocks, request.bound, coding, after, admit, landed, self._joins, transfer._mark_queued
-            )
+            for number, (part, coding) in enumerate(zip(parts, codings, strict=True)):
+                original = self._to_host(part.blocks, after) if measure_error else None
+                bound = part.request.bound
+                contents = contents_of(layout, codec.name, table_id(bound, len(layout.segments)))
+                self._transport.out.run(
+                    part.blocks,
+                    bound,
+                    coding,
+                    after,
+                    partial(admit, contents),
+                    partial(landed, part, original, len(fresh)),
+                    self._joins,
+                    transfer._mark_queued if number == len(parts) - 1 else (lambda stream: None),
+                )
             index.publish(dict(zip(keys, fresh, strict=True)))
         except BaseException:
             index.cancel(fresh, keys)
@@ -344,7 +362,7 @@ class DeviceSwap:
             fallbacks = {reason.name.lower(): sum(t.size for t in tables)}
         return TransferResult(
             blocks=len(keys),
-            raw_bytes=blocks.nbytes,
+            raw_bytes=sum(part.blocks.nbytes for part in parts),
             record_bytes=record_bytes,
             seconds=0.0,
             evicted=index.evicted - evicted_before,
@@ -395,12 +413,12 @@ class DeviceSwap:
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
         groups: dict[tuple[str, BlockLayout], list[int]] = {}
-        alike: dict[int, list[int]] = {}
-        for i, entry in enumerate(entries):
-            alike.setdefault(id(entry.contents), []).append(i)
-        for members in alike.values():
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, (entry, gpu) in enumerate(zip(entries, decodes_on_gpu(entries), strict=True)):
+            alike.setdefault((id(entry.contents), gpu), []).append(i)
+        for (_, gpu), members in alike.items():
             known = entries[members[0]].contents
-            codec = "" if known.codec in ("cuszp", "raw") else known.codec
+            codec = "" if known.codec in ("cuszp", "raw") and gpu else known.codec
             groups.setdefault((codec, check_geometry(known.geometry, out.layout)), []).extend(members)
         others = [(name, layout, members) for (name, layout), members in groups.items() if name]
         native = [(layout, members) for (name, layout), members in groups.items() if not name]
@@ -468,7 +486,7 @@ def _header_of(
     entry: Entry,
     *,
     mode: str,
-    bound: ErrorBound,
+    bound: PageBounds,
     reason: Reason,
     max_errors: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.uint8]:
@@ -487,6 +505,20 @@ def _header_of(
     )
     row: npt.NDArray[np.uint8] = headers[0]
     return row
+
+
+def encodes_on_gpu(codec: Codec, request: EncodeRequest) -> bool:
+    """Whether the CUDA codec has what a request asks for."""
+    if codec.name == "raw":
+        return True
+    bounds = (request.bound,) if isinstance(request.bound, ErrorBound) else request.bound
+    return all(bound.kind in _GPU_BOUND_KINDS for bound in bounds)
+
+
+def decodes_on_gpu(entries: Sequence[Entry]) -> list[bool]:
+    """For each record whether the CUDA codec has all its codings; of any other codec's records it says nothing."""
+    codings = [np.frombuffer(entry.table, ENTRY_DTYPE)["coding"].max() for entry in entries]
+    return [bool(coding <= _GPU_LAST_CODING) for coding in codings]
 
 
 def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:

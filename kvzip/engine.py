@@ -21,7 +21,8 @@ from kvzip._log import log_once
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
-from kvzip.coding import EncodedRecord, check_device, check_geometry, encode_records, max_record_bytes
+from kvzip.bounds import BoundPolicy, PageBounds, resolve, table_id
+from kvzip.coding import EncodedRecord, Part, check_device, check_geometry, encode_records, max_record_bytes
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -98,7 +99,7 @@ class Settings:
     """What new records are coded with; records that are held keep what they were coded with."""
 
     codec: Codec
-    bound: ErrorBound
+    bound: ErrorBound | BoundPolicy
     mode: str
     reason: Reason = Reason.AS_ASKED
 
@@ -115,7 +116,7 @@ class SwapEngine:
         pool: a `HostPool` (shared with others, if you like), or the bytes of a new one that the engine closes with
             itself.
         codec: name of a codec, or a codec.
-        bound: how far a loaded value may be from the stored one.
+        bound: how far a loaded value may be from the stored one: an `ErrorBound` for every page, or a `BoundPolicy`.
         mode: encoding mode; by default the codec's first.
         policy: name of an eviction policy (``"lru"``, ``"arc"`` or ``"s3fifo"``), or a policy object of its own.
         threads: most host threads for coding; 0 = all cores that the process may use.
@@ -132,7 +133,7 @@ class SwapEngine:
         pool: HostPool | int,
         *,
         codec: str | Codec = "cuszp",
-        bound: ErrorBound | None = None,
+        bound: ErrorBound | BoundPolicy | None = None,
         mode: str | None = None,
         policy: str | EvictionPolicy = "lru",
         threads: int = 0,
@@ -153,6 +154,7 @@ class SwapEngine:
         self._seconds = {"store": 0.0, "load": 0.0}
         self._staging = staging or Staging()
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
+        self._tables: dict[int, PageBounds] = {}  # what records were coded with, by the name of its channel tables
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
 
     # ---- settings
@@ -163,12 +165,16 @@ class SwapEngine:
         return self._settings
 
     def configure(
-        self, *, codec: str | Codec | None = None, bound: ErrorBound | None = None, mode: str | None = None
+        self,
+        *,
+        codec: str | Codec | None = None,
+        bound: ErrorBound | BoundPolicy | None = None,
+        mode: str | None = None,
     ) -> Settings:
         """Change what the next stores are coded with; what is None stays. Records that are held still load.
 
         Raises:
-            ConfigError: the codec does not know the mode; nothing was changed.
+            ConfigError: the codec does not know the mode or the kind of bound; nothing was changed.
             CodecNotFoundError: no such codec; nothing was changed.
         """
         with self._lock:
@@ -182,7 +188,13 @@ class SwapEngine:
     # ---- store
 
     def store(
-        self, keys: Iterable[bytes], blocks: BlockView, *, measure_error: bool = False, stream: object = None
+        self,
+        keys: Iterable[bytes],
+        blocks: BlockView,
+        *,
+        sink: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
+        measure_error: bool = False,
+        stream: object = None,
     ) -> Transfer:
         """Encode blocks and keep their records. A key that is held gets the new record.
 
@@ -193,6 +205,8 @@ class SwapEngine:
         Args:
             keys: one opaque name a block.
             blocks: the blocks, in the same order.
+            sink: for each block, whether it holds position 0 of a sequence: such blocks get `BoundPolicy.sink`; under a
+                bound that is no policy they are stored lossless.
             measure_error: decode and compare as well; slower. See `TransferResult`.
             stream: CUDA stream that makes the pages: they are read behind the work that is queued on it now. A handle,
                 a torch stream, or None for torch's current stream.
@@ -201,31 +215,54 @@ class SwapEngine:
             The transfer; done, when the blocks lie in host memory.
 
         Raises:
-            ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks.
-            LayoutError: the codec does not work where the blocks lie.
+            ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks; or the sink marks are.
+            LayoutError: the codec does not work where the blocks lie, or the bounds do not fit them.
             PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed. For
                 blocks on a GPU it comes from the transfer.
         """
         names = _check_keys(keys, blocks)
         settings = self._settings
-        request = EncodeRequest(settings.bound, settings.mode, self._threads, settings.reason)
+        parts = self._parts(names, blocks, sink, settings)
         self._codecs[settings.codec.name] = settings.codec
         if blocks.device != "cpu":
             self._index.check_open()
-            return self._device(blocks.device).store(names, blocks, settings.codec, request, measure_error, stream)
+            return self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
         with self.counting_failures("store"), self._store_lock:
             self._index.check_open()
-            result = self.store_blocks(names, blocks, settings.codec, request, measure_error)
+            result = self.store_blocks(parts, settings.codec, measure_error)
         transfer = Transfer()
         transfer._finish(result)
         return transfer
 
-    def store_blocks(
-        self, keys: Sequence[bytes], blocks: BlockView, codec: Codec, request: EncodeRequest, measure_error: bool
-    ) -> TransferResult:
+    def _parts(self, names: Sequence[bytes], blocks: BlockView, sink: object, settings: Settings) -> list[Part]:
+        """The blocks of a store, those that begin a sequence apart."""
+        if sink is None:
+            return [Part(names, blocks, self._request(settings, blocks.layout, False))]
+        marks = np.asarray(sink)
+        if marks.shape != (len(names),) or marks.dtype != np.bool_:
+            raise ConfigError(
+                f"sink marks of shape {marks.shape}, type {marks.dtype}: give one bool for each of {len(names)} blocks"
+            )
+        parts = []
+        for mark in sorted(set(marks.tolist())) or [False]:
+            chosen = np.flatnonzero(marks == mark)
+            request = self._request(settings, blocks.layout, mark)
+            parts.append(Part([names[int(i)] for i in chosen], blocks[blocks.block_ids[chosen]], request))
+        return parts
+
+    def _request(self, settings: Settings, layout: BlockLayout, sink: bool) -> EncodeRequest:
+        bounds = resolve(settings.bound, layout, sink)
+        named = table_id(bounds, len(layout.segments))
+        if named != 0:
+            with self._lock:
+                self._tables[named] = bounds
+        return EncodeRequest(bounds, settings.mode, self._threads, settings.reason)
+
+    def store_blocks(self, parts: Sequence[Part], codec: Codec, measure_error: bool) -> TransferResult:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
         started = time.perf_counter()
-        layout = blocks.layout
+        layout = parts[0].blocks.layout
+        keys = [key for part in parts for key in part.keys]
         # If even the worst case fits, records go to the pool chunk by chunk. If it does not, the real sizes decide:
         # everything is encoded first, so that a refusal comes before anything was changed.
         worst = len(keys) * self.pool.round_up(max_record_bytes(codec, layout))
@@ -234,26 +271,26 @@ class SwapEngine:
             self._index.can_hold(worst, keys) and not any(key in self._index for key in keys)
         )
         fresh: dict[bytes, Entry] = {}
-        pending: list[tuple[bytes, EncodedRecord]] = []
+        pending: list[tuple[bytes, EncodedRecord, int]] = []
         pending_bytes = record_bytes = 0
         fallbacks: Counter[str] = Counter()
         max_error = 0.0
         violations = 0
         evicted_before = self._index.evicted
         try:
-            for first, last in _chunks(len(keys), layout):
-                batch = encode_records(
-                    blocks[blocks.block_ids[first:last]], codec, request, measure_error=measure_error
-                )
+            for part, first, last in _chunks(parts, layout):
+                chunk = part.blocks[part.blocks.block_ids[first:last]]
+                batch = encode_records(chunk, codec, part.request, measure_error=measure_error)
                 fallbacks.update(batch.fallbacks)
-                for key, record in zip(keys[first:last], batch.records, strict=True):
+                named = table_id(part.request.bound, len(layout.segments))
+                for key, record in zip(part.keys[first:last], batch.records, strict=True):
                     max_error = max(max_error, record.max_error or 0.0)
                     violations += record.violations or 0
                     record_bytes += record.nbytes
                     pending_bytes += self.pool.round_up(record.nbytes)
                     if not streaming:  # the scratch is used again; keep just the encoded bytes
                         record = replace(record, payload=record.payload.copy())
-                    pending.append((key, record))
+                    pending.append((key, record, named))
                 if streaming:
                     self._keep(pending, fresh, layout, keys)
                     pending = []
@@ -267,7 +304,7 @@ class SwapEngine:
             raise
         result = TransferResult(
             blocks=len(keys),
-            raw_bytes=blocks.nbytes,
+            raw_bytes=sum(part.blocks.nbytes for part in parts),
             record_bytes=record_bytes,
             seconds=time.perf_counter() - started,
             evicted=self._index.evicted - evicted_before,
@@ -280,7 +317,7 @@ class SwapEngine:
 
     def _keep(
         self,
-        records: Sequence[tuple[bytes, EncodedRecord]],
+        records: Sequence[tuple[bytes, EncodedRecord, int]],
         fresh: dict[bytes, Entry],
         layout: BlockLayout,
         keys: Sequence[bytes],
@@ -288,16 +325,15 @@ class SwapEngine:
         replacing: bool = False,
     ) -> None:
         """Put encoded records into the pool, evicting as needed; they are not visible yet."""
-        contents = {name: contents_of(layout, name) for name in {record.codec for _, record in records}}
         entries = self._index.admit(
-            [record.payload.size for _, record in records],
-            [record.payload_crc32c for _, record in records],
-            [record.table.tobytes() for _, record in records],
-            [contents[record.codec] for _, record in records],
+            [record.payload.size for _, record, _ in records],
+            [record.payload_crc32c for _, record, _ in records],
+            [record.table.tobytes() for _, record, _ in records],
+            [contents_of(layout, record.codec, named) for _, record, named in records],
             keys,
             replacing=replacing,
         )
-        for (key, record), entry in zip(records, entries, strict=True):
+        for (key, record, _), entry in zip(records, entries, strict=True):
             fresh[key] = entry
             self.pool.write(entry.allocation, record.header)
             self.pool.write(entry.allocation, record.payload, offset_bytes=record.header.size)
@@ -366,7 +402,7 @@ class SwapEngine:
 
     def load_blocks(self, entries: Sequence[Entry], out: BlockView) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
-        groups: dict[tuple[str, BlockLayout], list[int]] = {}
+        groups: dict[tuple[str, BlockLayout, int], list[int]] = {}
         tables: list[npt.NDArray[Any]] = []
         payloads: list[npt.NDArray[np.uint8]] = []
         for i, entry in enumerate(entries):
@@ -374,16 +410,18 @@ class SwapEngine:
             layout = check_geometry(header.geometry, out.layout)
             tables.append(header.table)
             payloads.append(np.frombuffer(payload, np.uint8))
-            groups.setdefault((header.codec, layout), []).append(i)
-        codecs = {name: self._codec_for(name, out.device) for name, _ in groups}
+            groups.setdefault((header.codec, layout, header.table_id), []).append(i)
+        codecs = {name: self._codec_for(name, out.device) for name, _, _ in groups}
         for codec in codecs.values():
             check_device(codec, out)
         # A codec validates its own batch before it writes; with several, all must be valid before the first writes.
         if len(groups) > 1:
-            for (name, layout), members in groups.items():
+            for (name, layout, _), members in groups.items():
                 codecs[name].validate_blocks(layout, [payloads[i] for i in members], [tables[i] for i in members])
-        for (name, layout), members in groups.items():
+        for (name, layout, named), members in groups.items():
             view = out[out.block_ids[members]].with_groups(layout)
+            if named != 0:
+                view = view.with_bounds(self._tables[named])
             codecs[name].decode_blocks(
                 view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
@@ -426,6 +464,11 @@ class SwapEngine:
             self._totals["loaded_raw_bytes"] += result.raw_bytes
             self._seconds["load"] += result.seconds
             self._meter.finished("load", result.raw_bytes, result.record_bytes, result.seconds)
+
+    def count_fallback(self, reason: str, pages: int) -> None:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        with self._lock:
+            self._fallbacks[reason] += pages
 
     def count_corrupt(self, blocks: int) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -576,8 +619,8 @@ def _read_own(record: npt.NDArray[np.uint8]) -> tuple[RecordHeader, memoryview]:
         raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 
 
-def _settings(codec: str | Codec, bound: ErrorBound, mode: str | None) -> Settings:
-    if not isinstance(bound, ErrorBound):
+def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | None) -> Settings:
+    if not isinstance(bound, (ErrorBound, BoundPolicy)):
         raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
     try:
         chosen, reason = get_codec(codec), Reason.AS_ASKED
@@ -588,6 +631,7 @@ def _settings(codec: str | Codec, bound: ErrorBound, mode: str | None) -> Settin
         log_once(f"codec {codec!r} is not available, cuszp takes its place, lossless", str(error))
         chosen, bound, reason = get_codec("cuszp"), ErrorBound.lossless(), Reason.CODEC_UNAVAILABLE
         mode = None
+    chosen.check_bound(bound)
     return Settings(chosen, bound, chosen.modes[0] if mode is None else chosen.check_mode(mode), reason)
 
 
@@ -611,6 +655,8 @@ def _check_keys(keys: object, blocks: BlockView, *, repeats: bool = False) -> li
     return names
 
 
-def _chunks(blocks: int, layout: BlockLayout) -> Iterator[tuple[int, int]]:
+def _chunks(parts: Sequence[Part], layout: BlockLayout) -> Iterator[tuple[Part, int, int]]:
     step = max(1, CHUNK_BYTES // layout.nbytes)
-    return ((first, min(first + step, blocks)) for first in range(0, blocks, step))
+    for part in parts:
+        for first in range(0, len(part.keys), step):
+            yield part, first, min(first + step, len(part.keys))

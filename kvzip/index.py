@@ -46,18 +46,20 @@ class Contents:
         codec: name of the codec.
         geometry: shapes of the pages.
         header_bytes: bytes before the payload.
+        table_id: name of the channel tables that it was encoded with; 0 = none.
     """
 
     raw_bytes: int
     codec: str
     geometry: tuple[Geometry, ...]
     header_bytes: int
+    table_id: int = 0
 
 
 @lru_cache(maxsize=256)
-def contents_of(layout: BlockLayout, codec: str) -> Contents:
+def contents_of(layout: BlockLayout, codec: str, tables: int = 0) -> Contents:
     """What records of this layout hold; the same object for the same arguments."""
-    return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout))
+    return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout), tables)
 
 
 @dataclass(eq=False, slots=True)

@@ -19,6 +19,7 @@ import crc32c as _crc32c
 import numpy as np
 import numpy.typing as npt
 
+from kvzip.bounds import PageBounds, summary, table_id
 from kvzip.errors import ConfigError, CorruptRecordError, FormatError, FormatVersionError
 from kvzip.types import BlockLayout, BoundKind, DType, ErrorBound, SegmentLayout
 
@@ -30,7 +31,7 @@ MAX_GEOMETRIES = 65_535
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
-_FIXED = struct.Struct("<4sHHIIQQIIHBBB3xdd16s8s8x")
+_FIXED = struct.Struct("<4sHHIIQQIIHBBB3xdd16s8sQ")
 _GEOMETRY = struct.Struct("<IIIIBB6x")
 _CRC_AT = 12
 
@@ -49,6 +50,7 @@ ENTRY_DTYPE = np.dtype(
 
 MODES = ("none", "fixed", "plain", "outlier")
 KINDS = ("", "k", "v")
+_WITHOUT_VALUE = (BoundKind.LOSSLESS, BoundKind.CHANNEL_TABLE, BoundKind.BY_PAGE)
 
 
 class Coding(enum.IntEnum):
@@ -60,6 +62,23 @@ class Coding(enum.IntEnum):
     PLAIN = 3
     OUTLIER = 4
     LOSSLESS = 5
+
+
+class Steps(enum.IntEnum):
+    """What the bound of a quantised segment depends on: bits 4 and 5 of its coding."""
+
+    PAGE = 0x00
+    TOKEN = 0x10
+    CHANNEL = 0x20
+
+
+def split_coding(coding: int) -> tuple[Coding, Steps]:
+    """A segment's coding, and what its bound depends on.
+
+    Raises:
+        ValueError: the format has no such coding.
+    """
+    return Coding(coding & 0x0F), Steps(coding & 0xF0)
 
 
 class Reason(enum.IntEnum):
@@ -107,10 +126,12 @@ class RecordHeader:
         version: format version.
         codec: name of the codec that wrote the payload.
         mode: encoding mode that was asked for.
-        bound: error bound that was asked for; ``table["bound"]`` has the absolute bound applied to each segment.
+        bound: error bound that was asked for; ``table["bound"]`` has the largest absolute bound applied to each
+            segment. Of the kind ``BoundKind.BY_PAGE`` when the pages had different ones.
         reason: why the whole record fell back, or `Reason.AS_ASKED`.
         max_error: largest absolute error reached, or None when it was not measured.
         dims: order of the axes of the source tensors, or ``""``.
+        table_id: name of the channel tables that the record was encoded with; 0 when there were none.
         raw_bytes: bytes of the values before encoding.
         header_bytes: bytes of header, geometry and segment table.
         payload_bytes: bytes of the payload.
@@ -126,6 +147,7 @@ class RecordHeader:
     reason: Reason
     max_error: float | None
     dims: str
+    table_id: int
     raw_bytes: int
     header_bytes: int
     payload_bytes: int
@@ -237,7 +259,7 @@ def pack_headers(
     *,
     codec: str,
     mode: str,
-    bound: ErrorBound,
+    bound: PageBounds,
     reason: Reason = Reason.AS_ASKED,
     max_errors: npt.NDArray[np.float64] | None = None,
 ) -> npt.NDArray[np.uint8]:
@@ -250,7 +272,7 @@ def pack_headers(
         payload_crc32c: their checksums, shape ``[records]``.
         codec: name of the codec, at most 16 ASCII characters.
         mode: one of `MODES`.
-        bound: error bound that was asked for.
+        bound: error bound that was asked for, or a tuple of one a page.
         reason: why the records fell back as a whole.
         max_errors: largest errors reached, shape ``[records]``, if they were measured; an infinite one is written as
             the largest number there is.
@@ -282,7 +304,7 @@ def _column(rows: npt.NDArray[np.uint8], at: int, values: npt.NDArray[Any], dtyp
 
 @lru_cache(maxsize=256)
 def _header_template(
-    layout: BlockLayout, codec: str, mode: str, bound: ErrorBound, reason: Reason
+    layout: BlockLayout, codec: str, mode: str, bound: PageBounds, reason: Reason
 ) -> tuple[npt.NDArray[np.uint8], int]:
     """What the headers of a batch have in common, and where their segment tables begin."""
     if not (codec.isascii() and codec.isprintable() and 1 <= len(codec) <= 16):
@@ -301,12 +323,13 @@ def _header_template(
         len(layout.segments),
         runs,
         MODES.index(mode),
-        int(bound.kind),
+        int(summary(bound).kind),
         int(reason),
-        bound.value,
+        summary(bound).value,
         math.nan,
         codec.encode("ascii"),
         layout.dims.encode("ascii"),
+        table_id(bound, len(layout.segments)),
     )
     template = np.zeros(size, np.uint8)
     table_at = len(fixed) + len(geometry)
@@ -353,6 +376,7 @@ def read_header(record: Buffer) -> RecordHeader:
         max_error,
         codec,
         dims,
+        channel_tables,
     ) = _FIXED.unpack_from(data)
     if not 1 <= num_segments <= MAX_SEGMENTS or not 1 <= num_runs <= num_segments:
         raise CorruptRecordError(
@@ -367,14 +391,18 @@ def read_header(record: Buffer) -> RecordHeader:
     if crc32c(data[_CRC_AT + 4 : header_bytes], blank) != header_crc:
         raise CorruptRecordError("the header's checksum does not match: the record is damaged")
     # What follows is only reached by intact or deliberately forged headers.
-    _require(flags == 0 and not any(data[45:48]) and not any(data[88:96]), "reserved bits are set")
+    _require(flags == 0 and not any(data[45:48]), "reserved bits are set")
     _require(mode < len(MODES), f"mode {mode} is unknown")
-    _require(bound_kind in (0, 1, 2), f"bound kind {bound_kind} is unknown")
+    _require(bound_kind in BoundKind._value2member_map_, f"bound kind {bound_kind} is unknown")
     _require(reason in Reason._value2member_map_, f"reason {reason} is unknown")
     kind = BoundKind(bound_kind)
     _require(
-        bound == 0 if kind is BoundKind.LOSSLESS else math.isfinite(bound) and bound > 0,
+        bound == 0 if kind in _WITHOUT_VALUE else math.isfinite(bound) and bound > 0,
         f"bound {bound} is out of range",
+    )
+    _require(
+        channel_tables == 0 or kind in (BoundKind.CHANNEL_TABLE, BoundKind.BY_PAGE),
+        f"channel tables {channel_tables:016x} for bounds without one",
     )
     _require(
         math.isnan(max_error) or (max_error >= 0 and math.isfinite(max_error)), f"max_error {max_error} is out of range"
@@ -388,6 +416,8 @@ def read_header(record: Buffer) -> RecordHeader:
     table.flags.writeable = False
     _require(not any(data[at + ENTRY_DTYPE.itemsize * num_segments : header_bytes]), "the header's padding is not zero")
     _check_table(table, payload_bytes)
+    if codec.startswith(b"cuszp\0") and channel_tables == 0:
+        _require(not (table["coding"] & Steps.CHANNEL).any(), "a segment by channel without a channel table")
     return RecordHeader(
         version=version,
         codec=_text(codec, "codec"),
@@ -396,6 +426,7 @@ def read_header(record: Buffer) -> RecordHeader:
         reason=Reason(reason),
         max_error=None if math.isnan(max_error) else max_error,
         dims=_text(dims, "dims"),
+        table_id=channel_tables,
         raw_bytes=raw_bytes,
         header_bytes=header_bytes,
         payload_bytes=payload_bytes,

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
+from kvzip.bounds import PageBounds, bound_of_page, summary
 from kvzip.errors import ConfigError, CorruptRecordError, KvzipError
 from kvzip.record import ALIGNMENT, ENTRY_DTYPE, KINDS, MODES, crc32c, pack_headers, read_record
 from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound
@@ -189,22 +190,42 @@ class _Checker:
         bounds = _BOUNDS[:3] if self.codec.lossless_only else _BOUNDS
         for number, case in enumerate(cases):
             for mode in self.codec.modes:
+                for within in self.bounds_within(case):
+                    self.check_round_trip(case, EncodeRequest(within, mode, threads=1))
+                    if number % 4 == 0:
+                        self.check_determinism(case, EncodeRequest(within, mode))
+        for number, case in enumerate(cases):
+            for mode in self.codec.modes:
                 # Every bound meets every dtype and mode, the first three every geometry as well.
                 others = [b for i, b in enumerate(bounds[3:]) if (i - number) % 3 == 0]
-                for bound in (*bounds[:3], *others):
-                    self.check_round_trip(case, EncodeRequest(bound, mode, threads=1))
+                for every in (*bounds[:3], *others):
+                    self.check_round_trip(case, EncodeRequest(every, mode, threads=1))
         for number, case in enumerate(cases):
             for mode in self.codec.modes:
                 self.check_determinism(case, EncodeRequest(bounds[number % len(bounds)], mode))
         for case in cases:
             if case.geometry in (_GEOMETRIES[1], _GEOMETRIES[6]):
                 for mode in self.codec.modes:
-                    for bound in bounds[:2]:
+                    for bound in (*bounds[:2], *self.bounds_within(case)):
                         self.check_hostile_bytes(case, EncodeRequest(bound, mode))
         self.check_no_state(cases)
         self.check_threads(cases[::3])
 
     # ---- inputs
+
+    def bounds_within(self, case: _Case) -> list[PageBounds]:
+        """Bounds that differ within a page or from page to page, as far as the codec takes them."""
+        if self.codec.lossless_only:
+            return []
+        segments = case.view.layout.segments
+        rng = self.rng(29, int(case.dtype), _GEOMETRIES.index(case.geometry))
+        table = ErrorBound.channel_table(10.0 ** rng.uniform(-4, 0, (segments[0].heads, segments[0].head_dim)))
+        each = [ErrorBound.token_rms(0.17), ErrorBound.token_rms(1e-3), table]
+        found: list[PageBounds] = [bound for bound in each if bound.kind in self.codec.bound_kinds]
+        if BoundKind.BY_PAGE in self.codec.bound_kinds:
+            kinds = [*found, ErrorBound.relative(1e-2), ErrorBound.lossless()]
+            found.append(tuple(kinds[(s + len(case.kinds)) % len(kinds)] for s in range(len(segments))))  # type: ignore[misc]
+        return found
 
     def rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *purpose])
@@ -345,7 +366,7 @@ class _Checker:
     ) -> list[Bits]:
         """Decode what the codec itself wrote; returns the bit patterns of each page."""
         try:
-            self.codec.decode_blocks(target.view(ids), payloads, tables, threads=threads)
+            self.codec.decode_blocks(target.view(ids).with_bounds(request.bound), payloads, tables, threads=threads)
         except Exception as error:
             raise self.broken(
                 0, f"decode_blocks raised {type(error).__name__}: {error} for its own payloads", case, request
@@ -427,16 +448,17 @@ class _Checker:
         self.check_bound(case, request, results[0])
 
     def check_bound(self, case: _Case, request: EncodeRequest, after: list[Bits]) -> None:
-        exact = self.codec.lossless_only or request.bound.kind is BoundKind.LOSSLESS or case.dtype is DType.OPAQUE
         for s, (x, y) in enumerate(zip(case.pages, after, strict=True)):
+            bound = bound_of_page(request.bound, s)
+            exact = self.codec.lossless_only or bound.kind is BoundKind.LOSSLESS or case.dtype is DType.OPAQUE
             for b, kind in enumerate(case.kinds):
-                limit, bad = (0.0, x[b] != y[b]) if exact else _violations(x[b], y[b], case.dtype, request.bound)
+                limit, bad = (0.0, x[b] != y[b]) if exact else _violations(x[b], y[b], case.dtype, bound)
                 if bad.any():
                     at = tuple(int(i) for i in np.argwhere(bad)[0])
                     raise self.broken(
                         1,
                         f"{int(bad.sum())} of {bad.size} values of page {s} of the block of {kind} are outside "
-                        f"|out - in| <= {limit!r}, the first at {at}: "
+                        f"|out - in| <= {float(np.broadcast_to(limit, bad.shape)[at])!r}, the first at {at}: "
                         f"{_show(x[b][at], case.dtype)} came back as {_show(y[b][at], case.dtype)}",
                         case,
                         request,
@@ -492,7 +514,7 @@ class _Checker:
             )
 
     def check_hostile_bytes(self, case: _Case, request: EncodeRequest) -> None:
-        rng = self.rng(23, int(case.dtype), _GEOMETRIES.index(case.geometry), int(request.bound.kind))
+        rng = self.rng(23, int(case.dtype), _GEOMETRIES.index(case.geometry), int(summary(request.bound).kind))
         whole, tables = self.encode(case, request)
         target = _Memory(case.geometry, case.dtype, len(case.ids), 0)
         intact = self.decode(case, request, whole, tables, target, range(len(case.ids)))
@@ -509,7 +531,7 @@ class _Checker:
             for fill in _POISONS:
                 target = _Memory(case.geometry, case.dtype, 5, fill)
                 before = target.snapshot()
-                view = target.view(ids)
+                view = target.view(ids).with_bounds(request.bound)
                 try:
                     self.codec.decode_blocks(view, *bad, threads=1)
                 except CorruptRecordError as error:
@@ -639,12 +661,21 @@ def _floats(bits: Bits, dtype: DType) -> npt.NDArray[np.float64]:
         return np.asarray(values, np.float64)
 
 
-def _violations(before: Bits, after: Bits, dtype: DType, bound: ErrorBound) -> tuple[float, npt.NDArray[np.bool_]]:
-    """The absolute bound of a page, formed in float64, and which values break it. Exact: no rounding decides."""
+def _violations(before: Bits, after: Bits, dtype: DType, bound: ErrorBound) -> tuple[Any, npt.NDArray[np.bool_]]:
+    """The absolute bounds of a page, formed in float64, and which values break them.
+
+    Exact for bounds of a page and of a channel: no rounding decides.
+    """
     x, y = _floats(before, dtype), _floats(after, dtype)
     finite = np.isfinite(x)
-    limit = bound.value
-    if bound.kind is BoundKind.RELATIVE:
+    limit: Any = bound.value
+    if bound.channels is not None:
+        limit = bound.channels.values.astype(np.float64)[None]
+    elif bound.kind is BoundKind.TOKEN_RMS:
+        largest = np.maximum(np.abs(np.where(finite, x, 0)).max(axis=2, keepdims=True), 5e-324)
+        with np.errstate(over="ignore"):
+            limit = bound.value * largest * np.sqrt(np.mean((np.where(finite, x, 0) / largest) ** 2, 2, keepdims=True))
+    elif bound.kind is BoundKind.RELATIVE:
         limit = bound.value * float(x[finite].max() - x[finite].min()) if finite.any() else 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         difference = y - x
@@ -713,7 +744,7 @@ def _damage(rng: np.random.Generator, number: int, payload: Bytes, table: Table)
         "offset": [1, 2**32 - 1, 2**28, 2**31 // ALIGNMENT],
         "size": [0, 1, int(table["size"][s]) + 1, max(int(table["size"][s]), 1) - 1, 2**31, 2**32 - 1, 2**32 - 16],
         "bound": [np.nan, np.inf, -1.0, 0.0, 1e-45, 3e38],
-        "coding": [*range(8), 127, 128, 129, 255],
+        "coding": [*range(8), 0x12, 0x15, 0x30, 0x42, 127, 128, 129, 255],
     }
     value = extremes[field][int(rng.integers(len(extremes[field])))]
     if kind == 17:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from kvzip.backends.base import Codec, EncodeRequest
+from kvzip.backends.base import Codec
 from kvzip.backends.portable import PortableCodec
-from kvzip.coding import check_geometry
+from kvzip.coding import Part, check_geometry
 from kvzip.device import HostPaths, _Job, _Worker
 from kvzip.errors import CorruptRecordError
 from kvzip.index import Entry, RecordIndex
@@ -88,22 +88,14 @@ class TorchSwap:
             return codec
         return self._codecs.setdefault(codec.name, PortableCodec(codec, use_triton=self._use_triton))
 
-    def store(
-        self,
-        keys: Sequence[bytes],
-        blocks: BlockView,
-        codec: Codec,
-        request: EncodeRequest,
-        measure_error: bool,
-        stream: object,
-    ) -> Transfer:
+    def store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
         """Queue a store. The pages must stay as they are until the transfer is done."""
         after = self._mark(stream, self._device)
 
         def run() -> TransferResult:
             with self._host.counting_failures("store"), self._store_lock, self._lanes[0].behind(after):
                 self._index.check_open()
-                return self._host.store_blocks(keys, blocks, self.codec_for(codec), request, measure_error)
+                return self._host.store_blocks(parts, self.codec_for(codec), measure_error)
 
         transfer = Transfer()
         self._out.submit(_Job(run, transfer, "store"))

@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip import _native
+from kvzip.bounds import PageBounds
 from kvzip.memory import MemoryResource, PinnedMemory, Region
 from kvzip.record import ENTRY_DTYPE, header_nbytes
-from kvzip.types import BlockLayout, BlockView, ErrorBound
+from kvzip.types import BlockLayout, BlockView
 
 RECORD_ALIGNMENT = 256  # bytes: records begin at multiples of it in the arena (csrc/cuszp/kvz.h)
 
@@ -327,13 +328,13 @@ class _Pipeline:
 class EncodePipeline(_Pipeline):
     """The way out. One thread at a time."""
 
-    def sizes(self, blocks: BlockView, bound: ErrorBound, coding: int, after: int) -> Words:
+    def sizes(self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int) -> Words:
         """Bytes of every block's record; nothing leaves the device. Blocks the host.
 
         Args:
             blocks: what would be stored.
-            bound: error bound.
-            coding: coding wanted.
+            bound: error bound, or a tuple of one a page.
+            coding: coding wanted, or one a page.
             after: event that the pages are ready at.
         """
         header = header_nbytes(blocks.layout)
@@ -347,8 +348,8 @@ class EncodePipeline(_Pipeline):
     def run(
         self,
         blocks: BlockView,
-        bound: ErrorBound,
-        coding: int,
+        bound: PageBounds,
+        coding: int | Sequence[int],
         after: int,
         admit: Callable[[EncodedChunk], Sequence[Runs]],
         landed: Callable[[EncodedChunk], None],
@@ -359,8 +360,8 @@ class EncodePipeline(_Pipeline):
 
         Args:
             blocks: what to store.
-            bound: error bound.
-            coding: coding wanted.
+            bound: error bound, or a tuple of one a page.
+            coding: coding wanted, or one a page.
             after: event that the pages are ready at.
             admit: called once a chunk is encoded; says where each record goes (room for header and payload). What is
                 copied there has an undefined header.
@@ -396,8 +397,8 @@ class EncodePipeline(_Pipeline):
     def _encode(
         self,
         blocks: BlockView,
-        bound: ErrorBound,
-        coding: int,
+        bound: PageBounds,
+        coding: int | Sequence[int],
         after: int,
         waiting: list[tuple[_Slot, EncodedChunk]] | None = None,
         landed: Callable[[EncodedChunk], None] = lambda chunk: None,

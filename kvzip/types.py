@@ -7,10 +7,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import enum
+import hashlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ import numpy.typing as npt
 
 from kvzip.errors import ConfigError, LayoutError
 
-__all__ = ["BlockLayout", "BlockView", "DType", "ErrorBound", "SegmentLayout"]
+__all__ = ["BlockLayout", "BlockView", "ChannelBounds", "DType", "ErrorBound", "SegmentLayout"]
 
 _MAX_VALUES = 2**31 - 1  # of one page (docs/reference/format.md)
 _MAX_BYTES = 2**32 - 16
@@ -82,6 +85,53 @@ class BoundKind(enum.IntEnum):
     LOSSLESS = 0
     ABSOLUTE = 1
     RELATIVE = 2
+    TOKEN_RMS = 3
+    CHANNEL_TABLE = 4
+    BY_PAGE = 5  # of a record whose pages have different bounds
+
+
+class ChannelBounds:
+    """An absolute error bound for each (KV head, channel) of a page. Immutable; compared and hashed by its values.
+
+    Args:
+        bounds: shape ``[kv_heads, head_dim]``, finite and positive. Kept as float32, rounded toward zero; what is below
+            2^-96 becomes 0 (exact), what is above 2^120 becomes 2^120.
+
+    Raises:
+        ConfigError: the bounds have another shape, or one is not finite and positive.
+    """
+
+    __slots__ = ("digest", "values")
+
+    def __init__(self, bounds: npt.ArrayLike) -> None:
+        given = np.array(bounds, np.float64)
+        if given.ndim != 2 or given.size == 0:
+            raise ConfigError(f"channel bounds of shape {given.shape}: give [kv_heads, head_dim]")
+        if not (np.isfinite(given).all() and (given > 0).all()):
+            raise ConfigError("a channel bound is not finite and positive: floor the table first")
+        clipped = np.minimum(given, 2.0**120)
+        with np.errstate(under="ignore"):
+            nearest = clipped.astype(np.float32)
+            values = np.where(nearest > clipped, np.nextafter(nearest, np.float32(0)), nearest).astype("<f4")
+        values[values < np.float32(2.0**-96)] = 0
+        values.flags.writeable = False
+        #: shape ``[kv_heads, head_dim]``, float32, read-only, C-contiguous
+        self.values: npt.NDArray[np.float32] = values
+        #: SHA-256 of the values as they lie in memory
+        self.digest = hashlib.sha256(values.tobytes()).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChannelBounds) and (self.digest, self.values.shape) == (
+            other.digest,
+            other.values.shape,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        heads, dim = self.values.shape
+        return f"ChannelBounds([{heads}, {dim}], {self.digest[:4].hex()})"
 
 
 @dataclass(frozen=True)
@@ -89,10 +139,16 @@ class ErrorBound:
     """How far a loaded value may be from the stored one. Make one with a class method.
 
     The bound holds exactly in the output dtype, for every finite value; NaN and infinities come back bit for bit.
+
+    Attributes:
+        kind: what the bound depends on.
+        value: the number that was given; 0 where there is none.
+        channels: the bounds of a channel table.
     """
 
     kind: BoundKind
     value: float
+    channels: ChannelBounds | None = None
 
     @classmethod
     def absolute(cls, value: float) -> ErrorBound:
@@ -117,13 +173,44 @@ class ErrorBound:
         return cls(BoundKind.RELATIVE, float(value))
 
     @classmethod
+    def token_rms(cls, value: float) -> ErrorBound:
+        """``|out - in| <= value * rms``, the root mean square of the finite values of one token's vector of one head.
+
+        For V: attention adds these vectors up, so that the error of the sum stays this small a part of it.
+
+        Raises:
+            ConfigError: the value is not in (0, 1].
+        """
+        if _positive("token rms error bound", value) > 1:
+            raise ConfigError(f"token rms error bound {value!r} is above 1: use a fraction of the rms such as 0.1")
+        return cls(BoundKind.TOKEN_RMS, float(value))
+
+    @classmethod
+    def channel_table(cls, bounds: npt.ArrayLike | ChannelBounds) -> ErrorBound:
+        """``|out - in| <= bounds[head, channel]``: an absolute bound for each channel of a page.
+
+        For K, with bounds that follow how strongly queries use a channel (see `kvzip.CalibrationTable`). The table is
+        not kept in records, only its name: to decode them one needs it again.
+
+        Args:
+            bounds: shape ``[kv_heads, head_dim]``, in the unit of the values.
+
+        Raises:
+            ConfigError: see `ChannelBounds`.
+        """
+        table = bounds if isinstance(bounds, ChannelBounds) else ChannelBounds(bounds)
+        return cls(BoundKind.CHANNEL_TABLE, 0.0, table)
+
+    @classmethod
     def lossless(cls) -> ErrorBound:
         """``out`` equals ``in``, bit for bit."""
         return cls(BoundKind.LOSSLESS, 0.0)
 
     @classmethod
     def parse(cls, text: str) -> ErrorBound:
-        """Read the command line's form: ``1e-3`` or ``rel:1e-3`` (relative), ``abs:1e-2``, ``lossless``.
+        """Read the command line's form of one bound.
+
+        ``1e-3`` or ``rel:1e-3`` (relative), ``abs:1e-2``, ``rms:0.17`` (token rms) or ``lossless``.
 
         Raises:
             ConfigError: the text has none of these forms.
@@ -131,20 +218,25 @@ class ErrorBound:
         if text == "lossless":
             return cls.lossless()
         prefix, colon, number = text.rpartition(":")
-        if prefix not in ("rel", "abs") and (prefix or colon):
-            raise ConfigError(f"error bound {text!r}: use a number such as 1e-3 (relative), abs:1e-2 or lossless")
+        kinds = {"": cls.relative, "rel": cls.relative, "abs": cls.absolute, "rms": cls.token_rms}
         try:
+            if prefix not in kinds or (colon and not prefix):
+                raise ValueError(prefix)
             value = float(number)
         except ValueError:
             raise ConfigError(
-                f"error bound {text!r}: use a number such as 1e-3 (relative), abs:1e-2 or lossless"
+                f"error bound {text!r}: use a number such as 1e-3 (relative), abs:1e-2, rms:0.17 or lossless"
             ) from None
-        return cls.absolute(value) if prefix == "abs" else cls.relative(value)
+        return kinds[prefix](value)
 
     def __str__(self) -> str:
         if self.kind is BoundKind.LOSSLESS:
             return "lossless"
-        prefix = "abs" if self.kind is BoundKind.ABSOLUTE else "rel"
+        if self.kind is BoundKind.BY_PAGE:
+            return "by page"
+        if self.kind is BoundKind.CHANNEL_TABLE:
+            return f"table:{self.channels.digest[:4].hex()}" if self.channels is not None else "table"
+        prefix = {BoundKind.ABSOLUTE: "abs", BoundKind.RELATIVE: "rel", BoundKind.TOKEN_RMS: "rms"}[self.kind]
         return f"{prefix}:{self.value!r}"
 
 
@@ -255,6 +347,16 @@ class BlockLayout:
 
     def __hash__(self) -> int:
         return self._hash  # layouts are keys of caches on the hot path
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Layer of each page: K pages are counted by themselves, V pages too, and so are those of unknown kind."""
+        seen: Counter[str] = Counter()
+        layers = []
+        for segment in self.segments:
+            layers.append(seen[segment.kind])
+            seen[segment.kind] += 1
+        return tuple(layers)
 
     @property
     def num_tensors(self) -> int:
@@ -417,7 +519,7 @@ class BlockView:
         LayoutError: tensors, layout and block numbers do not fit together.
     """
 
-    __slots__ = ("_memory", "addresses", "block_ids", "device", "layout", "num_blocks", "tensors")
+    __slots__ = ("_memory", "addresses", "block_ids", "bounds", "device", "layout", "num_blocks", "tensors")
 
     def __init__(
         self,
@@ -431,6 +533,8 @@ class BlockView:
         if isinstance(layout, str):
             layout = BlockLayout.from_tensors(self.tensors, layout, dtype=dtype)
         self.layout = layout
+        #: error bound of each page, where a codec needs them to decode into these blocks; see `with_bounds`
+        self.bounds: tuple[ErrorBound, ...] = ()
         if layout.num_tensors != len(self.tensors):
             raise LayoutError(f"the layout speaks of {layout.num_tensors} tensors, {len(self.tensors)} were given")
         by_tensor = {s.tensor: s.dtype for s in layout.segments}
@@ -495,6 +599,29 @@ class BlockView:
         """The same blocks under a layout that differs in `SegmentLayout.group_tokens` alone."""
         view = copy.copy(self)
         view.layout = layout
+        return view
+
+    def with_bounds(self, bounds: ErrorBound | Sequence[ErrorBound]) -> BlockView:
+        """The same blocks, to be decoded into from records that were encoded with channel tables.
+
+        Args:
+            bounds: what was asked of the encoder: one bound for all pages, or one a page.
+
+        Raises:
+            LayoutError: there are more or fewer bounds than pages, or a table does not fit its page.
+        """
+        pages = self.layout.segments
+        each = (bounds,) * len(pages) if isinstance(bounds, ErrorBound) else tuple(bounds)
+        if len(each) != len(pages):
+            raise LayoutError(f"{len(each)} error bounds for {len(pages)} pages: give one, or one a page")
+        for number, (bound, s) in enumerate(zip(each, pages, strict=True)):
+            if bound.channels is not None and bound.channels.values.shape != (s.heads, s.head_dim):
+                raise LayoutError(
+                    f"channel bounds of shape {bound.channels.values.shape}, page {number} has {s.heads} heads of "
+                    f"{s.head_dim} channels"
+                )
+        view = copy.copy(self)
+        view.bounds = each
         return view
 
     @property

@@ -209,3 +209,16 @@ def pages(draw: st.DrawFn, geometry: ref.Geometry) -> Bits:
         values = draw(st.lists(value, min_size=count, max_size=count))
         return np.array(values, constants.unsigned).reshape(geometry.tokens, geometry.channels)
     return page_bits(draw(st.sampled_from(sorted(FLAVOURS))), draw(st.integers(0, 2**32)), geometry)
+
+
+@st.composite
+def bounds_within(draw: st.DrawFn, geometry: ref.Geometry) -> ref.Asked:
+    """Bounds by token or by channel, with the ends of the range and channels that stay exact."""
+    if draw(st.booleans()):
+        r = draw(st.one_of(st.sampled_from((1.0, 0.17, 2.0**-12, 1e-30)), st.floats(-4, 0).map(lambda e: 10.0**e)))
+        return ref.Asked(ref.BOUND_TOKEN_RMS, r)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    low, high = draw(st.sampled_from(((-8, 2), (-2, 0), (-96, 119), (-30, 14))))
+    table = (2.0 ** rng.uniform(low, high, geometry.channels)).astype(np.float32)
+    table[rng.random(table.size) < draw(st.sampled_from((0.0, 0.1, 1.0)))] = 0
+    return ref.Asked(ref.BOUND_CHANNEL_TABLE, 0.0, table)

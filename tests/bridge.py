@@ -25,9 +25,13 @@ MODE_NUMBERS = {"none": ref.MODE_NONE, "fixed": ref.MODE_FIXED, "plain": ref.MOD
 KINDS = ("", "k", "v")
 
 
-def error_bound(kind: int, value: float) -> ErrorBound:
+def error_bound(kind: int, value: float, table: npt.NDArray[Any] | None = None, heads: int = 1) -> ErrorBound:
     """kvzip's bound for the numbers of the format."""
-    return ErrorBound(BoundKind(kind), value)
+    if table is None:
+        return ErrorBound(BoundKind(kind), value)
+    # The format allows zeros in a table, for channels that stay exact; kvzip makes them of bounds below 2^-96.
+    bounds = np.where(np.asarray(table) == 0, 2.0**-100, np.asarray(table, np.float64))
+    return ErrorBound.channel_table(bounds.reshape(heads, -1))
 
 
 def layout_of(geometries: Sequence[ref.Geometry], kinds: Sequence[int] | None = None, dims: str = "") -> BlockLayout:
@@ -75,7 +79,14 @@ class Encoded:
 
 
 def native_encode(
-    blocks: Sequence[Bits], geometry: ref.Geometry, coding: int, kind: int, bound: float, *, threads: int = 1
+    blocks: Sequence[Bits],
+    geometry: ref.Geometry,
+    coding: int,
+    kind: int,
+    bound: float,
+    *,
+    table: npt.NDArray[Any] | None = None,
+    threads: int = 1,
 ) -> list[Encoded]:
     """Encode blocks of one page each with kvzip's codec `cuszp`."""
     codec = get_codec("cuszp")
@@ -83,9 +94,8 @@ def native_encode(
     stride = codec.max_payload_bytes(view.layout)
     guard = 64
     out = np.full((len(blocks), stride + guard), 0xA5, np.uint8)
-    tables, sizes = codec.encode_blocks(
-        view, EncodeRequest(error_bound(kind, bound), MODES[coding], threads), out[:, :stride]
-    )
+    asked = error_bound(kind, bound, table, geometry.heads)
+    tables, sizes = codec.encode_blocks(view, EncodeRequest(asked, MODES[coding], threads), out[:, :stride])
     assert (out[:, stride:] == 0xA5).all(), "the encoder wrote beyond its worst case"
     made = []
     for i in range(len(blocks)):
@@ -106,7 +116,12 @@ def native_encode(
     return made
 
 
-def native_decode(payloads: Sequence[Bits], tables: Sequence[Bits], geometry: ref.Geometry) -> list[Bits]:
+def native_decode(
+    payloads: Sequence[Bits],
+    tables: Sequence[Bits],
+    geometry: ref.Geometry,
+    table: npt.NDArray[Any] | None = None,
+) -> list[Bits]:
     """Decode payloads of one page each with kvzip's codec `cuszp`, with guard bytes around every page."""
     codec = get_codec("cuszp")
     constants = ref.TYPES[geometry.dtype]
@@ -116,6 +131,8 @@ def native_decode(payloads: Sequence[Bits], tables: Sequence[Bits], geometry: re
     inner = memory[:, guard : guard + values].reshape(len(payloads), geometry.tokens, geometry.heads, geometry.head_dim)
     assert np.shares_memory(inner, memory)
     view = BlockView([inner], layout_of([geometry]))
+    if table is not None:
+        view = view.with_bounds(error_bound(ref.BOUND_CHANNEL_TABLE, 0.0, table, geometry.heads))
     try:
         codec.decode_blocks(view, payloads, tables)
     except Exception:

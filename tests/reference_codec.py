@@ -9,6 +9,7 @@ It favours the order and the words of the page over speed (a few MB/s).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ Mask = npt.NDArray[np.bool_]
 
 BF16, FP16, FP32, OPAQUE = 0, 1, 2, 3
 RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS = range(6)
-BOUND_LOSSLESS, BOUND_ABSOLUTE, BOUND_RELATIVE = range(3)
+BY_PAGE, BY_TOKEN, BY_CHANNEL = 0x00, 0x10, 0x20  # steps
+BOUND_LOSSLESS, BOUND_ABSOLUTE, BOUND_RELATIVE, BOUND_TOKEN_RMS, BOUND_CHANNEL_TABLE, BOUND_BY_PAGE = range(6)
 MODE_NONE, MODE_FIXED, MODE_PLAIN, MODE_OUTLIER = range(4)
 AS_ASKED, TOO_FINE, LOSSLESS_SMALLER, INCOMPRESSIBLE, OPAQUE_DTYPE, ENCODER_FAILED, CODEC_UNAVAILABLE = range(7)
 
@@ -224,13 +226,27 @@ def step_bits(bound: np.float32, dtype: int, coding: int, width: int) -> int:
 
 
 def step(bound: np.float32, dtype: int, coding: int, width: int) -> np.float32:
-    """S of a group of this width."""
+    """S of a group of this width; 0 for the bound of a vector of zeros."""
+    if bound == 0:
+        return np.float32(0)
     size: np.float32 = np.float32(2) * truncate_significand(bound, step_bits(bound, dtype, coding, width))
     return size
 
 
-def quantise(x: Floats, size: np.float32) -> Floats:
+def step_of_each(bounds: Floats, dtype: int, coding: int, width: Ints | int) -> Floats:
+    """S of every value: bounds [groups, 16] (NaN: no usable one, anything is returned), width [groups] or a number."""
+    widths = np.broadcast_to(np.asarray(width).reshape(-1, 1), bounds.shape)
+    sizes = np.ones(bounds.shape, np.float32)
+    for w in np.unique(widths):
+        for b in np.unique(bounds[(widths == w) & ~np.isnan(bounds)]):
+            sizes[(widths == w) & (bounds == b)] = step(b, dtype, coding, int(w))
+    return sizes
+
+
+def quantise(x: Floats, size: np.float32 | Floats) -> Floats:
     """q = round-half-to-even(fl(x * fl(1 / S))), still as float32 (it may be beyond an integer's range)."""
+    if not np.all(size):  # a vector of zeros
+        return np.where(size == 0, np.float32(0), quantise(x, np.where(size == 0, np.float32(1), size)))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         q: Floats = np.rint(x * (np.float32(1) / size))
     return q
@@ -258,6 +274,112 @@ def applied_bound(bits: Bits, dtype: int, bound_kind: int, bound: float) -> np.f
     return None if float(applied) < MIN_BOUND else applied
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The bounds of a page: what the table keeps, what the segment begins with, and B of every value, [T, C].
+
+    NaN stands for a bound that is not usable.
+    """
+
+    steps: int
+    largest: float
+    prefix: bytes
+    each: Floats
+
+
+def tree_sum(leaves: Floats) -> Floats:
+    """Sum over the last axis by a binary tree, padded with zeros, neighbours first, in float32."""
+    size = 1
+    while size < leaves.shape[-1]:
+        size *= 2
+    level = np.zeros((*leaves.shape[:-1], size), np.float32)
+    level[..., : leaves.shape[-1]] = leaves
+    while level.shape[-1] > 1:
+        level = level[..., 0::2] + level[..., 1::2]
+    return level[..., 0]
+
+
+def sixteenths(bound: np.float32) -> int:
+    """The bits of a float32 above its low 19."""
+    return int(np.array(bound, np.float32).view(np.uint32)) >> 19
+
+
+def bounds_by_token(bits: Bits, geometry: Geometry, r: float) -> Bounds | None:
+    """Bounds relative to the rms of each token and head, or None when none is usable."""
+    dtype, constants = geometry.dtype, TYPES[geometry.dtype]
+    finite = is_finite(bits, dtype)
+    if not finite.any():
+        return None
+    bias = (1 << (constants.exponent - 1)) - 1
+    u = int(exponent_field(bits, dtype)[finite].max()) - bias
+    f = np.float32(2.0 ** max(-u, -126))
+    x = np.where(finite, to_float32(bits, dtype), np.float32(0))
+    x = x.reshape(geometry.tokens, geometry.heads, geometry.head_dim)
+    with np.errstate(under="ignore"):
+        scaled = x * f
+        sums = tree_sum(scaled * scaled)
+    each = np.zeros(sums.shape, np.float32)
+    for at in np.ndindex(*sums.shape):
+        wanted = math.sqrt(float(sums[at]) / geometry.head_dim) * (1 - 2.0**-19) * r / float(f)
+        bound = truncate_significand(round_toward_zero(min(wanted, MAX_BOUND)), 5)
+        each[at] = bound if bound >= MIN_BOUND else np.nan
+    if np.isnan(each).all():
+        return None
+    largest = np.float32(np.nanmax(each))
+    scales = np.zeros(sums.shape, np.uint8)
+    for at in np.ndindex(*sums.shape):
+        if not x[at].any():
+            scales[at], each[at] = 255, 0
+        elif not np.isnan(each[at]):
+            scale = sixteenths(largest) - sixteenths(each[at])
+            if scale > 254:
+                each[at] = np.nan
+            else:
+                scales[at] = scale
+    values = np.repeat(each, geometry.head_dim, axis=1)
+    return Bounds(BY_TOKEN, float(largest), padded(scales.tobytes(), 4), values)
+
+
+def bounds_of_scales(data: bytes, geometry: Geometry, largest: np.float32) -> Bounds:
+    """The bounds that a segment with steps by token begins with."""
+    count = geometry.tokens * geometry.heads
+    size = -(-count // 4) * 4
+    refuse_if(len(data) < size, "the segment ends within its scales")
+    refuse_if(any(data[count:size]), "padding of the scales is not zero")
+    top = int(np.array(largest, np.float32).view(np.uint32))
+    refuse_if(top & ((1 << 19) - 1) != 0, "a bound with more than 5 significant bits")
+    scales = np.frombuffer(data[:count], np.uint8).astype(np.int64)
+    bits = np.where(scales == 255, 0, top - (scales << 19))
+    each = np.maximum(bits, 0).astype(np.uint32).view(np.float32)
+    refuse_if(bool(((scales != 255) & ((bits < 0) | (each < MIN_BOUND))).any()), "a token's bound")
+    values = np.repeat(each.reshape(geometry.tokens, geometry.heads), geometry.head_dim, axis=1)
+    return Bounds(BY_TOKEN, float(largest), data[:size], values)
+
+
+def bounds_by_channel(table: npt.NDArray[Any] | None, geometry: Geometry) -> Bounds | None:
+    """Bounds from a channel table, or None when none is usable."""
+    refuse_if(table is None, "a channel table is needed")
+    row = np.asarray(table, np.float32).reshape(1, geometry.channels)
+    largest = float(row.max())
+    each = np.broadcast_to(np.where(row == 0, np.float32(np.nan), row), (geometry.tokens, geometry.channels))
+    return Bounds(BY_CHANNEL, largest, b"", each) if largest > 0 else None
+
+
+def bounds_by_page(bits: Bits, geometry: Geometry, bound_kind: int, bound: float) -> Bounds | None:
+    """One bound for the page, or None when it is not usable."""
+    applied = applied_bound(bits, geometry.dtype, bound_kind, bound)
+    if applied is None:
+        return None
+    each = np.full((geometry.tokens, geometry.channels), applied, np.float32)
+    return Bounds(BY_PAGE, float(applied), b"", each)
+
+
+def grouped_bounds(bounds: Bounds, geometry: Geometry) -> Floats:
+    """B of every place of every group, [groups, 16]; outside of the page 1."""
+    each = to_groups(bounds.each, geometry.group_tokens)
+    return np.where(inside(geometry), each, np.float32(1))
+
+
 def deltas(q: Ints, group_tokens: int) -> Ints:
     """q_i - q_{i-1} along runs of L values, the value before a run taken as 0."""
     run = 16 if group_tokens == 1 else group_tokens
@@ -265,19 +387,20 @@ def deltas(q: Ints, group_tokens: int) -> Ints:
     return np.diff(runs, axis=1, prepend=0).reshape(q.shape)
 
 
-def quantised_candidate(bits: Bits, geometry: Geometry, coding: int, bound: np.float32) -> bytes:
+def quantised_candidate(bits: Bits, geometry: Geometry, coding: int, bounds: Bounds) -> bytes:
     """Rule 3: the segment in coding `fixed`, `plain` or `outlier`."""
     dtype, constants = geometry.dtype, TYPES[geometry.dtype]
+    bound = grouped_bounds(bounds, geometry)
     groups = to_groups(bits, geometry.group_tokens)
     place = inside(geometry)
     x = to_float32(groups, dtype)
 
     raw: Mask = np.any(~is_finite(groups, dtype) & place, axis=1)
+    raw |= np.isnan(bound).any(axis=1)
     x = np.where(raw[:, None], np.float32(0), x)
     with np.errstate(over="ignore"):
-        raw |= np.abs(x).max(axis=1) + bound > np.float32(constants.largest_finite)
-    power_of_two = step(bound, dtype, PLAIN, 0)
-    coarse = quantise(x, power_of_two)
+        raw |= (np.abs(x) + bound > np.float32(constants.largest_finite)).any(axis=1)
+    coarse = quantise(x, step_of_each(bound, dtype, PLAIN, 0))
     raw |= (np.abs(coarse) > constants.largest_q).any(axis=1)
     x = np.where(raw[:, None], np.float32(0), x)
     q = np.where(raw[:, None], np.float32(0), coarse).astype(np.int64)
@@ -288,12 +411,10 @@ def quantised_candidate(bits: Bits, geometry: Geometry, coding: int, bound: np.f
         widest_of_group = width_of(zigzag(q))
         width = widest_of_group.copy()
         for w1 in range(1, constants.widest + 1):  # one bit less, if the step of that width allows it
-            finer = quantise(x, step(bound, dtype, coding, w1 - 1)).astype(np.int64)
-            width[(widest_of_group == w1) & (width_of(zigzag(finer)) <= w1 - 1)] = w1 - 1
-        codes = np.zeros(q.shape, np.int64)
-        for w in range(constants.widest + 1):
-            chosen = width == w
-            codes[chosen] = zigzag(quantise(x[chosen], step(bound, dtype, coding, w)).astype(np.int64))
+            at = widest_of_group == w1
+            finer = zigzag(quantise(x[at], step_of_each(bound[at], dtype, coding, w1 - 1)).astype(np.int64))
+            width[at] = np.where(width_of(finer) <= w1 - 1, w1 - 1, w1)
+        codes = zigzag(quantise(x, step_of_each(bound, dtype, coding, width)).astype(np.int64))
         assert (width_of(codes) <= width).all(), "a code does not fit into the width that the rules choose"
     else:
         codes = np.where(place, zigzag(deltas(q, geometry.group_tokens)), 0)
@@ -322,7 +443,7 @@ def quantised_candidate(bits: Bits, geometry: Geometry, coding: int, bound: np.f
         classes = padded((np.where(raw, 63, width) | (apart.astype(np.int64) << 6)).astype(np.uint8).tobytes(), 4)
     else:
         classes = nibbles(np.where(raw, 15, width))
-    return bytes(classes + words[keep].astype("<u2").tobytes())
+    return bytes(bounds.prefix + classes + words[keep].astype("<u2").tobytes())
 
 
 def columns_below(count: Ints, planes: npt.NDArray[Any]) -> Mask:
@@ -356,15 +477,23 @@ def lossless_candidate(bits: Bits, geometry: Geometry) -> tuple[bytes, int]:
     return nibbles(np.where(raw, 15, width)) + nibbles(base) + words.astype("<u2").tobytes(), m
 
 
-def encode_segment(bits: Bits, geometry: Geometry, coding: int, bound_kind: int, bound: float) -> Segment:
+def encode_segment(
+    bits: Bits,
+    geometry: Geometry,
+    coding: int,
+    bound_kind: int,
+    bound: float,
+    table: npt.NDArray[Any] | None = None,
+) -> Segment:
     """Encode a page, [T, C] bit patterns, as the codec `cuszp` does.
 
     Args:
         bits: the page's bit patterns.
         geometry: its geometry.
         coding: `FIXED`, `PLAIN` or `OUTLIER`: the quantised coding that is wanted (any of them for a lossless bound).
-        bound_kind: `BOUND_LOSSLESS`, `BOUND_ABSOLUTE` or `BOUND_RELATIVE`.
+        bound_kind: `BOUND_LOSSLESS`, `BOUND_ABSOLUTE`, `BOUND_RELATIVE`, `BOUND_TOKEN_RMS` or `BOUND_CHANNEL_TABLE`.
         bound: the bound, a float64.
+        table: the channel table, float32, H x D values.
     """
     constants = TYPES[geometry.dtype]
     raw = np.ascontiguousarray(bits).astype(constants.unsigned).tobytes()
@@ -375,14 +504,19 @@ def encode_segment(bits: Bits, geometry: Geometry, coding: int, bound_kind: int,
         return Segment(raw, RAW, reason=OPAQUE_DTYPE)
 
     quantised: bytes | None = None
-    applied: np.float32 | None = None
-    if bound_kind != BOUND_LOSSLESS:
-        applied = applied_bound(bits, geometry.dtype, bound_kind, bound)
+    applied: Bounds | None = None
+    if bound_kind != BOUND_LOSSLESS and is_finite(bits, geometry.dtype).any():
+        if bound_kind == BOUND_TOKEN_RMS:
+            applied = bounds_by_token(bits, geometry, bound)
+        elif bound_kind == BOUND_CHANNEL_TABLE:
+            applied = bounds_by_channel(table, geometry)
+        else:
+            applied = bounds_by_page(bits, geometry, bound_kind, bound)
         if applied is not None:
             quantised = quantised_candidate(bits, geometry, coding, applied)
     best: Segment | None = None
     if quantised is not None and applied is not None:
-        best = Segment(quantised, coding, bound=float(applied))
+        best = Segment(quantised, coding | applied.steps, bound=applied.largest)
     if quantised is None or len(quantised) * 8 > len(raw) * 5:
         exact, m = lossless_candidate(bits, geometry)
         if best is None:
@@ -439,7 +573,14 @@ def read_bytes(data: bytes, count: int) -> tuple[Ints, int]:
     return classes[:count], size
 
 
-def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 0.0, param: int = 0) -> Bits:
+def decode_segment(
+    data: bytes,
+    geometry: Geometry,
+    coding: int,
+    bound: float = 0.0,
+    param: int = 0,
+    table: npt.NDArray[Any] | None = None,
+) -> Bits:
     """The page of a segment, [T, C] bit patterns.
 
     Raises:
@@ -456,8 +597,24 @@ def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 
         value_bytes = constants.bits // 8
         refuse_if(any(data[value_bytes:]), "padding of the constant is not zero")
         return np.full(shape, np.frombuffer(data[:value_bytes], constants.unsigned)[0], constants.unsigned)
-    refuse_if(coding > LOSSLESS, f"unknown coding {coding}")
+    refuse_if(coding >= 0x40, f"unknown coding {coding}")
+    coding, steps = coding & 0x0F, coding & 0x30
+    refuse_if(coding > LOSSLESS or coding < FIXED, f"unknown coding {coding}")
+    refuse_if(steps == 0x30 or (steps != BY_PAGE and coding == LOSSLESS), f"steps {steps} of coding {coding}")
     refuse_if(geometry.dtype == OPAQUE, "opaque bytes in a numeric coding")
+
+    bounds: Bounds | None = None
+    if coding != LOSSLESS:
+        refuse_if(not MIN_BOUND <= bound <= MAX_BOUND, f"bound {bound}")
+        if steps == BY_TOKEN:
+            bounds = bounds_of_scales(data, geometry, np.float32(bound))
+        elif steps == BY_CHANNEL:
+            bounds = bounds_by_channel(table, geometry)
+            refuse_if(bounds is None, "a channel table of zeros")
+        else:
+            bounds = Bounds(BY_PAGE, bound, b"", np.full(shape, bound, np.float32))
+        assert bounds is not None
+        data = data[len(bounds.prefix) :]
 
     groups = geometry.groups
     base = np.zeros(groups, np.int64)
@@ -479,8 +636,6 @@ def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 
         classes, used = read_nibbles(data, groups)
         raw, widest = classes == 15, constants.widest
     refuse_if(bool((classes[~raw] > widest).any()), "a width beyond the widest")
-    if coding != LOSSLESS:
-        refuse_if(not MIN_BOUND <= bound <= MAX_BOUND, f"bound {bound}")
 
     s = constants.sign_and_mantissa
     width = np.where(raw, 0, classes)
@@ -501,8 +656,8 @@ def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 
         mantissa = codes & ((1 << (s - 1)) - 1)
         coded: Ints = (sign << (constants.bits - 1)) | (e << (s - 1)) | mantissa
     else:
-        single = np.float32(bound)
-        steps = np.array([step(single, geometry.dtype, coding, w) for w in range(64)], np.float32)
+        assert bounds is not None
+        size = step_of_each(grouped_bounds(bounds, geometry), geometry.dtype, coding, width)
         q = from_zigzag(codes)
         if coding != FIXED:
             first = words[:, 0].astype(np.int64) | (words[:, 1].astype(np.int64) << 16)
@@ -511,7 +666,7 @@ def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 
             q[:, 0] = np.where(apart, first, q[:, 0])
             run = 16 if geometry.group_tokens == 1 else geometry.group_tokens
             q = np.cumsum(q.reshape(-1, run), axis=1).reshape(q.shape)
-        coded = round_product(wrap32(q), steps[width][:, None], geometry.dtype).astype(np.int64)
+        coded = round_product(wrap32(q), size, geometry.dtype).astype(np.int64)
     values = np.where(raw[:, None], codes, coded).astype(constants.unsigned)
     page = from_groups(values, geometry.tokens, geometry.channels, geometry.group_tokens)
     return page
@@ -519,7 +674,7 @@ def decode_segment(data: bytes, geometry: Geometry, coding: int, bound: float = 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
 
-HEADER = struct.Struct("<4sHHIIQQIIHBBB3sdd16s8s8s")
+HEADER = struct.Struct("<4sHHIIQQIIHBBB3sdd16s8sQ")
 RUN = struct.Struct("<IIIIBB6s")
 ENTRY = struct.Struct("<IIfBBBB")
 
@@ -531,6 +686,15 @@ class Page:
     bits: Bits
     geometry: Geometry
     kind: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The bound that a page is encoded with."""
+
+    kind: int
+    bound: float = 0.0
+    table: npt.NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -574,13 +738,18 @@ def encode_record(
     reason: int = 0,
     max_error: float = math.nan,
     dims: str = "",
+    asked: Sequence[Asked] | None = None,
 ) -> bytes:
-    """The record of a block's pages."""
+    """The record of a block's pages; `asked` gives each page a bound of its own (`bound_kind` 5)."""
+    each = asked if asked is not None else [Asked(bound_kind, bound)] * len(pages)
     if codec == "raw":
         segments = [Segment(p.bits.astype(TYPES[p.geometry.dtype].unsigned).tobytes(), RAW) for p in pages]
     else:
         coding = {MODE_NONE: FIXED, MODE_FIXED: FIXED, MODE_PLAIN: PLAIN, MODE_OUTLIER: OUTLIER}[mode]
-        segments = [encode_segment(p.bits, p.geometry, coding, bound_kind, bound) for p in pages]
+        segments = [
+            encode_segment(p.bits, p.geometry, coding, a.kind, a.bound, a.table)
+            for p, a in zip(pages, each, strict=True)
+        ]
     return assemble(
         pages,
         segments,
@@ -591,7 +760,17 @@ def encode_record(
         reason=reason,
         max_error=max_error,
         dims=dims,
+        table_id=table_id(each),
     )
+
+
+def table_id(asked: Sequence[Asked]) -> int:
+    """The name of the channel tables among the bounds of a record's pages."""
+    parts = [struct.pack("<I", i) + a.table.astype("<f4").tobytes() for i, a in enumerate(asked) if a.table is not None]
+    if not parts:
+        return 0
+    name: int = struct.unpack("<Q", hashlib.sha256(b"".join(parts)).digest()[:8])[0]
+    return name or 1
 
 
 def assemble(
@@ -605,6 +784,7 @@ def assemble(
     reason: int,
     max_error: float,
     dims: str,
+    table_id: int = 0,
 ) -> bytes:
     """Header and payload around segments."""
     runs: list[tuple[Geometry, int]] = []
@@ -635,7 +815,7 @@ def assemble(
     def fixed_part(header_crc: int) -> bytes:
         return HEADER.pack(
             b"KVZP", 1, 0, header_bytes, header_crc, len(payload), raw_bytes, crc32c(payload), len(pages), len(runs),
-            mode, bound_kind, reason, bytes(3), bound, max_error, codec.encode(), dims.encode(), bytes(8),
+            mode, bound_kind, reason, bytes(3), bound, max_error, codec.encode(), dims.encode(), table_id,
         )  # fmt: skip
 
     rest = padded(geometry + table, 16)
@@ -650,8 +830,8 @@ def text(field: bytes) -> str:
     return name.decode("ascii")
 
 
-def decode_record(data: bytes) -> Record:
-    """Read a record.
+def decode_record(data: bytes, asked: Sequence[Asked] = ()) -> Record:
+    """Read a record; `asked` has the channel tables that it names.
 
     Raises:
         Refused: the bytes contradict the format.
@@ -659,7 +839,7 @@ def decode_record(data: bytes) -> Record:
     refuse_if(len(data) < HEADER.size, "shorter than the fixed part of a header")
     (
         magic, version, flags, header_bytes, header_crc, payload_bytes, raw_bytes, payload_crc, segments, geometries,
-        mode, bound_kind, reason, reserved_a, bound, max_error, codec, dims, reserved_b,
+        mode, bound_kind, reason, reserved_a, bound, max_error, codec, dims, named,
     ) = HEADER.unpack_from(data)  # fmt: skip
     refuse_if(magic != b"KVZP", "magic")
     refuse_if(version != 1, "format version")
@@ -675,9 +855,12 @@ def decode_record(data: bytes) -> Record:
     refuse_if(crc32c(bytes(header)) != header_crc, "header_crc32c")
     payload = data[header_bytes:]
     refuse_if(crc32c(payload) != payload_crc, "payload_crc32c")
-    refuse_if(any(reserved_a) or any(reserved_b), "reserved bytes")
-    refuse_if(mode > 3 or bound_kind > 2 or reason > 6, "mode, bound_kind or reason")
-    usable = bound == 0 if bound_kind == BOUND_LOSSLESS else math.isfinite(bound) and bound > 0
+    refuse_if(any(reserved_a), "reserved bytes")
+    refuse_if(named != 0 and bound_kind not in (BOUND_CHANNEL_TABLE, BOUND_BY_PAGE), "table_id")
+    refuse_if(named != 0 and named != table_id(asked), "other channel tables than the record's")
+    refuse_if(mode > 3 or bound_kind > 5 or reason > 6, "mode, bound_kind or reason")
+    without = (BOUND_LOSSLESS, BOUND_CHANNEL_TABLE, BOUND_BY_PAGE)
+    usable = bound == 0 if bound_kind in without else math.isfinite(bound) and bound > 0
     refuse_if(not usable, "bound")
     refuse_if(not (math.isnan(max_error) or 0 <= max_error < math.inf), "max_error")
 
@@ -706,7 +889,10 @@ def decode_record(data: bytes) -> Record:
         end = -(-stop // 16) * 16
         refuse_if(any(payload[stop:end]), "padding of a segment")
         refuse_if(entry.kind > 2 or entry.reason > 6, "kind or reason of a segment")
-        pages.append(decode_segment(payload[entry.offset * 16 : stop], g, entry.coding, entry.bound, entry.param))
+        by_channel = text(codec) == "cuszp" and entry.coding & 0x30 == BY_CHANNEL
+        refuse_if(by_channel and named == 0, "steps by channel without a table")
+        segment, table = payload[entry.offset * 16 : stop], asked[len(pages)].table if named else None
+        pages.append(decode_segment(segment, g, entry.coding, entry.bound, entry.param, table))
     refuse_if(end != payload_bytes, "payload_bytes")
     return Record(
         mode=mode,

@@ -20,23 +20,36 @@
 
 namespace kvz {
 
-Scratch::~Scratch() { free(low); }
-
-bool Scratch::reserve(uint64_t groups) {
-  if (groups <= groups_ && low != nullptr) return true;
-  groups += groups / 4;
-  const uint64_t lanes = (groups + kGroupSlack + 15) / 16 * 16;
+Scratch::~Scratch() {
   free(low);
-  groups_ = 0;
-  // One allocation: low, high, least (4 bytes a group each), classes, lossless, bases (2 bytes each).
-  low = static_cast<int32_t*>(calloc(lanes, 3 * sizeof(uint32_t) + 3 * sizeof(uint16_t)));
-  if (low == nullptr) return false;
-  high = low + lanes;
-  least = reinterpret_cast<uint32_t*>(high + lanes);
-  classes = reinterpret_cast<uint16_t*>(least + lanes);
-  lossless = classes + lanes;
-  bases = lossless + lanes;
-  groups_ = groups;
+  free(bounds);
+}
+
+bool Scratch::reserve(uint64_t groups, uint64_t vectors) {
+  if (groups > groups_ || low == nullptr) {
+    groups += groups / 4;
+    const uint64_t lanes = (groups + kGroupSlack + 15) / 16 * 16;
+    free(low);
+    groups_ = 0;
+    // One allocation: low, high, least (4 bytes a group each), classes, lossless, bases (2 bytes each).
+    low = static_cast<int32_t*>(calloc(lanes, 3 * sizeof(uint32_t) + 3 * sizeof(uint16_t)));
+    if (low == nullptr) return false;
+    high = low + lanes;
+    least = reinterpret_cast<uint32_t*>(high + lanes);
+    classes = reinterpret_cast<uint16_t*>(least + lanes);
+    lossless = classes + lanes;
+    bases = lossless + lanes;
+    groups_ = groups;
+  }
+  if (vectors > vectors_) {
+    vectors = (vectors + vectors / 4 + 15) / 16 * 16;
+    free(bounds);
+    vectors_ = 0;
+    bounds = static_cast<float*>(calloc(vectors, sizeof(float) + 1));
+    if (bounds == nullptr) return false;
+    scales = reinterpret_cast<uint8_t*>(bounds + vectors);
+    vectors_ = vectors;
+  }
   return true;
 }
 
@@ -122,8 +135,9 @@ bool valid_geometry(const kvz_segment& s) {
 
 bool valid_for_encode(const kvz_segment& s) {
   if (!valid_geometry(s) || s.base == 0) return false;
-  if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_RELATIVE) return false;
+  if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_CHANNEL_TABLE) return false;
   if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+  if (s.bound_kind == KVZ_BOUND_CHANNEL_TABLE) return s.channel_bounds != 0;
   return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
 }
 
@@ -137,6 +151,7 @@ Page page_of(const kvz_segment& s, int64_t block) {
   page.head_dim = s.head_dim;
   page.dtype = s.dtype;
   page.group_tokens = s.group_tokens;
+  page.channel_bounds = reinterpret_cast<const float*>(static_cast<uintptr_t>(s.channel_bounds));
   return page;
 }
 
@@ -147,6 +162,8 @@ uint64_t raw_bytes_of(const kvz_segment& s) {
 uint64_t slot_bytes(const kvz_segment& s) { return round_up(raw_bytes_of(s)); }
 
 uint64_t groups_of(const kvz_segment& s) { return page_groups(page_of(s, 0)); }
+
+uint64_t vectors_of(const kvz_segment& s) { return page_vectors(page_of(s, 0)); }
 
 // ---- validation of foreign segments -------------------------------------------------------------
 
@@ -215,17 +232,36 @@ bool zero_class_padding(const uint8_t* classes, uint64_t groups, bool bytes) {
   return zeros(classes + used, (used + 3) / 4 * 4 - used);
 }
 
+// Scale bytes that give bounds in the format's range, zero padding behind them.
+bool valid_scales(const uint8_t* scales, uint64_t vectors, float page_bound) {
+  if (bits_of(page_bound) << (32 - KVZ_SCALE_SHIFT) != 0) return false;
+  const uint32_t most = scale_of(kLeastBound, page_bound);
+  uint32_t bad = 0;
+  for (uint64_t i = 0; i < vectors; ++i) bad |= (scales[i] > most) & (scales[i] != KVZ_SCALE_ZERO);
+  return bad == 0 && zeros(scales + vectors, (vectors + 3) / 4 * 4 - vectors);
+}
+
 // Does the segment keep to the format? `size` bytes at `segment` are readable.
 bool valid_segment(const kvz_segment& s, const kvz_entry& entry, const uint8_t* segment) {
-  const uint64_t raw_bytes = raw_bytes_of(s), groups = groups_of(s), size = entry.size;
+  const uint64_t raw_bytes = raw_bytes_of(s), groups = groups_of(s);
+  uint64_t size = entry.size;
   const uint32_t item = value_bytes(s.dtype);
   if (entry.coding == KVZ_RAW) return size == raw_bytes;
   if (entry.coding == KVZ_CONSTANT) {
     return size == KVZ_CONSTANT_BYTES && zeros(segment + item, KVZ_CONSTANT_BYTES - item);
   }
-  if (s.dtype == KVZ_OPAQUE || entry.coding > KVZ_LOSSLESS) return false;
-  const bool lossless = entry.coding == KVZ_LOSSLESS;
+  const uint8_t coding = entry.coding & KVZ_CODING_MASK, steps = entry.coding & KVZ_STEPS_MASK;
+  if (s.dtype == KVZ_OPAQUE || entry.coding >= 0x40 || steps == KVZ_STEPS_MASK) return false;
+  if (coding < KVZ_FIXED || coding > KVZ_LOSSLESS) return false;
+  const bool lossless = coding == KVZ_LOSSLESS;
+  if (lossless && steps != KVZ_STEPS_PAGE) return false;
   if (!lossless && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return false;
+  if (steps == KVZ_STEPS_TOKEN) {
+    const uint64_t prefix = prefix_bytes(page_of(s, 0), entry.coding);
+    if (size < prefix || !valid_scales(segment, vectors_of(s), entry.bound)) return false;
+    segment += prefix;
+    size -= prefix;
+  }
 
   const uint32_t bits = 8 * item;
   const uint32_t exponent_bits = s.dtype == KVZ_FP16 ? 5 : 8;
@@ -233,13 +269,13 @@ bool valid_segment(const kvz_segment& s, const kvz_entry& entry, const uint8_t* 
   rules.raw_words = bits;
   rules.widest = lossless ? exponent_bits : (s.dtype == KVZ_FP32 ? 24 : 14);
   rules.extra = lossless ? bits - exponent_bits : 0;
-  const bool bytes = byte_classes(s.dtype, entry.coding);
-  const uint64_t array = class_bytes(s.dtype, entry.coding, groups);
+  const bool bytes = byte_classes(s.dtype, coding);
+  const uint64_t array = class_bytes(s.dtype, coding, groups);
   const uint64_t head = lossless ? 2 * array : array;
   if (size < head || !zero_class_padding(segment, groups, bytes)) return false;
   if (lossless && !zero_class_padding(segment + array, groups, false)) return false;
   uint64_t words = 0;
-  const bool in_range = bytes ? count_bytes(segment, groups, rules, entry.coding == KVZ_OUTLIER, &words)
+  const bool in_range = bytes ? count_bytes(segment, groups, rules, coding == KVZ_OUTLIER, &words)
                               : count_nibbles(segment, groups, rules, &words);
   return in_range && size == head + 2 * words;
 }
@@ -299,14 +335,21 @@ int32_t validate(const kvz_segment* segments, uint32_t num_segments, uint32_t nu
   return KVZ_CORRUPT;
 }
 
-uint64_t most_groups(const kvz_segment* segments, uint32_t num_segments) {
-  uint64_t most = 0;
-  for (uint32_t s = 0; s < num_segments; ++s) {
-    const uint64_t groups = groups_of(segments[s]);
-    most = groups > most ? groups : most;
+// What the largest page of a batch needs of the scratch.
+class Need {
+ public:
+  Need(const kvz_segment* segments, uint32_t num_segments) {
+    for (uint32_t s = 0; s < num_segments; ++s) {
+      const uint64_t groups = groups_of(segments[s]), vectors = vectors_of(segments[s]);
+      groups_ = groups > groups_ ? groups : groups_;
+      vectors_ = vectors > vectors_ ? vectors : vectors_;
+    }
   }
-  return most;
-}
+  bool reserve(Scratch& scratch) const { return scratch.reserve(groups_, vectors_); }
+
+ private:
+  uint64_t groups_ = 0, vectors_ = 0;
+};
 
 }  // namespace
 }  // namespace kvz
@@ -353,7 +396,7 @@ int32_t kvz_cpu_encode(const kvz_segment* segments, uint32_t num_segments, const
   if (output_stride < worst) return KVZ_OUT_OF_SPACE;
 
   const Kernels& codec = *kernels();
-  const uint64_t groups = most_groups(segments, num_segments);
+  const Need need(segments, num_segments);
   std::atomic<int32_t> failure{KVZ_OK};
 
   // Encode page s of block b at `out`; the room up to the page's worst case is its own.
@@ -366,7 +409,7 @@ int32_t kvz_cpu_encode(const kvz_segment* segments, uint32_t num_segments, const
     memset(out + entry.size, 0, round_up(entry.size) - entry.size);
   };
   const auto ready = [&] {
-    if (t_scratch.reserve(groups)) return true;
+    if (need.reserve(t_scratch)) return true;
     failure.store(KVZ_OUT_OF_MEMORY);
     return false;
   };
@@ -435,14 +478,19 @@ int32_t kvz_cpu_decode(const kvz_segment* segments, uint32_t num_segments, const
   if (block_ids == nullptr) return KVZ_INVALID_ARGUMENT;
   for (uint32_t s = 0; s < num_segments; ++s) {
     if (segments[s].base == 0) return KVZ_INVALID_ARGUMENT;
+    if (segments[s].channel_bounds != 0) continue;
+    for (uint32_t b = 0; b < num_blocks; ++b) {
+      if ((table[b * static_cast<uint64_t>(num_segments) + s].coding & KVZ_STEPS_MASK) == KVZ_STEPS_CHANNEL)
+        return KVZ_NO_BOUNDS;
+    }
   }
   const Kernels& codec = *kernels();
-  const uint64_t groups = most_groups(segments, num_segments);
+  const Need need(segments, num_segments);
   std::atomic<int32_t> failure{KVZ_OK};
   // Pages s to `end` of block b.
   const auto decode = [&](uint64_t b, uint32_t s, uint32_t end) {
     const FloatEnvironment environment;
-    if (!t_scratch.reserve(groups)) return failure.store(KVZ_OUT_OF_MEMORY);
+    if (!need.reserve(t_scratch)) return failure.store(KVZ_OUT_OF_MEMORY);
     for (; s < end; ++s) {
       if (s + 1 < end) codec.prefetch(page_of(segments[s + 1], block_ids[b]));
       const kvz_entry& entry = table[b * num_segments + s];

@@ -19,6 +19,7 @@ struct Page {
   uint32_t tokens, heads, head_dim;
   uint8_t dtype;
   uint8_t group_tokens;
+  const float* channel_bounds;  // heads * head_dim, or nullptr
 };
 
 inline uint32_t value_bytes(uint8_t dtype) { return dtype == 2 ? 4 : dtype == 3 ? 1 : 2; }
@@ -33,6 +34,13 @@ inline uint64_t page_groups(const Page& page) {
   return (page.tokens + page.group_tokens - 1u) / page.group_tokens * ((channels + columns - 1) / columns);
 }
 
+inline uint64_t page_vectors(const Page& page) { return static_cast<uint64_t>(page.tokens) * page.heads; }
+
+// Bytes before the classes of a quantised segment: the scale bytes of its tokens and heads, padded.
+inline uint64_t prefix_bytes(const Page& page, uint8_t coding) {
+  return (coding & 0x30) == 0x10 ? (page_vectors(page) + 3) / 4 * 4 : 0;
+}
+
 // Per group; vectors are stored past the last group, hence the slack.
 constexpr uint64_t kGroupSlack = 64;
 
@@ -43,7 +51,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch();
-  bool reserve(uint64_t groups);
+  bool reserve(uint64_t groups, uint64_t vectors);
 
   int32_t* low = nullptr;        // least and largest value of a group, as keys that order like the values
   int32_t* high = nullptr;       // (16-bit dtypes use half of each array)
@@ -51,8 +59,11 @@ class Scratch {
   uint16_t* classes = nullptr;   // of the quantised candidate, or of the segment being decoded
   uint16_t* lossless = nullptr;  // classes of the lossless candidate
   uint16_t* bases = nullptr;     // base nibbles of the lossless candidate
+  float* bounds = nullptr;       // bound of each token and head; NaN where there is no usable one
+  uint8_t* scales = nullptr;     // scale byte of each token and head, and room to pad
+
  private:
-  uint64_t groups_ = 0;
+  uint64_t groups_ = 0, vectors_ = 0;
 };
 
 struct Kernels {

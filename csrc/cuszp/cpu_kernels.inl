@@ -1018,17 +1018,19 @@ KVZ_NOINLINE void take_tile(const uint8_t* in, const Widths& widths, int32_t* fi
   if (DTYPE == KVZ_FP32 && widths.widest <= 16) memset(codes.half[1], 0, sizeof codes.half[1]);
 }
 
+#include "cpu_steps.inl"
+
 // ---- encode -------------------------------------------------------------------------------------
 
 template <int DTYPE, int CODING>
 static void encode_words(const Geometry& geo, const uint16_t* classes, const uint16_t* bases, uint32_t page_exponent,
-                         float bound, uint8_t* out, const uint8_t* end) {
+                         const BoundSource& source, uint8_t* out, const uint8_t* end) {
   using Word = typename Traits<DTYPE>::word;
   constexpr bool apart = CODING == KVZ_OUTLIER;
   constexpr bool fine = CODING == KVZ_FIXED && DTYPE != KVZ_FP32;
   const uint16_t raw = static_cast<uint16_t>(raw_class(byte_classes(DTYPE, CODING)));
   const uint32_t length = geo.g == 1 ? KVZ_GROUP_VALUES : geo.g;
-  const Steps<DTYPE> steps(CODING, CODING == KVZ_LOSSLESS ? 1.0f : bound);
+  const Steps<DTYPE> steps(CODING, source.page > 0.0f ? source.page : 1.0f);
   Factors<DTYPE> factors;
   factors.set(steps.inverse[0]);
   Tile<Word> tile;
@@ -1047,6 +1049,8 @@ static void encode_words(const Geometry& geo, const uint16_t* classes, const uin
           largest[k] = static_cast<uint16_t>(page_exponent > bases[k] ? page_exponent - bases[k] : 0);
         }
         lossless_tile<DTYPE>(tile, largest, codes);
+      } else if (source.steps != KVZ_STEPS_PAGE) {
+        value_codes<DTYPE, CODING>(geo, source, r, j, tile, classes, length, codes);
       } else {
         if (fine) factors.set(steps.inverse, classes);
         quantise_tile<DTYPE, CODING != KVZ_FIXED>(tile, factors, length, codes);
@@ -1110,18 +1114,35 @@ static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind
   if (page.equal) return write_constant(geo, geo.page.base, out, entry);
 
   const bool lossy = coding != KVZ_LOSSLESS && bound_kind != KVZ_BOUND_LOSSLESS;
-  float applied = 0.0f;
-  uint64_t quantised_bytes = ~0ull, lossless_bytes = ~0ull;
-  if (lossy && page.any_finite) applied = page_bound(bound_kind, bound, page.low, page.high);
-  if (applied > 0.0f) {
-    if (coding == KVZ_FIXED) {
-      fixed_classes<DTYPE>(groups, applied, scratch);
+  BoundSource source = {KVZ_STEPS_PAGE, 0.0f, scratch.bounds, geo.page.channel_bounds};
+  if (lossy && page.any_finite) {
+    if (bound_kind == KVZ_BOUND_TOKEN_RMS) {
+      source.steps = KVZ_STEPS_TOKEN;
+      source.page = token_bounds<DTYPE>(geo, bound, page.exponent, scratch);
+    } else if (bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
+      source.steps = KVZ_STEPS_CHANNEL;
+      source.page = largest_channel_bound(geo);
     } else {
-      delta_classes<DTYPE>(geo, coding, applied, scratch);
+      source.page = page_bound(bound_kind, bound, page.low, page.high);
     }
-    quantised_bytes = segment_bytes<DTYPE>(coding, groups, scratch.classes);
   }
-  if (applied == 0.0f || quantised_bytes * 8 > raw_bytes * 5) {
+  uint64_t quantised_bytes = ~0ull, lossless_bytes = ~0ull;
+  const uint64_t prefix = prefix_bytes(geo.page, source.steps);
+  if (source.page > 0.0f) {
+    if (source.steps == KVZ_STEPS_PAGE && coding == KVZ_FIXED) {
+      fixed_classes<DTYPE>(groups, source.page, scratch);
+    } else if (source.steps == KVZ_STEPS_PAGE) {
+      delta_classes<DTYPE>(geo, coding, source.page, scratch);
+    } else if (coding == KVZ_FIXED) {
+      value_classes<DTYPE, KVZ_FIXED>(geo, source, scratch.classes);
+    } else if (coding == KVZ_PLAIN) {
+      value_classes<DTYPE, KVZ_PLAIN>(geo, source, scratch.classes);
+    } else {
+      value_classes<DTYPE, KVZ_OUTLIER>(geo, source, scratch.classes);
+    }
+    quantised_bytes = prefix + segment_bytes<DTYPE>(coding, groups, scratch.classes);
+  }
+  if (source.page == 0.0f || quantised_bytes * 8 > raw_bytes * 5) {
     lossless_classes<DTYPE>(geo, page.exponent, scratch);
     lossless_bytes = segment_bytes<DTYPE>(KVZ_LOSSLESS, groups, scratch.lossless);
   }
@@ -1134,22 +1155,28 @@ static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind
   if (!quantised) {
     entry->coding = KVZ_LOSSLESS;
     entry->param = static_cast<uint8_t>(page.exponent);
-    entry->reason = !lossy ? KVZ_AS_ASKED : applied == 0.0f ? KVZ_BOUND_TOO_FINE : KVZ_LOSSLESS_SMALLER;
+    entry->reason = !lossy ? KVZ_AS_ASKED : source.page == 0.0f ? KVZ_BOUND_TOO_FINE : KVZ_LOSSLESS_SMALLER;
     out = put_nibbles(scratch.lossless, groups, out);
     out = put_nibbles(scratch.bases, groups, out);
-    return encode_words<DTYPE, KVZ_LOSSLESS>(geo, scratch.lossless, scratch.bases, page.exponent, 0.0f, out, end);
+    source.page = 0.0f;
+    return encode_words<DTYPE, KVZ_LOSSLESS>(geo, scratch.lossless, scratch.bases, page.exponent, source, out, end);
   }
-  entry->coding = coding;
-  entry->bound = applied;
+  entry->coding = static_cast<uint8_t>(coding | source.steps);
+  entry->bound = source.page;
+  if (prefix > 0) {
+    memset(out + prefix - 4, 0, 4);
+    memcpy(out, scratch.scales, page_vectors(geo.page));
+    out += prefix;
+  }
   const uint16_t* classes = scratch.classes;
   out = byte_classes(DTYPE, coding) ? put_bytes(classes, groups, out) : put_nibbles(classes, groups, out);
   switch (coding) {
     case KVZ_FIXED:
-      return encode_words<DTYPE, KVZ_FIXED>(geo, classes, classes, 0, applied, out, end);
+      return encode_words<DTYPE, KVZ_FIXED>(geo, classes, classes, 0, source, out, end);
     case KVZ_PLAIN:
-      return encode_words<DTYPE, KVZ_PLAIN>(geo, classes, classes, 0, applied, out, end);
+      return encode_words<DTYPE, KVZ_PLAIN>(geo, classes, classes, 0, source, out, end);
     default:
-      return encode_words<DTYPE, KVZ_OUTLIER>(geo, classes, classes, 0, applied, out, end);
+      return encode_words<DTYPE, KVZ_OUTLIER>(geo, classes, classes, 0, source, out, end);
   }
 }
 
@@ -1295,13 +1322,16 @@ static void decode_words(const Geometry& geo, const uint8_t* in, const kvz_entry
   const uint16_t raw = static_cast<uint16_t>(raw_class(byte_classes(DTYPE, CODING)));
   const uint64_t groups = static_cast<uint64_t>(geo.rows) * geo.columns;
   const uint8_t* end = in + entry.size;
+  const BoundSource source =
+      bound_source(geo, entry.coding & KVZ_STEPS_MASK, CODING == KVZ_LOSSLESS ? 1.0f : entry.bound, in, scratch);
+  in += prefix_bytes(geo.page, entry.coding);
   const uint16_t* classes = scratch.classes;
   const uint16_t* bases = scratch.bases;
   in =
       byte_classes(DTYPE, CODING) ? take_bytes(in, groups, scratch.classes) : take_nibbles(in, groups, scratch.classes);
   if (CODING == KVZ_LOSSLESS) in = take_nibbles(in, groups, scratch.bases);
   const uint32_t length = geo.g == 1 ? KVZ_GROUP_VALUES : geo.g;
-  const Steps<DTYPE> steps(CODING, CODING == KVZ_LOSSLESS ? 1.0f : entry.bound);
+  const Steps<DTYPE> steps(CODING, source.page);
   Factors<DTYPE> factors;
   factors.set(steps.step[0]);
   Tile<Word> tile;
@@ -1332,6 +1362,9 @@ static void decode_words(const Geometry& geo, const uint8_t* in, const kvz_entry
           largest[k] = static_cast<uint16_t>(entry.param > bases[k] ? entry.param - bases[k] : 0);
         }
         restore_tile<DTYPE>(codes, largest, tile);
+      } else if (source.steps != KVZ_STEPS_PAGE) {
+        value_tile<DTYPE, CODING>(geo, source, r, j, classes, codes, length, widths, first, apart && widths.any_apart,
+                                  tile);
       } else {
         if (fine) factors.set(steps.step, classes);
         reconstruct_tile<DTYPE, CODING != KVZ_FIXED>(codes, factors, length, widths, first, apart && widths.any_apart,
@@ -1348,7 +1381,7 @@ static void decode_words(const Geometry& geo, const uint8_t* in, const kvz_entry
 
 template <int DTYPE>
 static void decode_typed(const Geometry& geo, const uint8_t* segment, const kvz_entry& entry, Scratch& scratch) {
-  switch (entry.coding) {
+  switch (entry.coding & KVZ_CODING_MASK) {
     case KVZ_FIXED:
       return decode_words<DTYPE, KVZ_FIXED>(geo, segment, entry, scratch);
     case KVZ_PLAIN:

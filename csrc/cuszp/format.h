@@ -32,10 +32,27 @@ enum kvz_coding : uint8_t {
   KVZ_LOSSLESS = 5,
 };
 
+// Bits 4 and 5 of a quantised segment's coding: what its bound depends on.
+enum kvz_steps : uint8_t {
+  KVZ_STEPS_PAGE = 0x00,     // one bound for the page
+  KVZ_STEPS_TOKEN = 0x10,    // one for each token and head: a scale byte each at the start of the segment
+  KVZ_STEPS_CHANNEL = 0x20,  // one for each channel: a table that the record names
+  KVZ_STEPS_MASK = 0x30,
+  KVZ_CODING_MASK = 0x0f,
+};
+
+enum : uint32_t {
+  KVZ_SCALE_ZERO = 255,  // scale of a vector of zeros
+  KVZ_SCALE_LARGEST = 254,
+  KVZ_SCALE_SHIFT = 19,  // bits of a float32 below the 5 significant bits that a token's bound keeps
+};
+
 enum kvz_bound_kind : uint8_t {
   KVZ_BOUND_LOSSLESS = 0,
   KVZ_BOUND_ABSOLUTE = 1,
-  KVZ_BOUND_RELATIVE = 2,  // to the page's range, max - min of its finite values
+  KVZ_BOUND_RELATIVE = 2,       // to the page's range, max - min of its finite values
+  KVZ_BOUND_TOKEN_RMS = 3,      // to the root mean square of each token's vector of a head
+  KVZ_BOUND_CHANNEL_TABLE = 4,  // absolute, one for each channel
 };
 
 enum kvz_reason : uint8_t {

@@ -28,9 +28,10 @@ typedef enum kvz_status {
   KVZ_OUT_OF_MEMORY = 4,     // the host has no memory for the codec's own scratch
   KVZ_NO_CUDA = 5,           // the library was built without CUDA
   KVZ_CUDA_ERROR = 6,        // a CUDA call failed; kvz_cuda_last_error says which
+  KVZ_NO_BOUNDS = 7,         // a segment was coded with channel bounds, and none were given
 } kvz_status;
 
-// One page of every block of a batch: where it lies and how it is coded. 64 bytes.
+// One page of every block of a batch: where it lies and how it is coded. 72 bytes.
 typedef struct kvz_segment {
   uint64_t base;         // address of the first value of block 0 (host or device memory)
   int64_t block_stride;  // bytes from one block to the next
@@ -43,17 +44,21 @@ typedef struct kvz_segment {
   uint8_t group_tokens;  // G: 16, 8, 4, 2 or 1
   uint8_t coding;        // encode: kvz_coding wanted; ignored by decode (the table says it)
   uint8_t bound_kind;    // encode: kvz_bound_kind
-  double bound;          // encode: finite, > 0 unless lossless
+  double bound;          // encode: finite, > 0 unless lossless or by channel
   uint8_t kind;          // 0 unknown, 1 K, 2 V: copied into the table
   uint8_t reserved[7];   // 0
+  // Address of H * D floats, the absolute bound of each channel, 0 where it is exact, else 2^-96 to 2^120; in the
+  // memory that the values are in. Encode: with KVZ_BOUND_CHANNEL_TABLE. Decode: where an entry was coded with one;
+  // else 0.
+  uint64_t channel_bounds;
 } kvz_segment;
 
 // One entry of a record's segment table, as it stands in the record. 16 bytes.
 typedef struct kvz_entry {
   uint32_t offset;  // in units of 16 bytes from the start of the payload
   uint32_t size;    // bytes, without padding
-  float bound;      // absolute bound that was applied; 0 where the segment is exact
-  uint8_t coding;   // kvz_coding
+  float bound;      // largest absolute bound that was applied; 0 where the segment is exact
+  uint8_t coding;   // kvz_coding, and kvz_steps
   uint8_t kind;     // as in kvz_segment
   uint8_t param;    // `lossless`: exponent base of the page
   uint8_t reason;   // kvz_reason

@@ -167,6 +167,38 @@ KVZ_HD float step_of(int coding, int w, float bound) {
 
 KVZ_HD float inverse_step(float step) { return 1.0f / step; }
 
+// ---- bounds that differ within a page
+// -----------------------------------------------------------------------------------
+
+// Bound of the token vector whose scaled squares (each value times `scale`, a power of two) add up to `sum`: r x rms,
+// rounded down. The factor covers the rounding of the sum. 0 when it is too fine.
+KVZ_HD float token_bound(double r, float sum, uint32_t head_dim, float scale) {
+#if defined(__CUDA_ARCH__)
+  const double rms = __dsqrt_rn(static_cast<double>(sum) / static_cast<double>(head_dim));
+#else
+  const double rms = __builtin_sqrt(static_cast<double>(sum) / static_cast<double>(head_dim));
+#endif
+  const float bound = applied_bound(rms * (1.0 - 1.0 / 524288.0) * r / static_cast<double>(scale));
+  return float_of(bits_of(bound) >> KVZ_SCALE_SHIFT << KVZ_SCALE_SHIFT);
+}
+
+// The power of two that brings the values of a page, whose largest exponent field is given, near 1.
+template <int DTYPE>
+KVZ_HD float square_scale(uint32_t page_exponent) {
+  constexpr int bias = (1 << (Traits<DTYPE>::kExponentBits - 1)) - 1;
+  const int f = bias - static_cast<int>(page_exponent);
+  return float_of(static_cast<uint32_t>((f < -126 ? -126 : f) + 127) << 23);
+}
+
+// Scale byte of a token's bound below the page's largest one, and back. Only for bounds above 0.
+KVZ_HD uint32_t scale_of(float bound, float page_bound) {
+  return (bits_of(page_bound) >> KVZ_SCALE_SHIFT) - (bits_of(bound) >> KVZ_SCALE_SHIFT);
+}
+KVZ_HD float bound_of_scale(uint32_t scale, float page_bound) {
+  return scale == KVZ_SCALE_ZERO ? 0.0f
+                                 : float_of(((bits_of(page_bound) >> KVZ_SCALE_SHIFT) - scale) << KVZ_SCALE_SHIFT);
+}
+
 // ---- codes
 // --------------------------------------------------------------------------------------------------------------
 

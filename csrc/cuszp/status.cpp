@@ -33,6 +33,8 @@ const char* kvz_status_string(int32_t status) {
       return "the library was built without CUDA; rebuild with KVZIP_CUDA=on and nvcc on PATH";
     case KVZ_CUDA_ERROR:
       return "a CUDA call failed";
+    case KVZ_NO_BOUNDS:
+      return "a segment was coded with channel bounds, and none were given";
     default:
       return "unknown status";
   }

@@ -5,10 +5,9 @@
 A codec turns the pages of blocks into payloads and back. It sees a batch of blocks at a time (`Codec`), or, when it is
 simple and lives on the host, a page at a time (`PageCodec`). What every codec promises:
 
-1. **Bound.** With `ErrorBound.absolute` or `.relative`, every finite value that comes back differs from what went in
-by at most the
-   bound, exactly, in the output dtype; other values come back bit for bit. With `.lossless()`, or if `lossless_only`
-   is set, all do.
+1. **Bound.** Every finite value that comes back differs from what went in by at most the bound of its page, token or
+   channel, exactly, in the output dtype; other values come back bit for bit. With `ErrorBound.lossless`, or if
+   `lossless_only` is set, all do. `bound_kinds` names the kinds of bound that a codec takes.
 2. **Size.** No payload is larger than `max_payload_bytes`, for any bytes that go in.
 3. **Determinism.** The same pages, bound and mode give the same bytes, on every device, with any number of threads.
 4. **Completeness.** Decoding writes every value of every page, and nothing else.
@@ -23,15 +22,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kvzip.bounds import BoundPolicy, PageBounds, bound_of_page
 from kvzip.errors import ConfigError, CorruptRecordError
 from kvzip.record import ALIGNMENT, ENTRY_DTYPE, KINDS, Coding, Reason, align
-from kvzip.types import BlockLayout, BlockView, DType, ErrorBound, SegmentLayout
+from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, SegmentLayout
 
 Table = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -42,13 +42,13 @@ class EncodeRequest:
     """What the caller wants of an encoder.
 
     Attributes:
-        bound: the error bound, for every page.
+        bound: the error bound of every page, or a tuple of one a page.
         mode: encoding mode, one of the codec's `modes`.
         threads: most threads that the host may use; 0 = all cores that the process may use.
         reason: why this request is not what the caller asked for first, for the records' headers.
     """
 
-    bound: ErrorBound
+    bound: PageBounds
     mode: str = "fixed"
     threads: int = 0
     reason: Reason = Reason.AS_ASKED
@@ -61,12 +61,16 @@ class Codec(abc.ABC):
         name: what records call it; at most 16 printable ASCII characters.
         modes: encoding modes it knows, the default first.
         lossless_only: it ignores the bound and returns every bit.
+        bound_kinds: kinds of bound that it takes; with ``BoundKind.BY_PAGE``, a tuple of one a page as well.
         devices: kinds of device whose tensors it takes: ``"cpu"``, ``"cuda"``.
     """
 
     name: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ("none",)
     lossless_only: ClassVar[bool] = False
+    bound_kinds: ClassVar[frozenset[BoundKind]] = frozenset(
+        (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)
+    )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     def check_available(self) -> None:  # noqa: B027 - most codecs can always run
@@ -77,6 +81,19 @@ class Codec(abc.ABC):
         if mode not in self.modes:
             raise ConfigError(f"codec {self.name!r} has no mode {mode!r}: use one of {', '.join(self.modes)}")
         return mode
+
+    def check_bound(self, bound: ErrorBound | BoundPolicy) -> None:
+        """Raise `ConfigError` when the codec does not take this bound."""
+        if self.lossless_only:
+            return
+        wanted = {bound.kind} if isinstance(bound, ErrorBound) else {*bound.kinds, BoundKind.BY_PAGE}
+        unknown = wanted - self.bound_kinds
+        if unknown:
+            names = ", ".join(sorted(kind.name.lower() for kind in unknown))
+            raise ConfigError(
+                f"codec {self.name!r} does not take bounds of the kind {names} (asked for: {bound}): use cuszp, or "
+                "another bound"
+            )
 
     @abc.abstractmethod
     def max_payload_bytes(self, layout: BlockLayout) -> int:
@@ -114,7 +131,8 @@ class Codec(abc.ABC):
         """Decode payloads into the blocks of a view. Blocks the host.
 
         Args:
-            blocks: where the values go; every value of every page is written.
+            blocks: where the values go; every value of every page is written. `BlockView.bounds` has what the payloads
+                were encoded with when that was a channel table.
             payloads: one a block.
             tables: one segment table a block.
             threads: as in `EncodeRequest`.
@@ -137,7 +155,7 @@ class PageCodec(Codec):
         Args:
             values: bit patterns, contiguous, shape ``[tokens, channels]``.
             dtype: what they mean.
-            request: bound and mode.
+            request: mode, and the bound of this page.
 
         Returns:
             The bytes, or None to store the page raw.
@@ -154,6 +172,8 @@ class PageCodec(Codec):
     #: value of the table's `coding` for pages that this codec encoded; 0 is raw
     _ENCODED: ClassVar[int] = 128
 
+    bound_kinds: ClassVar[frozenset[BoundKind]] = Codec.bound_kinds | {BoundKind.BY_PAGE}
+
     def max_payload_bytes(self, layout: BlockLayout) -> int:
         """The raw size: a page that does not get smaller is stored raw."""
         return layout.padded_nbytes
@@ -169,7 +189,8 @@ class PageCodec(Codec):
             at = 0
             for s, segment in enumerate(segments):
                 values = np.ascontiguousarray(blocks.page(b, s)).reshape(segment.tokens, -1)
-                data = self.encode_page(values, segment.dtype, request)
+                asked = replace(request, bound=bound_of_page(request.bound, s))
+                data = self.encode_page(values, segment.dtype, asked)
                 coding, reason = self._ENCODED, Reason.AS_ASKED
                 if data is None or len(data) >= segment.nbytes:
                     coding, reason = Coding.RAW, Reason.INCOMPRESSIBLE

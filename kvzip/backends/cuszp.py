@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kvzip import _native
 from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
 from kvzip.record import ENTRY_DTYPE, Coding
-from kvzip.types import BlockLayout, BlockView, BoundKind
+from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound
 
 _CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER}
 
@@ -33,6 +33,7 @@ class CuszpCodec(Codec):
 
     name: ClassVar[str] = "cuszp"
     modes: ClassVar[tuple[str, ...]] = tuple(_CODINGS)
+    bound_kinds: ClassVar[frozenset[BoundKind]] = frozenset(BoundKind)
 
     def check_available(self) -> None:
         """Load the native library.
@@ -73,9 +74,15 @@ class CuszpCodec(Codec):
             _native.cpu_decode(segments, blocks.block_ids, payloads, _stack(tables), threads=threads)
 
 
-def coding_of(request: EncodeRequest) -> Coding:
-    """The coding that a request asks for."""
-    return Coding.LOSSLESS if request.bound.kind is BoundKind.LOSSLESS else _CODINGS[request.mode]
+def coding_of(request: EncodeRequest) -> Coding | list[Coding]:
+    """The coding that a request asks for, or one a page."""
+    if not isinstance(request.bound, ErrorBound):
+        return [_coding(bound, request.mode) for bound in request.bound]
+    return _coding(request.bound, request.mode)
+
+
+def _coding(bound: ErrorBound, mode: str) -> Coding:
+    return Coding.LOSSLESS if bound.kind is BoundKind.LOSSLESS else _CODINGS[mode]
 
 
 def _stack(tables: Sequence[Table]) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
 from kvzip.errors import BackendUnavailableError
 from kvzip.interop.torch import download, gpu_problem, to_device, to_host, upload
 from kvzip.record import ALIGNMENT, ENTRY_DTYPE, Coding
-from kvzip.types import BlockLayout, BlockView, BoundKind, DType, empty_view
+from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, empty_view
 
 _TRITON_CODINGS = (Coding.RAW, Coding.CONSTANT, Coding.FIXED, Coding.LOSSLESS)
 _TRITON_DTYPES = (DType.BFLOAT16, DType.FLOAT16)
@@ -89,6 +89,7 @@ class PortableCodec(Codec):
     def __init__(self, codec: Codec, *, use_triton: bool, kind: str = "cuda") -> None:
         self.name, self.modes = codec.name, codec.modes  # type: ignore[misc]  # of the class for all other codecs
         self.lossless_only = codec.lossless_only  # type: ignore[misc]
+        self.bound_kinds = codec.bound_kinds  # type: ignore[misc]
         self.blocks: Counter[str] = Counter()
         self._host = codec
         self._triton = use_triton and codec.name == "cuszp"
@@ -107,7 +108,11 @@ class PortableCodec(Codec):
     ) -> tuple[Table, npt.NDArray[np.uint64]]:
         """Encode a batch; see `Codec.encode_blocks`."""
         self.check_mode(request.mode)
-        if not (self._triton_takes(blocks) and (request.mode == "fixed" or request.bound.kind is BoundKind.LOSSLESS)):
+        bounds = {request.bound} if isinstance(request.bound, ErrorBound) else set(request.bound)
+        known = all(
+            b.kind is BoundKind.LOSSLESS or (request.mode == "fixed" and b.kind in triton.BOUND_KINDS) for b in bounds
+        )
+        if not (self._triton_takes(blocks) and known):
             self._count("host", blocks)
             return self._host.encode_blocks(blocks if blocks.device == "cpu" else to_host(blocks), request, out)
         self._count("triton", blocks)
@@ -140,7 +145,10 @@ class PortableCodec(Codec):
             triton.check_status(status)
             return
         self._count("host", blocks)
-        pages = blocks if blocks.device == "cpu" else empty_view(blocks.layout, len(blocks))
+        pages = blocks
+        if blocks.device != "cpu":
+            pages = empty_view(blocks.layout, len(blocks))
+            pages = pages.with_bounds(blocks.bounds) if blocks.bounds else pages
         self._host.decode_blocks(pages, payloads, tables, threads=threads)
         if pages is not blocks:
             to_device(pages, blocks)

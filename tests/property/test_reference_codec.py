@@ -75,6 +75,8 @@ def test_float32_values_at_ties() -> None:
         geometry = ref.Geometry(16, 1, near.shape[0], ref.FP32, 16)
         bits = np.ascontiguousarray(near.T)
         for coding in (ref.FIXED, ref.PLAIN, ref.OUTLIER):
-            segment = ref.quantised_candidate(bits, geometry, coding, np.float32(2.0**exponent))
+            bounds = ref.bounds_by_page(bits, geometry, ref.BOUND_ABSOLUTE, 2.0**exponent)
+            assert bounds is not None
+            segment = ref.quantised_candidate(bits, geometry, coding, bounds)
             decoded = ref.decode_segment(segment, geometry, coding, 2.0**exponent)
             assert_bound(bits, decoded, ref.FP32, 2.0**exponent)

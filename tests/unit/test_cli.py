@@ -46,7 +46,7 @@ PUBLIC = {
     *("get_codec", "register_codec", "encode", "decode", "read_header", "system_info"),
     *("KvzipError", "ConfigError", "LayoutError", "CodecNotFoundError", "BackendUnavailableError"),
     *("PoolExhaustedError", "BlockNotFoundError", "FormatError", "FormatVersionError", "CorruptRecordError"),
-    *("NativeError", "CudaError", "TransferError"),
+    *("NativeError", "CudaError", "TransferError", "BoundPolicy", "CalibrationTable"),
 }
 
 

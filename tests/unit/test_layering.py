@@ -22,7 +22,8 @@ LAYERS: list[set[str]] = [
     {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap"},
     {"kvzip.transport", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
     {"kvzip.pool", "kvzip.memory", "kvzip.policy", "kvzip.metrics", "kvzip.backends"},
-    {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop"},
+    {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop", "kvzip.calibration"},
+    {"kvzip.bounds"},
     {"kvzip.types", "kvzip.errors", "kvzip._config", "kvzip._log"},
 ]
 # Devices' packages: imported by functions of these modules alone, never when a module is imported.

@@ -480,7 +480,8 @@ def small() -> BlockView:
         ("base", 0),
         ("coding", 1),
         ("coding", 6),
-        ("bound_kind", 3),
+        ("bound_kind", 4),
+        ("bound_kind", 5),
         ("bound", 0.0),
         ("bound", -1.0),
         ("bound", np.nan),
@@ -622,7 +623,7 @@ def test_describe_says_what_was_loaded() -> None:
 
 
 def test_layout_of_the_structs() -> None:
-    assert _native.SEGMENT_DTYPE.itemsize == 64
+    assert _native.SEGMENT_DTYPE.itemsize == 72
     assert _native.SEGMENT_DTYPE.fields is not None
     assert _native.SEGMENT_DTYPE.fields["bound"][1] == 48
     assert ENTRY_DTYPE.itemsize == 16

@@ -7,6 +7,7 @@ and float16. Nothing here imports Triton or torch before the first call.
 """
 
 from kvzip.backends.triton.codec import (
+    BOUND_KINDS,
     EncodedBlocks,
     available,
     check_status,
@@ -17,6 +18,7 @@ from kvzip.backends.triton.codec import (
 )
 
 __all__ = [
+    "BOUND_KINDS",
     "EncodedBlocks",
     "available",
     "check_status",

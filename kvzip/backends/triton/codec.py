@@ -26,10 +26,13 @@ import numpy.typing as npt
 
 from kvzip.errors import BackendUnavailableError, ConfigError, CorruptRecordError, LayoutError
 from kvzip.record import ALIGNMENT, KINDS, align
-from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
+from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound
 
 if TYPE_CHECKING:
     import torch
+
+#: Kinds of error bound that it has.
+BOUND_KINDS = frozenset((BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE))
 
 _TILE_GROUPS = 256  # groups of one program; a multiple of 8
 _NUM_WARPS = 4
@@ -266,6 +269,9 @@ def encode_blocks(
     each = [bounds] * segments if isinstance(bounds, ErrorBound) else list(bounds)
     if len(each) != segments:
         raise ConfigError(f"{len(each)} bounds for {segments} pages: give one for all pages or one for each")
+    for bound in each:
+        if bound.kind not in BOUND_KINDS:
+            raise ConfigError(f"bound {bound}: the Triton codec has bounds of a page alone; use the native codec")
     _require(view.device)
     import torch
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""What a model's queries look like: the table that gives each channel of K the error that attention can bear.
+
+The logit of a query q and a key k is a sum over channels; an error e of channel c changes it by q_c x e. So a channel
+may have an error that is inverse to the size of the queries there. One pass over a text of about 2,000 tokens measures
+that size well enough, and it carries over to other texts. The error that a bound of t allows is about t in a logit
+times sqrt(head_dim), for each channel by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.bounds import BoundPolicy
+from kvzip.errors import ConfigError, FormatError
+from kvzip.types import ErrorBound
+
+__all__ = ["CalibrationTable", "parse_bounds"]
+
+_FORMAT = "kvzip calibration 1"
+_FLOOR = 0.01  # of the head's mean: a channel that queries never use in the text may be used in another one
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationTable:
+    """Second moments of a model's queries, after the rotary embedding.
+
+    Attributes:
+        moments: shape ``[layers, kv_heads, head_dim]``, float32: for each channel the sum, over the query heads that
+            share the KV head, of the mean of q_c^2 over the tokens of a text.
+        model: name of the model, for messages.
+        tokens: tokens of the text; 0 = not known.
+
+    Raises:
+        ConfigError: the moments have another shape, or one is negative or not finite.
+    """
+
+    moments: npt.NDArray[np.float32]
+    model: str = ""
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        moments = np.array(self.moments, np.float32)
+        if moments.ndim != 3 or moments.size == 0:
+            raise ConfigError(f"moments of shape {moments.shape}: give [layers, kv_heads, head_dim]")
+        if not (np.isfinite(moments).all() and (moments >= 0).all()):
+            raise ConfigError("a query moment is negative or not finite: calibrate again")
+        if not (moments.max(axis=2) > 0).all():
+            raise ConfigError("a KV head has only zero moments: its queries were not measured; calibrate again")
+        moments.flags.writeable = False
+        object.__setattr__(self, "moments", moments)
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """(layers, KV heads, head_dim)."""
+        layers, heads, dim = self.moments.shape
+        return layers, heads, dim
+
+    def select(self, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> CalibrationTable:
+        """The table of some layers or KV heads, such as those of one rank of a tensor-parallel model."""
+        moments = self.moments if layers is None else self.moments[list(layers)]
+        return CalibrationTable(moments if heads is None else moments[:, list(heads)], self.model, self.tokens)
+
+    def key_bounds(self, t: float) -> npt.NDArray[np.float64]:
+        """Absolute bounds of K: ``t / sqrt(moment)``, the moments floored at 1 % of the mean of their head.
+
+        Returns:
+            Shape ``[layers, kv_heads, head_dim]``.
+
+        Raises:
+            ConfigError: t is not finite and positive.
+        """
+        if not (np.isfinite(t) and t > 0):
+            raise ConfigError(f"t {t!r} is not finite and positive: use 0.4")
+        moments = self.moments.astype(np.float64)
+        floor = _FLOOR * moments.mean(axis=2, keepdims=True)
+        bounds: npt.NDArray[np.float64] = t / np.sqrt(np.maximum(moments, floor))
+        return bounds
+
+    def policy(self, t: float = 0.4, r: float = 0.17, *, sink: ErrorBound | None = None) -> BoundPolicy:
+        """Bounds for this model: K by channel, V by token, the block of position 0 exact.
+
+        Args:
+            t: how much of an error attention logits may get through one channel of K.
+            r: error of V relative to the rms of its token's vector.
+            sink: bound of blocks that begin a sequence; by default lossless.
+        """
+        return self._policy(t, ErrorBound.token_rms(r), ErrorBound.lossless() if sink is None else sink)
+
+    def _policy(
+        self, t: float, value: ErrorBound, sink: ErrorBound | None, other: ErrorBound | None = None
+    ) -> BoundPolicy:
+        keys = [ErrorBound.channel_table(layer) for layer in self.key_bounds(t)]
+        return BoundPolicy(
+            key=keys[0],
+            value=value,
+            layers={layer: (key, value) for layer, key in enumerate(keys)},
+            sink=sink,
+            other=ErrorBound.lossless() if other is None else other,
+            num_layers=len(keys),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the table: JSON where the name ends in ``.json``, else NumPy's ``.npz``."""
+        target = Path(path)
+        about = {"format": _FORMAT, "model": self.model, "tokens": self.tokens, "geometry": list(self.geometry)}
+        if target.suffix == ".json":
+            target.write_text(json.dumps({**about, "moments": self.moments.tolist()}), encoding="utf-8")
+            return
+        with target.open("wb") as file:
+            np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), moments=self.moments)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibrationTable:
+        """Read a table that `save` wrote, or a bare ``.npy`` of moments. Nothing is unpickled.
+
+        Raises:
+            FormatError: the file is no such table.
+            OSError: it cannot be read.
+        """
+        source = Path(path)
+        try:
+            if source.suffix == ".npy":
+                return cls(np.load(source, allow_pickle=False), source.stem)
+            if source.suffix == ".json":
+                about: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+                moments = np.asarray(about["moments"], np.float32)
+            else:
+                with np.load(source, allow_pickle=False) as arrays:
+                    about = json.loads(arrays["about"].tobytes())
+                    moments = np.asarray(arrays["moments"], np.float32)
+            if about["format"] != _FORMAT or list(moments.shape) != about["geometry"]:
+                raise ConfigError(f"format {about['format']!r}, geometry {about['geometry']}, shape {moments.shape}")
+            return cls(moments, str(about["model"]), int(about["tokens"]))
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise FormatError(f"{source} is no calibration table ({error}): make one with `kvzip calibrate`") from error
+
+
+def parse_bounds(text: str) -> ErrorBound | BoundPolicy:
+    """Read the command line's form of error bounds.
+
+    Either one bound as `ErrorBound.parse` takes it; or ``table:FILE:T``, the policy of a calibration table; or parts
+    such as ``k=table:FILE:0.4,v=rms:0.17,sink=lossless,other=1e-3`` (``k`` and ``v`` are required, ``sink=none`` treats
+    the first block of a sequence as the others).
+
+    Raises:
+        ConfigError: the text has none of these forms.
+        FormatError: the file is no calibration table.
+        OSError: it cannot be read.
+    """
+    if "=" not in text:
+        if not text.startswith("table:"):
+            return ErrorBound.parse(text)
+        calibration, strength = _table(text)
+        return calibration.policy(strength)
+    parts: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, bound = part.partition("=")
+        if name not in ("k", "v", "sink", "other") or name in parts:
+            raise ConfigError(f"bounds {text!r}: use k=BOUND,v=BOUND and, if you like, sink=BOUND and other=BOUND")
+        parts[name] = bound
+    if not {"k", "v"} <= set(parts):
+        raise ConfigError(f"bounds {text!r}: k=BOUND and v=BOUND are both needed")
+    value = ErrorBound.parse(parts["v"])
+    sink = None if parts.get("sink") == "none" else ErrorBound.parse(parts.get("sink", "lossless"))
+    other = ErrorBound.parse(parts.get("other", "lossless"))
+    if not parts["k"].startswith("table:"):
+        return BoundPolicy(ErrorBound.parse(parts["k"]), value, sink=sink, other=other)
+    table, t = _table(parts["k"])
+    return table._policy(t, value, sink, other)
+
+
+def _table(text: str) -> tuple[CalibrationTable, float]:
+    path, colon, number = text.removeprefix("table:").rpartition(":")
+    try:
+        t = float(number)
+    except ValueError:
+        t = math.nan
+    if not (colon and path and math.isfinite(t)):
+        raise ConfigError(f"bound {text!r}: use table:FILE:T, for instance table:calibration.npz:0.4")
+    return CalibrationTable.load(path), t
