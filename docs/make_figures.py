@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""Writes the measured figures into the documentation: ``docs/performance.md``, and the figures of the README.
+"""Writes the measured figures into the documentation: ``docs/performance.md``, those of the README and of fidelity.
 
 Run ``python docs/make_figures.py`` after a benchmark has written to ``bench/results/``. Every figure in the
 documentation comes from there; a test fails when the documents say anything else.
@@ -374,17 +374,55 @@ def pinned_section() -> list[str]:
     return parts
 
 
+def fidelity() -> str:
+    """The figures of ``docs/fidelity.md``: what schemes do to a model, against their ratio."""
+    parts: list[str] = []
+    for path in sorted(RESULTS.glob("fidelity_*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        e = data["environment"]
+        parts += [
+            f"## {data['model']}\n",
+            paragraph(
+                f"{data['positions']:,} positions behind {data['prefix']:,} swapped tokens, {len(e['texts'])} "
+                f"texts; {e['dtype']}; torch {e['torch']}, transformers {e['transformers']}, {e['device']}, "
+                f"{e['time'][:10]} ([{path.name}](../bench/results/{path.name})). The exact cache recalls "
+                f"{data['reference_needle']:.0%} of the needles."
+            ),
+            plot(path.name),
+            table(
+                ["scheme", "ratio", "KL", "KL p99.9", "top-1", "dNLL", "greedy", "needles"],
+                [_fidelity_row(row, data["limit"]) for row in data["rows"]],
+            ),
+            paragraph(f"Bold: ratio of kvzip's schemes whose KL is not above fp8's, {data['limit']:.2e}."),
+        ]
+    return "\n".join(parts)
+
+
+def _fidelity_row(row: dict[str, Any], limit: float) -> list[str]:
+    ratio = f"{row['ratio']:.2f}"
+    return [
+        row["scheme"],
+        f"**{ratio}**" if row["own"] and row["kl"] <= limit else ratio,
+        f"{row['kl']:.2e}",
+        f"{row['kl_p999']:.2e}",
+        f"{row['top1']:.1%}",
+        f"{row['dnll']:+.4f}",
+        f"{row['greedy']:.0%}",
+        f"{row['needle']:.0%}",
+    ]
+
+
 def replaced(text: str, figures: str) -> str:
-    """The README with other figures between its marks."""
+    """A document with other figures between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{figures}\n{END}{after}"
 
 
 def main() -> None:
-    """Write both documents."""
-    path = ROOT / "README.md"
-    path.write_text(replaced(path.read_text(encoding="utf-8"), readme()), encoding="utf-8")
+    """Write the documents."""
+    for path, figures in ((ROOT / "README.md", readme()), (ROOT / "docs" / "fidelity.md", fidelity())):
+        path.write_text(replaced(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
     (ROOT / "docs" / "performance.md").write_text(performance(), encoding="utf-8")
 
 

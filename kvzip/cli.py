@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""The command line: ``kvzip demo``, ``kvzip bench``, ``kvzip info``, ``kvzip inspect``.
+"""The command line: ``kvzip demo``, ``bench``, ``info``, ``inspect``, ``calibrate``, ``verify``.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated, 2 = unusable
-arguments or input.
+Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated or a scheme is
+worse than fp8, 2 = unusable arguments or input.
 """
 
 from __future__ import annotations
@@ -95,6 +95,29 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path, metavar="FILE", help="a file that holds one record")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
+
+    calibrate = commands.add_parser("calibrate", help="measure a model's queries: a table of bounds for its keys")
+    _model_options(calibrate)
+    calibrate.add_argument("--out", type=Path, required=True, metavar="TABLE", help="file to write, .npz or .json")
+    calibrate.add_argument("--tokens", type=int, default=2048, metavar="N", help="most tokens of a text; default 2048")
+    calibrate.set_defaults(run=_calibrate)
+
+    verify = commands.add_parser("verify", help="measure what coded keys and values do to a model's output")
+    _model_options(verify)
+    verify.add_argument(
+        "--bound",
+        type=_named_bound,
+        action="append",
+        default=[],
+        help="error bounds as for demo, such as table:FILE:0.4; may be repeated; default: the engine's",
+    )
+    verify.add_argument("--mode", help="encoding mode; default: the codec's first")
+    verify.add_argument("--block-tokens", type=int, default=16, metavar="N", help="tokens of one block; default 16")
+    verify.add_argument(
+        "--prefix", type=int, default=1536, metavar="N", help="tokens whose cache is swapped; default 1536"
+    )
+    verify.add_argument("--continuation", type=int, default=512, metavar="N", help="tokens behind it; default 512")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -113,6 +136,20 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="most host threads; default 0, all cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    """What the commands that run a model share."""
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder, GGUF file, or name of the Hugging Face hub"
+    )
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts, UTF-8")
+    parser.add_argument("--device", default="auto", help="torch device of the model; default auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _named_bound(text: str) -> tuple[str, ErrorBound | BoundPolicy]:
+    return text, _bound(text)
 
 
 def _bound(text: str) -> ErrorBound | BoundPolicy:
@@ -298,6 +335,66 @@ def _header_dict(header: RecordHeader) -> dict[str, Any]:
         "largest_applied_bound": float(header.table["bound"].max()),
         "payload_crc32c": f"{header.payload_crc32c:08x}",
     }
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from kvzip.adapters.transformers.models import load_model
+    from kvzip.adapters.transformers.moments import calibrate
+
+    texts = list(_texts(arguments.text).values())
+    if not arguments.out.resolve().parent.is_dir():  # before a long run, not after it
+        raise ConfigError(f"{arguments.out}: there is no folder {arguments.out.resolve().parent}")
+    model = load_model(arguments.model, device=arguments.device)
+    table = calibrate(model, texts, max_tokens=arguments.tokens, progress=_progress("texts"))
+    table.save(arguments.out)
+    layers, heads, head_dim = table.geometry
+    found = {
+        "model": table.model,
+        "layers": layers,
+        "kv_heads": heads,
+        "head_dim": head_dim,
+        "tokens": table.tokens,
+        "table": str(arguments.out),
+    }
+    print(_json(found) if arguments.json else _table([(name, str(value)) for name, value in found.items()]))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from kvzip.adapters.transformers import fidelity, schemes
+    from kvzip.adapters.transformers.models import load_model
+
+    texts = _texts(arguments.text)
+    chosen = {"mode": arguments.mode, "block_tokens": arguments.block_tokens}
+    own = [schemes.engine_scheme(name, bound, **chosen) for name, bound in arguments.bound or [("default", None)]]
+    model = load_model(arguments.model, device=arguments.device)
+    result = fidelity.evaluate(
+        model,
+        texts,
+        [*schemes.peers(), *own],
+        prefix=arguments.prefix,
+        continuation=arguments.continuation,
+        progress=_progress("steps"),
+    )
+    worse = result.worse()
+    if arguments.json:
+        print(_json({**result.as_dict(), "limit": result.limit(), "worse": worse}))
+    else:
+        print(result.table())
+        for name in worse:
+            print(f"worse than fp8: {name}")
+    return 1 if worse else 0
+
+
+def _texts(paths: Sequence[Path]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for path in paths:
+        name = path.stem if path.stem not in texts else str(path)
+        try:
+            texts[name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from error
+    return texts
 
 
 def _json(value: dict[str, Any], indent: int | None = None) -> str:

@@ -35,6 +35,7 @@ LAZY = {
     "ml_dtypes": set(),
     "prometheus_client": {"kvzip.adapters", "kvzip.metrics"},
     "vllm": {"kvzip.adapters"},
+    "transformers": {"kvzip.adapters"},
     "cupy": set(),
     "pytest": set(),
     "hypothesis": set(),
@@ -181,7 +182,7 @@ def test_nothing_runs_at_import() -> None:
         "import sys, threading, logging, os\n"
         "before = set(threading.enumerate())\n"
         "import kvzip, kvzip.testing, kvzip.cli, kvzip.demo\n"
-        "heavy = {'torch', 'triton', 'vllm', 'ml_dtypes', 'pytest', 'hypothesis'} & set(sys.modules)\n"
+        "heavy = {'torch', 'triton', 'vllm', 'transformers', 'ml_dtypes', 'pytest', 'hypothesis'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert set(threading.enumerate()) == before\n"
         "assert len(os.listdir('/proc/self/task')) == 1 if os.path.isdir('/proc/self/task') else True\n"

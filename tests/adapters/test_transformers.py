@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Calibration and fidelity on tiny random models of several architectures, made on the fly."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvzip import cli
+from kvzip.calibration import CalibrationTable
+from kvzip.errors import ConfigError
+from kvzip.types import ErrorBound
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[calibrate]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[calibrate]'")
+
+from kvzip.adapters.transformers import fidelity, moments, schemes  # noqa: E402
+from kvzip.adapters.transformers.models import LanguageModel, load_model  # noqa: E402
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
+TEXT = (
+    "A clock that does not go is always honest about it. It does not go, and there is a reason; it is made of brass. "
+)
+# name: (configuration class, settings, where the queries before RoPE can be seen, (scale * sqrt(head_dim))^2)
+MODELS: dict[str, tuple[str, dict[str, Any], str, float]] = {
+    "llama, grouped queries": ("LlamaConfig", {}, "q_proj", 1),
+    "llama, head_dim of its own": ("LlamaConfig", {"head_dim": 32}, "q_proj", 1),
+    "llama, one KV head each": ("LlamaConfig", {"num_key_value_heads": 4}, "q_proj", 1),
+    "qwen2, bias": ("Qwen2Config", {}, "q_proj", 1),
+    "qwen3, normalised queries": ("Qwen3Config", {"head_dim": 16}, "q_norm", 1),
+    "mistral, sliding window": ("MistralConfig", {"sliding_window": 8}, "q_proj", 1),
+    "gemma2, another scale": (
+        "Gemma2Config",
+        {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 32},
+        "q_proj",
+        0.5,
+    ),
+    "gemma3, both kinds of layer": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": LAYERS, "query_pre_attn_scalar": 16},
+        "q_norm",
+        1,
+    ),
+    "granite, another scale": ("GraniteConfig", {"attention_multiplier": 0.125}, "q_proj", 0.25),
+    "phi3, joint projection": ("Phi3Config", {}, "qkv_proj", 1),
+    "gpt-oss, eager attention, YaRN": (
+        "GptOssConfig",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": LAYERS, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "q_proj",
+        (0.1 * math.log(32) + 1) ** 2,  # YaRN scales queries and keys for a context 32 times as long
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that threads of torch only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def make(name: str) -> LanguageModel:
+    kind, settings, _, _ = MODELS[name]
+    config = getattr(transformers, kind)(**{**SIZES, **settings})
+    torch.manual_seed(len(name))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # biases and norms begin as constants: let them matter
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return LanguageModel(name, model.eval(), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def llama() -> LanguageModel:
+    return make("llama, grouped queries")
+
+
+@pytest.fixture(scope="module")
+def folder(llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model")
+    llama.model.save_pretrained(path)
+    llama.tokenizer.save_pretrained(path)
+    (path / "text.txt").write_text(TEXT * 4, encoding="utf-8")
+    return path
+
+
+# ---- calibration
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_moments_are_those_of_the_queries(name: str) -> None:
+    """RoPE turns pairs of channels, so the sum of a pair's moments is known before it."""
+    model = make(name)
+    _, _, where, factor = MODELS[name]
+    seen: list[Any] = []
+    for path, module in model.model.named_modules():
+        if path.endswith(f".{where}"):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.detach().double()))
+    table = moments.calibrate(model, [TEXT])
+    layers, heads, head_dim = table.geometry
+    assert (layers, heads) == (SIZES["num_hidden_layers"], model.model.config.num_key_value_heads)
+    assert table.model == name
+    assert table.tokens == len(TEXT)
+    for layer, out in enumerate(seen):
+        queries = out.reshape(len(TEXT), -1, head_dim)[:, : SIZES["num_attention_heads"]]
+        if where == "q_norm" and out.shape[1] == SIZES["num_attention_heads"]:  # heads come before tokens
+            queries = out[0].transpose(0, 1)
+        expected = factor * queries.unflatten(1, (heads, -1)).square().mean(0).sum(1)
+        half = head_dim // 2
+        pairs = table.moments[layer, :, :half] + table.moments[layer, :, half:]
+        np.testing.assert_allclose(pairs, expected[:, :half] + expected[:, half:], rtol=1e-4)
+        assert not np.allclose(table.moments[layer], expected, rtol=1e-2), "these are the queries before RoPE"
+
+
+def test_several_texts_count_by_their_tokens(llama: LanguageModel) -> None:
+    short, long = TEXT[:20], TEXT[20:]
+    both = moments.calibrate(llama, [short, long])
+    each = [moments.calibrate(llama, [text]) for text in (short, long)]
+    assert both.tokens == len(TEXT)
+    mean = sum(t.moments * t.tokens for t in each) / both.tokens
+    np.testing.assert_allclose(both.moments, mean, rtol=1e-5)
+    assert moments.calibrate(llama, [TEXT], max_tokens=20).tokens == 20
+
+
+def test_calibration_leaves_transformers_as_it_was(llama: LanguageModel) -> None:
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    before = dict(functions)
+    local = functions["sdpa"] = lambda *args, **kwargs: before["sdpa"](*args, **kwargs)
+    try:
+        with pytest.raises(ConfigError, match="no tokens"):
+            moments.calibrate(llama, [TEXT, ""])
+        assert functions["sdpa"] is local
+    finally:
+        del functions["sdpa"]
+    assert dict(functions) == before
+
+
+@pytest.mark.parametrize(("texts", "tokens"), [([], 10), ([TEXT], 0)])
+def test_calibration_refuses(llama: LanguageModel, texts: list[str], tokens: int) -> None:
+    with pytest.raises(ConfigError):
+        moments.calibrate(llama, texts, max_tokens=tokens)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    mamba = LanguageModel("mamba", transformers.AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer())
+    with pytest.raises(ConfigError, match="mamba"):
+        moments.calibrate(mamba, [TEXT])
+    with pytest.raises(ConfigError, match="mamba"):
+        mamba.prefill(mamba.tokens(TEXT))
+
+
+# ---- the model behind a swapped cache
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exact_cache_changes_nothing(name: str) -> None:
+    """Sliding windows too: all tokens are kept, the mask does the rest."""
+    model = make(name)
+    ids = model.tokens(TEXT)
+    with torch.inference_mode():
+        whole = model.model(ids).logits[0]
+    layers, last = model.prefill(ids[:, :48])
+    assert all(k.shape[0] == 48 for k, _ in layers)
+    torch.testing.assert_close(last, whole[47], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.continue_from(layers, ids[:, 48:]), whole[48:], rtol=1e-3, atol=1e-3)
+
+
+def test_greedy_decoding_takes_the_likeliest(llama: LanguageModel) -> None:
+    ids = llama.tokens(TEXT)
+    layers, last = llama.prefill(ids)
+    chosen = llama.greedy(layers, last, 5)
+    with torch.inference_mode():
+        logits = llama.model(torch.cat([ids, chosen], 1)).logits[0]
+    assert logits[ids.shape[1] - 1 : -1].argmax(-1).tolist() == chosen[0].tolist()
+
+
+# ---- schemes
+
+
+def cache(tokens: int = 64) -> list[tuple[Any, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.logspace(-1, 1, 32)  # channels differ, as those of real keys do
+    shape = (tokens, 2, 32)
+    return [tuple((torch.randn(shape, generator=generator) * scale).bfloat16() for _ in "kv") for _ in range(3)]
+
+
+def errors(scheme: schemes.Scheme, layers: list[tuple[Any, Any]]) -> tuple[float, float]:
+    """Mean squared error over mean square, and bits a value."""
+    after, nbytes = scheme.swap(layers)
+    before = torch.stack([t for pair in layers for t in pair]).double()
+    change = torch.stack([t for pair in after for t in pair]).double() - before
+    return float(change.square().mean() / before.square().mean()), nbytes * 8 / before.numel()
+
+
+def test_the_peers_take_the_bits_that_their_formats_take() -> None:
+    found = {scheme.name: errors(scheme, cache()) for scheme in schemes.peers()}
+    assert found["fp8 unscaled"][1] == 8
+    assert found["fp8"][1] == pytest.approx(8 + 32 / (64 * 2 * 32))
+    assert found["int8"][1] == 8 + 16 / 32
+    assert found["KIVI-4"][1] == 4 + 32 / 32
+    assert found["int8"][0] < found["fp8"][0] < found["KIVI-4"][0]
+    assert all(0 < error < 0.01 for error, _ in found.values())
+
+
+def test_kvzip_runs_through_the_engine_with_its_first_block_protected() -> None:
+    layers = cache()
+    bound = ErrorBound.relative(1e-2)
+    after, nbytes = schemes.engine_scheme("x", bound).swap(layers)
+    for pair, swapped in zip(layers, after, strict=True):
+        for before, now in zip(pair, swapped, strict=True):
+            assert torch.equal(before[:16], now[:16])
+            pages = before.double().reshape(4, -1)
+            error = (now.double().reshape(4, -1) - pages).abs().amax(1)
+            assert (error <= 1e-2 * (pages.amax(1) - pages.amin(1))).all()
+            assert error[1:].min() > 0
+    assert nbytes % 256 == 0, "whole extents of the pool"
+    free, fewer = schemes.engine_scheme("x", bound, protect=False).swap(layers)
+    assert not torch.equal(free[0][0][:16], layers[0][0][:16])
+    assert fewer < nbytes
+
+
+def test_a_prefix_of_half_a_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="40 tokens"):
+        schemes.engine_scheme("x").swap(cache(40))
+
+
+# ---- fidelity
+
+
+def measure(model: LanguageModel, chosen: list[schemes.Scheme], **options: Any) -> fidelity.FidelityResult:
+    texts = {"one": TEXT * 2, "two": TEXT[::-1] * 2}
+    sizes = {"prefix": 96, "continuation": 40, "greedy_tokens": 8, "needle_depths": (0.5,), **options}
+    return fidelity.evaluate(model, texts, chosen, **sizes)
+
+
+def test_what_is_exact_is_the_reference_and_coarser_is_worse(llama: LanguageModel) -> None:
+    steps: list[tuple[str, int, int]] = []
+    table = moments.calibrate(llama, [TEXT])
+    chosen = [
+        *schemes.peers(),
+        schemes.engine_scheme("lossless", ErrorBound.lossless()),
+        schemes.calibrated(table, 0.01, 0.01),
+        schemes.calibrated(table, 1.0, 0.5),
+    ]
+    result = measure(llama, chosen, progress=lambda *step: steps.append(step))
+    rows = {row.scheme: row for row in result.rows}
+    exact = rows["lossless"]
+    assert (exact.kl, exact.kl_p999, exact.top1, exact.dnll, exact.greedy) == (0, 0, 1, 0, 1)
+    assert exact.needle == result.reference_needle
+    assert exact.ratio > 1.1
+    assert 0 < rows["calibrated t=0.01 r=0.01"].kl < rows["calibrated t=1 r=0.5"].kl
+    assert rows["calibrated t=0.01 r=0.01"].ratio < rows["calibrated t=1 r=0.5"].ratio
+    assert 0 < rows["int8"].kl < rows["KIVI-4"].kl
+    assert all(row.kl <= row.kl_p999 for row in result.rows)
+    assert all(np.mean(list(row.kl_by_text.values())) == pytest.approx(row.kl) for row in result.rows)
+    assert result.positions == 80
+    assert steps[-1] == ("fidelity", 28, 28)
+    assert [done for _, done, _ in steps] == list(range(1, 29))
+    assert result.worse() == ["calibrated t=1 r=0.5"]
+    assert "calibrated t=1 r=0.5" in result.table()
+
+
+def test_the_divergence_is_that_of_the_distributions(llama: LanguageModel) -> None:
+    """Against SciPy-free arithmetic of its own, through a scheme that zeroes every value."""
+    zeroed = schemes.Scheme("zero", lambda layers: ([(k * 0, v * 0) for k, v in layers], 1))
+    result = measure(llama, [zeroed], needle_depths=())
+    expected = []
+    for text in (TEXT * 2, TEXT[::-1] * 2):
+        ids = llama.tokens(text)[:, :136]
+        layers = [(k.bfloat16(), v.bfloat16()) for k, v in llama.prefill(ids[:, :96])[0]]
+        p = llama.continue_from(layers, ids[:, 96:]).double().softmax(-1).numpy()
+        q = llama.continue_from([(k * 0, v * 0) for k, v in layers], ids[:, 96:]).double().softmax(-1).numpy()
+        expected.append((p * np.log(p / q)).sum(-1))
+    (row,) = result.rows
+    assert row.kl == pytest.approx(np.mean(expected), rel=1e-4)
+    assert row.kl_p999 == pytest.approx(np.quantile(np.concatenate(expected), 0.999), rel=1e-4)
+    assert row.needle is None
+    assert row.top1 < 1
+
+
+def test_a_needle_lies_in_the_prefix_and_is_asked_for(llama: LanguageModel) -> None:
+    tokens = llama.tokens(TEXT * 2)
+    hay, question, answer = fidelity._needle(llama, tokens, 96, 0.5, seed=0)
+    text, asked, number = (llama.tokenizer.decode(ids[0]) for ids in (hay, question, answer))
+    assert hay.shape == (1, 96)
+    assert number.strip().isdigit()
+    assert f"{asked.strip()}{number}" in text
+    assert text.startswith(TEXT[:20])
+    with pytest.raises(ConfigError, match="cannot hide"):
+        fidelity._needle(llama, tokens, 30, 0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prefix": 10_000}, {"prefix": 0}, {"continuation": 1}, {"greedy_tokens": 0}, {"kv_dtype": "float64"}],
+)
+def test_fidelity_refuses(llama: LanguageModel, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        measure(llama, schemes.peers(), **options)
+
+
+def test_there_must_be_something_to_measure_and_to_compare_with(llama: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        measure(llama, [])
+    with pytest.raises(ConfigError, match="fp8"):
+        measure(llama, [schemes.engine_scheme("default")], needle_depths=()).worse()
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(command: str, *arguments: str, model: str = str(folder)) -> tuple[int, str, str]:
+        status = cli.main([command, "--model", model, "--text", str(folder / "text.txt"), "--device=cpu", *arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_calibrate_and_verify(folder: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    table = tmp_path / "table.npz"
+    status, out, err = run("calibrate", "--out", str(table), "--tokens", "64", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found == {
+        "model": folder.name,
+        "layers": 3,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "tokens": 64,
+        "table": str(table),
+    }
+    assert CalibrationTable.load(table).geometry == (3, 2, 16)
+
+    small = ("--prefix", "64", "--continuation", "32")
+    fine = f"k=table:{table}:0.01,v=rms:0.01"
+    arguments = (*small, "--bound", fine, "--bound", "1e-4", "--json")
+    status, out, err = run("verify", *arguments)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert [row["scheme"] for row in result["rows"] if row["own"]] == [fine, "1e-4"]
+    assert {"scheme", "ratio", "kl", "kl_p999", "top1", "dnll", "greedy", "needle"} <= set(result["rows"][0])
+    assert result["worse"] == []
+
+    status, out, err = run("verify", *small, "--bound", "0.5")
+    assert status == 1
+    assert "worse than fp8: 0.5" in out
+    assert "KIVI-4" in out
+
+
+def test_the_code_of_the_guide_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "calibrate.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(folder)
+    for name in ("sample.txt", "a.txt", "b.txt"):
+        (tmp_path / name).write_text(TEXT * 20, encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    ran = []
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(compile(text, "calibrate.md", "exec"), namespace)
+        for line in text.splitlines() if language == "sh" else ():
+            command, *arguments = shlex.split(line, comments=True)
+            if command == "kvzip":
+                ran.append(arguments[0])
+                assert cli.main([*arguments, "--device", "cpu"]) in (0, 1), "random weights bear less than a model's"
+    assert ran == ["calibrate", "verify"]
+    engine = namespace["engine"]
+    assert engine.settings.bound.num_layers == SIZES["num_hidden_layers"]
+    engine.close()
+
+
+def test_unusable_input_ends_with_status_2(
+    folder: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, _, err = run("verify")  # the text is too short for the default prefix
+    assert status == 2
+    assert "1536 + 512 are needed" in err
+    (tmp_path / "config.json").write_text("{}")
+    status, _, err = run("verify", model=str(tmp_path))
+    assert status == 2
+    assert "cannot load a model" in err
+    status, _, err = run("calibrate", "--out", str(tmp_path / "nowhere" / "table.npz"))
+    assert status == 2
+    assert "no folder" in err
+    with pytest.raises(SystemExit) as ended:
+        run("verify", "--bound", f"table:{folder / 'text.txt'}:0.4")
+    assert ended.value.code == 2
+
+
+def test_a_model_loads_from_its_folder(folder: Path, llama: LanguageModel) -> None:
+    loaded = load_model(str(folder), device="cpu")
+    ids = llama.tokens(TEXT)
+    assert loaded.name == folder.name
+    assert torch.equal(loaded.tokens(TEXT), ids)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.model(ids).logits, llama.model(ids).logits)
+    (folder / "a.gguf").touch()
+    try:
+        assert load_model(str(folder), device="cpu").name == folder.name, "a checkpoint goes before a GGUF file"
+    finally:
+        (folder / "a.gguf").unlink()
