@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""100,000 mutated records in processes of their own, so that a crash is a failed test and not the end of the run.
+"""Fuzzing in processes of their own, so that a crash is a failed test and not the end of the run.
+
+100,000 mutated records, and a short run of the coverage-guided target where Atheris is installed. `.ci/sanitize.sh`
+runs the target of the native decoder.
 
 Environment: KVZIP_FUZZ_CASES (100000) and KVZIP_FUZZ_SEED (1).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SCRIPT = Path(__file__).with_name("fuzz_decode.py")
 PROCESSES = 2
@@ -34,3 +40,13 @@ def test_mutated_records(tmp_path: Path) -> None:
         print(output)
         case = struct.unpack("<q", note.read_bytes())[0] if note.exists() else None
         assert process.returncode == 0, f"exit {process.returncode} at case {case} of seed {seed}:\n{output[-4000:]}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is not installed: pip install atheris")
+def test_coverage_guided(tmp_path: Path) -> None:
+    runs = int(os.environ.get("KVZIP_FUZZ_CASES", "100000")) // 4
+    command = [sys.executable, str(SCRIPT.with_name("fuzz_record.py")), f"-runs={runs}", "-seed=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"Done {runs} runs" in done.stderr
+    assert "no interesting inputs" not in done.stderr
