@@ -514,6 +514,10 @@ class SwapEngine:
         """Whether a record is held under this key. Does not count as a use."""
         return key in self._index
 
+    def keys(self) -> list[bytes]:
+        """The keys of all records that are held, at this moment, in no certain order."""
+        return self._index.keys()
+
     def record_sizes(self, keys: Iterable[bytes]) -> list[int]:
         """Bytes of the pool that each key's record takes, rounded up to extents; 0 where none is held.
 

@@ -288,6 +288,11 @@ class RecordIndex:
         with self.lock:
             return key in self._entries
 
+    def keys(self) -> list[bytes]:
+        """Keys of all records, at this moment."""
+        with self.lock:
+            return list(self._entries)
+
     def sizes(self, keys: Sequence[bytes]) -> list[int]:
         """Bytes of extents that each key's record takes; 0 where none is held."""
         with self.lock:

@@ -31,6 +31,12 @@ class KvzipConnector(OffloadingConnector):
         _name_spec(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
         self._groups = tuple(kv_cache_config.kv_cache_groups)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        if len(self._groups) > 1 and extra.get("sync_load_budget_bytes"):
+            raise ConfigError(
+                f"sync_load_budget_bytes with {len(self._groups)} KV cache groups: vLLM cannot be told of a damaged "
+                "record in such a load; leave it out"
+            )
         self._requests: dict[int, str] = {}  # load job -> request
         if self.connector_scheduler is not None and (
             getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "recompute") != "recompute"

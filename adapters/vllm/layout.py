@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvzip.coding import log_once
+from kvzip._log import log_once
 from kvzip.types import BlockLayout, BlockView, DType, SegmentLayout
 
 _FLOATS = ("torch.bfloat16", "torch.float16", "torch.float32")

@@ -61,6 +61,7 @@ class Job:
         parts: what it moves, a part a group.
         transfers: what is under way, with the part that it moves.
         failed: positions of blocks that were not moved, with the part that they are in.
+        error: the first reason for that.
         started: by `time.perf_counter`.
     """
 
@@ -70,7 +71,13 @@ class Job:
     parts: list[Part] = field(default_factory=list)
     transfers: list[tuple[Transfer, Part]] = field(default_factory=list)
     failed: list[tuple[Part, tuple[int, ...]]] = field(default_factory=list)
+    error: Exception | None = None
     started: float = field(default_factory=time.perf_counter)
+
+    def fail(self, part: Part, positions: Sequence[int], error: Exception) -> None:
+        """Note that blocks of a part were not moved."""
+        self.failed.append((part, tuple(positions)))
+        self.error = self.error or error
 
     def done(self) -> bool:
         """Whether everything under way has ended."""
@@ -193,7 +200,8 @@ class KvzipOffloadingWorker(OffloadingWorker):
         """Forget the records that the scheduler has given up."""
         if spec.first_number > self._first:
             self._first = spec.first_number
-            self.engine.discard([key for key in self._policy.victims() if _number(key) < self._first])
+            held = self.engine.keys()
+            self.engine.discard([key for key in held if _number(key) < self._first])
         if spec.discards:
             self.engine.discard(_key(number, i) for number in spec.discards for i in range(self._blocks_per_chunk))
 
@@ -227,34 +235,32 @@ class KvzipOffloadingWorker(OffloadingWorker):
             blocks = part.view[part.blocks]
             job.transfers.append((self.engine.store(part.keys, blocks, measure_error=self.verify), part))
         except Exception as error:
-            _warn("store", error)
-            job.failed.append((part, tuple(range(len(part.keys)))))
+            job.fail(part, range(len(part.keys)), error)
 
     def _start_load(self, job: Job, part: Part, positions: Sequence[int] | None = None) -> None:
         """Load the blocks at these positions of a part; what cannot be loaded is noted, the rest is."""
         left = list(range(len(part.keys)) if positions is None else positions)
         while left:
+            keys = tuple(part.keys[i] for i in left)
+            chosen = Part(part.view, part.blocks[left], keys, tuple(part.numbers[i] for i in left))
             try:
-                keys = [part.keys[i] for i in left]
-                chosen = Part(part.view, part.blocks[left], tuple(keys), tuple(part.numbers[i] for i in left))
                 job.transfers.append((self.engine.load(keys, part.view[chosen.blocks]), chosen))
                 return
             except BlockNotFoundError as error:
                 missing = set(error.keys)
                 bad = [i for i in left if part.keys[i] in missing]
+                job.fail(part, bad, error)
             except CorruptRecordError as error:  # in host memory nothing was loaded yet
-                bad = [left[i] for i in error.blocks] if error.blocks else []
-                if not bad and len(left) > 1:  # which one it is shows one by one
+                if len(left) > 1:  # which ones are damaged shows one by one
                     for i in left:
                         self._start_load(job, part, [i])
                     return
-                bad = bad or left
-                _warn("load", error)
-            except Exception as error:
-                _warn("load", error)
                 bad = left
-            job.failed.append((part, tuple(bad)))
-            left = [i for i in left if i not in set(bad)]
+                job.fail(part, bad, error)
+            except Exception as error:
+                bad = left
+                job.fail(part, bad, error)
+            left = [i for i in left if i not in bad]
 
     def _settle(self, job: Job) -> TransferResult:
         """A job has ended: see what came of it."""
@@ -265,9 +271,18 @@ class KvzipOffloadingWorker(OffloadingWorker):
             try:
                 moved += transfer.result().record_bytes
             except CorruptRecordError as error:
-                job.failed.append((part, error.blocks or tuple(range(len(part.keys)))))
-            except Exception:  # the engine has logged it
-                job.failed.append((part, tuple(range(len(part.keys)))))
+                job.fail(part, error.blocks or range(len(part.keys)), error)
+            except Exception as error:
+                job.fail(part, range(len(part.keys)), error)
+        if job.error is not None:
+            _log.warning(
+                "%d of %d KV blocks could not be %s, vLLM goes on without them: %s: %s",
+                sum(len(positions) for _, positions in job.failed),
+                sum(len(part.keys) for part in job.parts),
+                "stored" if job.store else "loaded",
+                type(job.error).__name__,
+                job.error,
+            )
         for part, positions in job.failed:
             self._failed_blocks[job.store] += len(positions)
             if not job.store:
@@ -314,10 +329,6 @@ def _key(number: int, block: int) -> bytes:
 
 def _number(key: bytes) -> int:
     return int.from_bytes(key[:8], "big")
-
-
-def _warn(what: str, error: Exception) -> None:
-    _log.warning("a %s failed, vLLM goes on without it: %s: %s", what, type(error).__name__, error)
 
 
 def _result(job: Job, moved: int) -> TransferResult:

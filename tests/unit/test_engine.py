@@ -54,9 +54,10 @@ def held(engine: kvzip.SwapEngine) -> list[int]:
     return [i for i, k in enumerate(K) if engine.contains(k)]
 
 
-def test_record_sizes_are_the_bytes_of_the_pool(engine: kvzip.SwapEngine) -> None:
+def test_keys_and_the_bytes_of_the_pool_that_their_records_take(engine: kvzip.SwapEngine) -> None:
     engine.store(K[:3], view(pages(), range(3)))
     assert engine.record_sizes([K[2], K[9], K[0]]) == [RECORD, 0, RECORD]
+    assert sorted(engine.keys()) == K[:3]
     assert sum(engine.record_sizes(K)) == engine.pool.stats().extent_bytes_used
     with pytest.raises(ConfigError, match="single key"):
         engine.record_sizes(K[0])
