@@ -192,6 +192,7 @@ class SwapEngine:
         keys: Iterable[bytes],
         blocks: BlockView,
         *,
+        bound: ErrorBound | BoundPolicy | None = None,
         sink: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
         measure_error: bool = False,
         stream: object = None,
@@ -205,6 +206,7 @@ class SwapEngine:
         Args:
             keys: one opaque name a block.
             blocks: the blocks, in the same order.
+            bound: in place of the engine's, for blocks whose layers are not those of the others.
             sink: for each block, whether it holds position 0 of a sequence: such blocks get `BoundPolicy.sink`; under a
                 bound that is no policy they are stored lossless.
             measure_error: decode and compare as well; slower. See `TransferResult`.
@@ -215,13 +217,17 @@ class SwapEngine:
             The transfer; done, when the blocks lie in host memory.
 
         Raises:
-            ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks; or the sink marks are.
+            ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks; or the sink marks are; or the
+                codec does not know the kind of bound.
             LayoutError: the codec does not work where the blocks lie, or the bounds do not fit them.
             PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed. For
                 blocks on a GPU it comes from the transfer.
         """
         names = _check_keys(keys, blocks)
         settings = self._settings
+        if bound is not None and settings.reason is Reason.AS_ASKED:  # a stand-in stays lossless
+            _check_bound(bound, settings.codec)
+            settings = replace(settings, bound=bound)
         parts = self._parts(names, blocks, sink, settings)
         self._codecs[settings.codec.name] = settings.codec
         if blocks.device != "cpu":
@@ -514,9 +520,9 @@ class SwapEngine:
         """Whether a record is held under this key. Does not count as a use."""
         return key in self._index
 
-    def keys(self) -> list[bytes]:
+    def list_keys(self) -> list[bytes]:
         """The keys of all records that are held, at this moment, in no certain order."""
-        return self._index.keys()
+        return self._index.list_keys()
 
     def record_sizes(self, keys: Iterable[bytes]) -> list[int]:
         """Bytes of the pool that each key's record takes, rounded up to extents; 0 where none is held.
@@ -623,9 +629,15 @@ def _read_own(record: npt.NDArray[np.uint8]) -> tuple[RecordHeader, memoryview]:
         raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 
 
-def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | None) -> Settings:
+def _check_bound(bound: object, codec: Codec | None = None) -> None:
     if not isinstance(bound, (ErrorBound, BoundPolicy)):
         raise ConfigError(f"bound {bound!r} is no ErrorBound: use ErrorBound.relative(1e-3) or another kind")
+    if codec is not None:
+        codec.check_bound(bound)
+
+
+def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | None) -> Settings:
+    _check_bound(bound)
     try:
         chosen, reason = get_codec(codec), Reason.AS_ASKED
         chosen.check_available()
@@ -635,7 +647,7 @@ def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | N
         log_once(f"codec {codec!r} is not available, cuszp takes its place, lossless", str(error))
         chosen, bound, reason = get_codec("cuszp"), ErrorBound.lossless(), Reason.CODEC_UNAVAILABLE
         mode = None
-    chosen.check_bound(bound)
+    _check_bound(bound, chosen)
     return Settings(chosen, bound, chosen.modes[0] if mode is None else chosen.check_mode(mode), reason)
 
 

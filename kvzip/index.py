@@ -288,7 +288,7 @@ class RecordIndex:
         with self.lock:
             return key in self._entries
 
-    def keys(self) -> list[bytes]:
+    def list_keys(self) -> list[bytes]:
         """Keys of all records, at this moment."""
         with self.lock:
             return list(self._entries)

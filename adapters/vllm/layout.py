@@ -14,14 +14,14 @@ shape behind the block axis     meaning
 ``H, N, 2D`` on the CPU         the shape only: in memory, each head has its K, then its V, and K lies as D x N
 ==============================  ==================================================================================
 
-with N tokens, H KV heads, D values a head. Everything else (latent caches, quantised ones, state-space layers, packed
-blocks) is taken as bytes of unknown meaning, which come back bit for bit.
+with N tokens, H KV heads, D values a head. Everything else comes back bit for bit: latent caches as values of unknown
+kind, and quantised caches, state-space layers and packed blocks as bytes of unknown meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvzip._log import log_once
@@ -38,18 +38,48 @@ class LayerCache:
         tensor: the layer's tensor, blocks first.
         spec: vLLM's ``KVCacheSpec`` of the layer.
         cpu_isa: on the CPU, the instruction set whose layout its attention kernels use, such as ``"vec"``.
+        number: of the layer in the model.
     """
 
     tensor: Any
     spec: Any
     cpu_isa: str = ""
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page of a block is in the model.
+
+    Attributes:
+        layer: number of its layer; -1 = not known.
+        heads: the KV heads of this worker that it holds, the first and the one behind the last.
+    """
+
+    layer: int = -1
+    heads: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The blocks of one KV cache group.
+
+    Attributes:
+        view: all of them.
+        pages: what each page of the view's layout is.
+        heads: KV heads of this worker; 0 = not known.
+    """
+
+    view: BlockView
+    pages: tuple[Page, ...]
+    heads: int = 0
 
 
 def group_view(
     name: str,
     layers: Sequence[LayerCache] | None,
     raw: Sequence[tuple[Any, int]],
-) -> BlockView:
+) -> Group:
     """The blocks of one KV cache group.
 
     Args:
@@ -59,11 +89,12 @@ def group_view(
             of a page that count.
 
     Returns:
-        A view of all blocks: by geometry if all of it is understood, else as bytes.
+        All blocks: by geometry if all of it is understood, else as bytes.
     """
     num_blocks = int(raw[0][0].shape[0])
     if layers:
         segments: list[SegmentLayout] = []
+        pages: list[Page] = []
         for index, layer in enumerate(layers):
             found = _layer_segments(layer, index, num_blocks)
             if found is None:
@@ -73,12 +104,15 @@ def group_view(
                     f"{getattr(layer.tensor, 'dtype', None)}",
                 )
                 break
-            segments += found
+            segments += [segment for segment, _ in found]
+            pages += [Page(layer.number, heads) for _, heads in found]
         else:
             tensors = [_by_manager_block(layer.tensor, num_blocks) for layer in layers]
-            return BlockView(tensors, BlockLayout(tuple(segments)))
+            heads = max(getattr(layer.spec, "num_kv_heads", 0) for layer in layers)
+            return Group(BlockView(tensors, BlockLayout(tuple(segments))), tuple(pages), heads)
     tensors = [tensor[:, :nbytes] for tensor, nbytes in raw]
-    return BlockView(tensors, BlockLayout.opaque(tensors, dtype="opaque"))
+    view = BlockView(tensors, BlockLayout.opaque(tensors, dtype="opaque"))
+    return Group(view, (Page(),) * len(view.layout.segments))
 
 
 def _by_manager_block(tensor: Any, num_blocks: int) -> Any:
@@ -88,7 +122,10 @@ def _by_manager_block(tensor: Any, num_blocks: int) -> Any:
     return tensor.unflatten(0, (num_blocks, -1))
 
 
-def _layer_segments(layer: LayerCache, index: int, num_blocks: int) -> list[SegmentLayout] | None:
+_Pages = list[tuple[SegmentLayout, tuple[int, int]]]  # pages with the heads that they hold
+
+
+def _layer_segments(layer: LayerCache, index: int, num_blocks: int) -> _Pages | None:
     """Pages of a layer within a block, K before V; None when its layout is not known."""
     tensor, spec = layer.tensor, layer.spec
     heads, dim = getattr(spec, "num_kv_heads", 0), getattr(spec, "head_size", 0)
@@ -98,7 +135,6 @@ def _layer_segments(layer: LayerCache, index: int, num_blocks: int) -> list[Segm
         and not isinstance(tensor, (list, tuple))
         and str(tensor.dtype) in _FLOATS
         and getattr(spec, "dtype", tensor.dtype) == tensor.dtype
-        and "MLA" not in type(spec).__name__
         and not getattr(getattr(spec, "kv_quant_mode", None), "value", 0)
         and tensor.shape[0] % num_blocks == 0
     )
@@ -120,7 +156,11 @@ def _layer_segments(layer: LayerCache, index: int, num_blocks: int) -> list[Segm
         return SegmentLayout(index, dtype, tokens, heads, values, offset, token_stride, head_stride, kind)
 
     pages: list[SegmentLayout]
-    if shape == (2, tokens, heads, dim) and dim_v == dim:
+    if "MLA" in type(spec).__name__:  # keys and values in one vector a token, of unknown sensitivity
+        if shape not in ((tokens, shape[-1]), (1, tokens, shape[-1])):
+            return None
+        pages = [SegmentLayout(index, dtype, tokens, 1, shape[-1], 0, stride[-2], stride[-2])]
+    elif shape == (2, tokens, heads, dim) and dim_v == dim:
         pages = [page("k", dim, 0, stride[2], stride[3]), page("v", dim, stride[1], stride[2], stride[3])]
     elif shape == (heads, tokens, dim + dim_v):
         if tensor.device.type == "cpu":
@@ -130,10 +170,10 @@ def _layer_segments(layer: LayerCache, index: int, num_blocks: int) -> list[Segm
         pages = [page("k", dim, 0, stride[2], stride[1]), page("v", dim, heads * stride[1], stride[2], stride[1])]
     else:
         return None
-    return _repeat(pages, split, stride[0])
+    return _repeat([(p, (0, heads)) for p in pages], split, stride[0])
 
 
-def _cpu_segments(layer: LayerCache, index: int, tokens: int, split: int) -> list[SegmentLayout] | None:
+def _cpu_segments(layer: LayerCache, index: int, tokens: int, split: int) -> _Pages | None:
     """Pages of vLLM's CPU attention: for each head ``2 x N x D`` values, K transposed to ``D x N``.
 
     Tokens are next to each other in K, so each head is a page of its own whose "heads" are the D channels. Other
@@ -146,29 +186,26 @@ def _cpu_segments(layer: LayerCache, index: int, tokens: int, split: int) -> lis
         return None
     dtype = DType.parse(str(tensor.dtype))
     half = tokens * dim * item
-    pages = []
+    pages: _Pages = []
+    values: _Pages = []
     for head in range(heads):
-        start = head * 2 * half
+        at = (2 * head * half, (2 * head + 1) * half)
         if layer.cpu_isa in ("vec", "vec16"):
-            pages.append(SegmentLayout(index, dtype, tokens, dim, 1, start, item, tokens * item, "k"))
+            key = SegmentLayout(index, dtype, tokens, dim, 1, at[0], item, tokens * item, "k")
         else:
-            pages.append(SegmentLayout(index, dtype, 1, 1, tokens * dim, start, kind="k"))
-    if layer.cpu_isa in ("vec", "vec16"):
-        pages.append(SegmentLayout(index, dtype, tokens, heads, dim, half, dim * item, 2 * half, "v"))
-    else:
-        pages += [
-            SegmentLayout(index, dtype, 1, 1, tokens * dim, (2 * head + 1) * half, kind="v") for head in range(heads)
-        ]
-    return _repeat(pages, split, tensor.stride(0) * item)
+            key = SegmentLayout(index, dtype, 1, 1, tokens * dim, at[0], kind="k")
+            values.append((SegmentLayout(index, dtype, 1, 1, tokens * dim, at[1], kind="v"), (head, head + 1)))
+        pages.append((key, (head, head + 1)))
+    if not values:
+        values = [(SegmentLayout(index, dtype, tokens, heads, dim, half, dim * item, 2 * half, "v"), (0, heads))]
+    return _repeat(pages + values, split, tensor.stride(0) * item)
 
 
-def _repeat(pages: list[SegmentLayout], split: int, stride_bytes: int) -> list[SegmentLayout]:
-    """The pages of every kernel block in a block, sorted so that equal shapes are side by side."""
-    if split == 1:
-        return pages
-    from dataclasses import replace
-
-    return [replace(p, offset_bytes=p.offset_bytes + i * stride_bytes) for p in pages for i in range(split)]
+def _repeat(pages: _Pages, split: int, stride_bytes: int) -> _Pages:
+    """The pages of every kernel block in a block, those of one shape side by side."""
+    return [
+        (replace(p, offset_bytes=p.offset_bytes + i * stride_bytes), heads) for p, heads in pages for i in range(split)
+    ]
 
 
 def layers_of(
@@ -185,4 +222,12 @@ def layers_of(
     if any(name not in kv_caches for name in layer_names):
         return None
     own = getattr(spec, "kv_cache_specs", {})
-    return [LayerCache(kv_caches[name], own.get(name, spec), isa_of.get(name, "")) for name in layer_names]
+    return [
+        LayerCache(kv_caches[name], own.get(name, spec), isa_of.get(name, ""), layer_number(name))
+        for name in layer_names
+    ]
+
+
+def layer_number(name: str) -> int:
+    """Number of a layer in its model, as in ``model.layers.12.self_attn.attn``; -1 where the name has none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

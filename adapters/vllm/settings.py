@@ -7,10 +7,12 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kvzip.backends.registry import get_codec
+from kvzip.bounds import BoundPolicy
+from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError
 from kvzip.policy import make_policy
 from kvzip.types import ErrorBound
@@ -32,6 +34,10 @@ VLLM_KEYS = frozenset(
 )
 
 
+#: What `KvzipOffloadingSpec.configure` can change while vLLM runs.
+CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode", "verify"})
+
+
 @dataclass(frozen=True)
 class AdapterSettings:
     """What an operator may set.
@@ -39,7 +45,9 @@ class AdapterSettings:
     Attributes:
         cpu_bytes_to_use: bytes of host memory for the records of all workers of an engine. It is divided evenly.
         codec: name of the codec.
-        bound: error bound of the values: a number or ``rel:1e-3`` (of each page's range), ``abs:1e-2``, ``lossless``.
+        bound: error bound of the values, in any form of `kvzip.calibration.parse_bounds`: a number or ``rel:1e-3`` (of
+            each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE:T``.
+        layer_bounds: bounds of single layers, by the layer's number, in the forms above except those of a table.
         mode: encoding mode of the codec; None = its first.
         verify: decode every stored block as well and count the values outside the bound; slower.
         max_ctas: most thread blocks of a codec kernel on the GPU at a time; 0 = as many as fit.
@@ -50,7 +58,8 @@ class AdapterSettings:
 
     cpu_bytes_to_use: int
     codec: str = "cuszp"
-    bound: ErrorBound = field(default_factory=lambda: ErrorBound.relative(1e-3))
+    bound: ErrorBound | BoundPolicy = field(default_factory=lambda: ErrorBound.relative(1e-3))
+    layer_bounds: Mapping[int, tuple[ErrorBound, ErrorBound]] = field(default_factory=dict)
     mode: str | None = None
     verify: bool = False
     max_ctas: int = 0
@@ -80,43 +89,92 @@ class AdapterSettings:
                 "cpu_bytes_to_use is not set: put the bytes of host memory for KV records into "
                 'kv_connector_extra_config, for instance "cpu_bytes_to_use": 8589934592'
             )
-        values: dict[str, Any] = {
-            "cpu_bytes_to_use": _integer("cpu_bytes_to_use", given.pop("cpu_bytes_to_use"), 1 << 20),
-        }
-        for name, least in (("max_ctas", 0), ("chunk_bytes", 1 << 20), ("threads", 0)):
-            if name in given:
-                values[name] = _integer(name, given.pop(name), least)
-        if "verify" in given:
-            values["verify"] = _boolean("verify", given.pop("verify"))
-        if "bound" in given:
-            values["bound"] = parse_bound(given.pop("bound"))
-        for name in ("codec", "mode", "policy"):
-            value = given.pop(name, None)
-            if value is not None and not isinstance(value, str):
-                raise ConfigError(f"{name} {value!r}: give a name")
-            if value is not None:
-                values[name] = value
-        settings = cls(**values)
-        codec = get_codec(settings.codec)
-        if settings.mode is not None:
-            codec.check_mode(settings.mode)
-        make_policy(settings.policy)
-        return settings
+        nbytes = _integer("cpu_bytes_to_use", given.pop("cpu_bytes_to_use"), 1 << 20)
+        return cls(nbytes).change(**given)
+
+    def change(self, **changes: Any) -> AdapterSettings:
+        """The settings with some of them changed, in the form of ``kv_connector_extra_config``.
+
+        Raises:
+            ConfigError: one is not known or out of range.
+            CodecNotFoundError: no such codec.
+        """
+        values: dict[str, Any] = {}
+        for name, value in changes.items():
+            if name in ("max_ctas", "threads"):
+                values[name] = _integer(name, value, 0)
+            elif name == "chunk_bytes":
+                values[name] = _integer(name, value, 1 << 20)
+            elif name == "verify":
+                values[name] = _boolean(name, value)
+            elif name == "bound":
+                values[name] = parse_bound(value)
+            elif name == "layer_bounds":
+                values[name] = _layer_bounds(value)
+            elif name in ("codec", "policy") or (name == "mode" and value is not None):
+                values[name] = _name(name, value)
+            elif name == "mode":
+                values[name] = None
+            else:
+                raise ConfigError(f"{name!r} cannot be changed: use one of {', '.join(sorted(CHANGEABLE))}")
+        if "codec" in values and "mode" not in values:
+            values["mode"] = None  # a mode is one of its codec's
+        changed = replace(self, **values)
+        codec = get_codec(changed.codec)
+        if changed.mode is not None:
+            codec.check_mode(changed.mode)
+        codec.check_bound(changed.bounds)
+        make_policy(changed.policy)
+        return changed
+
+    @property
+    def bounds(self) -> ErrorBound | BoundPolicy:
+        """`bound` and `layer_bounds` together, by layers of the model."""
+        if not self.layer_bounds:
+            return self.bound
+        policy = self.bound if isinstance(self.bound, BoundPolicy) else BoundPolicy(self.bound, self.bound)
+        return replace(policy, layers={**policy.layers, **self.layer_bounds})
 
 
-def parse_bound(value: Any) -> ErrorBound:
-    """An error bound as it stands in JSON: a number is a fraction of each page's range.
+def parse_bound(value: Any) -> ErrorBound | BoundPolicy:
+    """Error bounds as they stand in JSON: a number is a fraction of each page's range.
 
     Raises:
-        ConfigError: it is no bound.
+        ConfigError: they are no bounds.
+        FormatError: a calibration table is none.
     """
-    if isinstance(value, ErrorBound):
+    if isinstance(value, (ErrorBound, BoundPolicy)):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return ErrorBound.relative(float(value))
     if isinstance(value, str):
-        return ErrorBound.parse(value)
+        try:
+            return parse_bounds(value)
+        except OSError as error:
+            raise ConfigError(f"bound {value!r}: the calibration table cannot be read: {error}") from error
     raise ConfigError(f"bound {value!r}: give a number such as 1e-3, or a text such as 'abs:1e-2' or 'lossless'")
+
+
+def _layer_bounds(value: Any) -> dict[int, tuple[ErrorBound, ErrorBound]]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'layer_bounds {value!r}: give bounds by layer, such as {{"0": "lossless"}}')
+    found = {}
+    for layer, bound in value.items():
+        number = _integer("layer", layer, 0)
+        parsed = parse_bound(bound)
+        if isinstance(parsed, BoundPolicy):
+            if parsed.layers:
+                raise ConfigError(f"bound {bound!r} of layer {number}: a table is for all layers; put it into bound")
+            found[number] = (parsed.key, parsed.value)
+        else:
+            found[number] = (parsed, parsed)
+    return found
+
+
+def _name(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{what} {value!r}: give a name")
+    return value
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -8,20 +8,22 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from kvzip.adapters.vllm.bounds import Shard, group_bounds
 from kvzip.adapters.vllm.catalog import RecordCatalog
-from kvzip.adapters.vllm.layout import group_view, layers_of
+from kvzip.adapters.vllm.layout import Group, group_view, layers_of
 from kvzip.adapters.vllm.manager import KvzipOffloadingManager
 from kvzip.adapters.vllm.metrics import ManagerMetrics, definitions
-from kvzip.adapters.vllm.settings import AdapterSettings
+from kvzip.adapters.vllm.settings import CHANGEABLE, AdapterSettings
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec, OffloadingWorker
 
+from kvzip.bounds import BoundPolicy
 from kvzip.engine import SwapEngine
+from kvzip.errors import ConfigError
 from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory
 from kvzip.policy import LRU
 from kvzip.pool import HostPool
 from kvzip.transport import Staging
-from kvzip.types import BlockView
 
 _log = logging.getLogger("kvzip")
 
@@ -56,6 +58,7 @@ class KvzipOffloadingSpec(OffloadingSpec):
         self._kv_caches: Mapping[str, Any] = {}
         self._group_specs: tuple[Any, ...] = ()
         self._isa_of: Mapping[str, str] = {}
+        self._groups: list[Group] = []
 
     # ---- what differs between vLLM's versions
 
@@ -103,6 +106,13 @@ class KvzipOffloadingSpec(OffloadingSpec):
         return int(parallel.rank)
 
     @property
+    def shard(self) -> Shard:
+        """This worker's part of the model's heads."""
+        config = getattr(self, "config", None)
+        size = config.parallel.tp_size if config is not None else self.vllm_config.parallel_config.tensor_parallel_size
+        return Shard(self.rank % int(size), int(size))
+
+    @property
     def worst_bytes(self) -> dict[int, int]:
         """For each group, an upper bound of what a chunk's records take in one worker's pool."""
         config = getattr(self, "config", None)
@@ -138,21 +148,23 @@ class KvzipOffloadingSpec(OffloadingSpec):
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """A worker's side."""
         if self._worker is None:
-            views = self._views(kv_caches)
+            settings = self.settings
+            groups = self._groups = self._make_groups(kv_caches)
             self._worker = KvzipOffloadingWorker(
-                views,
+                [group.view for group in groups],
+                self._bounds(settings),
                 self.chunk_blocks,
-                lambda policy: self._engine(policy, views[0].device),
-                verify=self.settings.verify,
+                lambda policy: self._engine(policy, groups[0].view.device),
+                verify=settings.verify,
                 recover=self._connected,
             )
             _log.info(
-                "kvzip: %d bytes of host memory for worker %d of %d, codec %s, bound %s",
+                "kvzip: %d bytes of host memory for worker %d of %d, codec %s, bounds %s",
                 self.pool_bytes,
                 self.rank,
                 self.workers,
-                self.settings.codec,
-                self.settings.bound,
+                settings.codec,
+                settings.bounds,
             )
         return self._worker
 
@@ -170,31 +182,56 @@ class KvzipOffloadingSpec(OffloadingSpec):
         """
         self._kv_caches, self._group_specs, self._isa_of = kv_caches, group_specs, isa_of
 
+    def configure(self, **changes: Any) -> AdapterSettings:
+        """Change what this worker's next stores are coded with; see `AdapterSettings` for names and values.
+
+        Raises:
+            ConfigError: a setting is not known, out of range, or cannot be changed; nothing was changed.
+        """
+        fixed = sorted(set(changes) - CHANGEABLE)
+        if fixed or self._worker is None:
+            raise ConfigError(
+                f"{', '.join(fixed) or 'nothing'} can be changed here: use one of {', '.join(sorted(CHANGEABLE))}, in "
+                "a worker"
+            )
+        settings = self.settings.change(**changes)
+        self._worker.configure(settings.codec, settings.mode, self._bounds(settings), verify=settings.verify)
+        self.settings = settings
+        return settings
+
     # ---- inner
 
-    def _views(self, kv_caches: CanonicalKVCaches) -> list[BlockView]:
-        views = []
+    def _make_groups(self, kv_caches: CanonicalKVCaches) -> list[Group]:
+        groups = []
         for group, names, refs in zip(self.group_ids, self.layer_names, kv_caches.group_data_refs, strict=True):
             layers = None
             if self._group_specs:
                 layers = layers_of(names, self._kv_caches, self._group_specs[group], self._isa_of)
             raw = [(kv_caches.tensors[ref.tensor_idx].tensor, ref.page_size_bytes) for ref in refs]
-            views.append(group_view(str(group), layers, raw))
-        return views
+            groups.append(group_view(str(group), layers, raw))
+        return groups
+
+    def _bounds(self, settings: AdapterSettings) -> list[BoundPolicy]:
+        """The bounds of each group's blocks."""
+        return [group_bounds(settings.bounds, group, self.shard) for group in self._groups]
 
     def _engine(self, policy: LRU, device: str) -> SwapEngine:
         settings = self.settings
         resource: MemoryResource = PageableMemory() if device == "cpu" else PinnedMemory()
         pool = HostPool(self.pool_bytes, resource=resource)
-        return SwapEngine(
-            pool,
-            codec=settings.codec,
-            bound=settings.bound,
-            mode=settings.mode,
-            policy=policy,
-            threads=settings.threads,
-            staging=Staging(chunk_bytes=settings.chunk_bytes, max_ctas=settings.max_ctas),
-        )
+        try:
+            return SwapEngine(
+                pool,
+                codec=settings.codec,
+                bound=settings.bounds,
+                mode=settings.mode,
+                policy=policy,
+                threads=settings.threads,
+                staging=Staging(chunk_bytes=settings.chunk_bytes, max_ctas=settings.max_ctas),
+            )
+        except BaseException:
+            pool.close()
+            raise
 
 
 def _group_of(key: bytes) -> int:

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,12 @@ from kvzip.adapters.vllm.messages import RecordSpec, WorkerReport
 from kvzip.adapters.vllm.metrics import worker_totals
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
 
+from kvzip.bounds import BoundPolicy
 from kvzip.engine import Settings, SwapEngine
 from kvzip.errors import BlockNotFoundError, CorruptRecordError
 from kvzip.policy import LRU
 from kvzip.transfer import Transfer
-from kvzip.types import BlockView
+from kvzip.types import BlockView, ErrorBound
 
 _log = logging.getLogger("kvzip")
 
@@ -42,12 +42,26 @@ class WatchedLRU(LRU):
 
 @dataclass(frozen=True)
 class Part:
-    """What a job moves in one KV cache group: block `blocks[i]` under key `keys[i]`, part of record `numbers[i]`."""
+    """What a job moves in one KV cache group: block `blocks[i]` under key `keys[i]`, part of record `numbers[i]`.
 
-    view: BlockView
+    `group` is the position of the group among the worker's; `starts` says which blocks begin a prompt.
+    """
+
+    group: int
     blocks: npt.NDArray[np.int64]
     keys: tuple[bytes, ...]
     numbers: tuple[int, ...]
+    starts: tuple[bool, ...]
+
+    def only(self, positions: Sequence[int]) -> Part:
+        """The part with these of its blocks."""
+        return Part(
+            self.group,
+            self.blocks[list(positions)],
+            tuple(self.keys[i] for i in positions),
+            tuple(self.numbers[i] for i in positions),
+            tuple(self.starts[i] for i in positions),
+        )
 
 
 @dataclass(eq=False)
@@ -89,6 +103,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
 
     Args:
         views: the blocks of each KV cache group.
+        bounds: the error bounds of each.
         blocks_per_chunk: vLLM's chunk, in blocks; each block of a chunk is a record of the engine's.
         make_engine: makes the engine, given an eviction policy.
         verify: compare every stored block with what a load would give.
@@ -98,6 +113,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
     def __init__(
         self,
         views: Sequence[BlockView],
+        bounds: Sequence[ErrorBound | BoundPolicy],
         blocks_per_chunk: int,
         make_engine: Callable[[LRU], SwapEngine],
         *,
@@ -105,6 +121,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
         recover: bool = True,
     ) -> None:
         self._views = tuple(views)
+        self._bounds = tuple(bounds)
         self._blocks_per_chunk = blocks_per_chunk
         self._policy = WatchedLRU()
         self.engine = make_engine(self._policy)
@@ -175,9 +192,17 @@ class KvzipOffloadingWorker(OffloadingWorker):
         taken, self._bad_jobs = self._bad_jobs, set()
         return taken
 
-    def configure(self, **settings: Any) -> Settings:
-        """Change what the next stores are coded with: ``codec``, ``bound``, ``mode`` (see `SwapEngine.configure`)."""
-        return self.engine.configure(**settings)
+    def configure(
+        self, codec: str, mode: str | None, bounds: Sequence[ErrorBound | BoundPolicy], *, verify: bool
+    ) -> Settings:
+        """Change what the next stores are coded with; records that are held still load.
+
+        Raises:
+            KvzipError: as `SwapEngine.configure` does; nothing was changed.
+        """
+        settings = self.engine.configure(codec=codec, mode=mode, bound=bounds[0])
+        self._bounds, self.verify = tuple(bounds), verify
+        return settings
 
     # ---- inner
 
@@ -186,7 +211,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
         self._jobs[job_id] = job
         try:
             self._obey(spec)
-            job.parts = list(self._parts(gpu, spec.numbers))
+            job.parts = list(self._parts(gpu, spec))
         except Exception:
             if not store:
                 raise  # the blocks to load are not known: nothing can be reported in their place
@@ -200,19 +225,20 @@ class KvzipOffloadingWorker(OffloadingWorker):
         """Forget the records that the scheduler has given up."""
         if spec.first_number > self._first:
             self._first = spec.first_number
-            held = self.engine.keys()
+            held = self.engine.list_keys()
             self.engine.discard([key for key in held if _number(key) < self._first])
         if spec.discards:
             self.engine.discard(_key(number, i) for number in spec.discards for i in range(self._blocks_per_chunk))
 
-    def _parts(self, gpu: GPULoadStoreSpec, numbers: Sequence[int]) -> Iterator[Part]:
+    def _parts(self, gpu: GPULoadStoreSpec, spec: RecordSpec) -> Iterator[Part]:
         """Match blocks with records, group by group."""
+        numbers, starts = spec.numbers, {spec.numbers[i] for i in spec.starts}
         n = self._blocks_per_chunk
         sizes = gpu.group_sizes if getattr(gpu, "group_sizes", None) else [len(gpu.block_ids)]
         indices = gpu.block_indices if getattr(gpu, "block_indices", None) else [0] * len(sizes)
         ids = np.asarray(gpu.block_ids, np.int64)
         block = record = 0
-        for view, size, index in zip(self._views, sizes, indices, strict=True):
+        for group, (_, size, index) in enumerate(zip(self._views, sizes, indices, strict=True)):
             if size == 0:
                 continue
             skip = index % n  # blocks of the first chunk that are not meant
@@ -220,10 +246,11 @@ class KvzipOffloadingWorker(OffloadingWorker):
             own = numbers[record : record + chunks]
             at = [(own[i // n], i % n) for i in range(skip, skip + size)]
             yield Part(
-                view,
+                group,
                 ids[block : block + size],
                 tuple(_key(number, i) for number, i in at),
                 tuple(number for number, _ in at),
+                tuple(i == 0 and number in starts for number, i in at),
             )
             block += size
             record += chunks
@@ -232,8 +259,14 @@ class KvzipOffloadingWorker(OffloadingWorker):
 
     def _start_store(self, job: Job, part: Part) -> None:
         try:
-            blocks = part.view[part.blocks]
-            job.transfers.append((self.engine.store(part.keys, blocks, measure_error=self.verify), part))
+            transfer = self.engine.store(
+                part.keys,
+                self._views[part.group][part.blocks],
+                bound=self._bounds[part.group],
+                sink=part.starts if any(part.starts) else None,
+                measure_error=self.verify,
+            )
+            job.transfers.append((transfer, part))
         except Exception as error:
             job.fail(part, range(len(part.keys)), error)
 
@@ -241,10 +274,9 @@ class KvzipOffloadingWorker(OffloadingWorker):
         """Load the blocks at these positions of a part; what cannot be loaded is noted, the rest is."""
         left = list(range(len(part.keys)) if positions is None else positions)
         while left:
-            keys = tuple(part.keys[i] for i in left)
-            chosen = Part(part.view, part.blocks[left], keys, tuple(part.numbers[i] for i in left))
+            chosen = part.only(left)
             try:
-                job.transfers.append((self.engine.load(keys, part.view[chosen.blocks]), chosen))
+                job.transfers.append((self.engine.load(chosen.keys, self._views[part.group][chosen.blocks]), chosen))
                 return
             except BlockNotFoundError as error:
                 missing = set(error.keys)

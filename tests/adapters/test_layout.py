@@ -12,7 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the adapter's layouts are those of torch tensors")
 
-from kvzip.adapters.vllm.layout import LayerCache, group_view, layers_of  # noqa: E402
+from kvzip.adapters.vllm.bounds import Shard, group_bounds  # noqa: E402
+from kvzip.adapters.vllm.layout import LayerCache, group_view, layer_number, layers_of  # noqa: E402
 
 from kvzip import ErrorBound, SwapEngine  # noqa: E402
 from kvzip.types import DType  # noqa: E402
@@ -78,7 +79,7 @@ def bits(tensor: Any) -> Any:
 def test_keys_and_values_of_gpu_backends(build: Any, order: str) -> None:
     k, v = keys_and_values()
     cache = build(k, v, order)
-    segments = group_view("0", [LayerCache(pretend_gpu(cache), attention())], raw_of(cache)).layout.segments
+    segments = group_view("0", [LayerCache(pretend_gpu(cache), attention())], raw_of(cache)).view.layout.segments
     assert [(s.kind, s.tokens, s.heads, s.head_dim) for s in segments] == [
         ("k", TOKENS, HEADS, DIM),
         ("v", TOKENS, HEADS, DIM),
@@ -94,7 +95,7 @@ def test_keys_and_values_of_gpu_backends(build: Any, order: str) -> None:
 def test_values_may_be_of_another_size() -> None:
     cache = torch.zeros((BLOCKS, HEADS, TOKENS, DIM + 4), dtype=torch.bfloat16)
     layer = LayerCache(pretend_gpu(cache), attention(head_size_v=4))
-    segments = group_view("0", [layer], raw_of(cache)).layout.segments
+    segments = group_view("0", [layer], raw_of(cache)).view.layout.segments
     assert [(s.kind, s.head_dim, s.offset_bytes) for s in segments] == [("k", DIM, 0), ("v", 4, 2 * DIM)]
 
 
@@ -104,7 +105,7 @@ def test_the_cpu_backend_keeps_keys_transposed(split: int) -> None:
     # For each head: K as D x N, then V as N x D.
     cache = torch.stack((k.permute(0, 2, 3, 1).flatten(2), v.permute(0, 2, 1, 3).flatten(2)), 2)
     cache = cache.contiguous().view(BLOCKS * split, HEADS, TOKENS // split, 2 * DIM)
-    view = group_view("0", [LayerCache(cache, attention(), "vec")], raw_of(cache))
+    view = group_view("0", [LayerCache(cache, attention(), "vec")], raw_of(cache)).view
     pages = [s for s in range(len(view.layout.segments)) if view.layout.segments[s].kind == "k"]
     assert len(pages) == HEADS * split
     for block in range(BLOCKS):
@@ -119,7 +120,7 @@ def test_the_cpu_backend_keeps_keys_transposed(split: int) -> None:
 
 def test_other_instruction_sets_are_coded_in_memory_order() -> None:
     cache = torch.zeros((BLOCKS, HEADS, TOKENS, 2 * DIM), dtype=torch.bfloat16)
-    view = group_view("0", [LayerCache(cache, attention(), "amx")], raw_of(cache))
+    view = group_view("0", [LayerCache(cache, attention(), "amx")], raw_of(cache)).view
     assert {(s.tokens, s.heads, s.head_dim) for s in view.layout.segments} == {(1, 1, TOKENS * DIM)}
     assert [s.kind for s in view.layout.segments] == ["k"] * HEADS + ["v"] * HEADS
     assert view.layout.nbytes == raw_of(cache)[0][1]
@@ -128,7 +129,7 @@ def test_other_instruction_sets_are_coded_in_memory_order() -> None:
 def test_kernel_blocks_within_a_block() -> None:
     k, v = keys_and_values(8, 2 * BLOCKS)  # the scheduler's blocks are two of the kernel's
     cache = side_by_side(k, v, "HND")
-    segments = group_view("0", [LayerCache(pretend_gpu(cache), attention())], raw_of(cache)).layout.segments
+    segments = group_view("0", [LayerCache(pretend_gpu(cache), attention())], raw_of(cache)).view.layout.segments
     half = 2 * 8 * HEADS * DIM * 2
     assert [(s.kind, s.tokens, s.offset_bytes) for s in segments] == [
         ("k", 8, 0),
@@ -138,24 +139,19 @@ def test_kernel_blocks_within_a_block() -> None:
     ]
 
 
-class MLAAttentionSpec(SimpleNamespace):
-    """Named as vLLM's class for latent caches."""
-
-
 @pytest.mark.parametrize(
     ("cache", "spec"),
     [
-        (torch.zeros((BLOCKS, TOKENS, 40), dtype=torch.bfloat16), MLAAttentionSpec(**vars(attention()))),
         (torch.zeros((BLOCKS, HEADS, TOKENS, 2 * DIM), dtype=torch.uint8), attention(dtype=torch.uint8)),
         (torch.zeros((BLOCKS, HEADS, TOKENS, 2 * DIM + 3), dtype=torch.bfloat16), attention()),
         (torch.zeros((BLOCKS, 64), dtype=torch.float32), SimpleNamespace(block_size=TOKENS)),
     ],
-    ids=["latent", "fp8", "unknown shape", "state space"],
+    ids=["fp8", "unknown shape", "state space"],
 )
 def test_what_is_not_known_comes_back_bit_for_bit(cache: Any, spec: Any) -> None:
     storage = cache.view(torch.int8)
     storage.copy_(torch.randint(-128, 128, storage.shape, dtype=torch.int8))
-    view = group_view("0", [LayerCache(cache, spec)], raw_of(cache))
+    view = group_view("0", [LayerCache(cache, spec)], raw_of(cache)).view
     assert {s.dtype for s in view.layout.segments} == {DType.OPAQUE}
     before = storage.clone()
     with SwapEngine(1 << 20, bound=ErrorBound.relative(1e-2)) as engine:
@@ -165,9 +161,29 @@ def test_what_is_not_known_comes_back_bit_for_bit(cache: Any, spec: Any) -> None
     assert torch.equal(storage, before)
 
 
+class MLAAttentionSpec(SimpleNamespace):
+    """Named as vLLM's class for latent caches."""
+
+
+@pytest.mark.parametrize("heads", [(), (1,)])
+def test_latent_caches_are_exact_and_coded_along_tokens(heads: tuple[int, ...]) -> None:
+    cache = torch.randn((BLOCKS, *heads, TOKENS, 40), generator=torch.Generator().manual_seed(3)).bfloat16()
+    spec = MLAAttentionSpec(**vars(attention(num_kv_heads=1, head_size=40)))
+    group = group_view("0", [LayerCache(cache, spec)], raw_of(cache))
+    (segment,) = group.view.layout.segments
+    assert (segment.kind, segment.tokens, segment.heads, segment.head_dim) == ("", TOKENS, 1, 40)
+    policy = group_bounds(ErrorBound.relative(1e-1), group, Shard())
+    before = cache.clone()
+    with SwapEngine(1 << 20) as engine:
+        engine.store([b"x", b"y"], group.view[[1, 2]], bound=policy)
+        engine.load([b"x", b"y"], group.view[[2, 1]])
+        assert engine.stats().ratio > 1.1
+    assert torch.equal(cache[[2, 1]], before[[1, 2]])
+
+
 def test_padding_at_the_end_of_a_page_is_left_alone() -> None:
     cache = torch.full((BLOCKS, 64), 7, dtype=torch.int8)
-    view = group_view("0", None, [(cache, 48)])
+    view = group_view("0", None, [(cache, 48)]).view
     assert view.layout.nbytes == 48
     with SwapEngine(1 << 20) as engine:
         engine.store([b"x"], view[[1]])
@@ -181,5 +197,6 @@ def test_layers_of_a_group() -> None:
     own = SimpleNamespace(kv_cache_specs={"a": 1, "b": 2})
     found = layers_of(["b", "a"], caches, own, {"a": "vec"})
     assert found is not None
-    assert [(layer.spec, layer.cpu_isa) for layer in found] == [(2, ""), (1, "vec")]
+    assert [(layer.spec, layer.cpu_isa, layer.number) for layer in found] == [(2, "", -1), (1, "vec", -1)]
+    assert layer_number("model.layers.12.self_attn.attn") == 12
     assert layers_of(["a", "c"], caches, own, {}) is None

@@ -40,8 +40,9 @@ def make() -> Iterator[Make]:
         views = [BlockView([tensor], "2NHD") for tensor in tensors]
         worker = KvzipOffloadingWorker(
             views,
+            [ErrorBound.lossless()] * len(views),
             blocks_per_chunk,
-            lambda policy: SwapEngine(HostPool(capacity), bound=ErrorBound.lossless(), policy=policy),
+            lambda policy: SwapEngine(HostPool(capacity), policy=policy),
             **more,
         )
         made.append(worker)
@@ -151,11 +152,11 @@ def test_what_the_scheduler_gives_up_is_forgotten(make: Make) -> None:
     worker.submit_store(2, gpu((0, [7, 8])), RecordSpec((3,), discards=(0, 2)))
     finish(worker, 1, 2)
     # Job 1 was done before the records were given up; their sizes are still told, the catalogue does not mind.
-    assert len(worker.engine.keys()) == 4
+    assert len(worker.engine.list_keys()) == 4
     worker.submit_store(3, gpu((0, [9, 10])), RecordSpec((4,), first_number=4))
     finish(worker, 3)
     assert [n for n, size in sizes(worker).items() if size] == [1, 3, 4]
-    assert len(worker.engine.keys()) == 2
+    assert len(worker.engine.list_keys()) == 2
 
 
 def test_a_store_of_a_forgotten_generation_leaves_nothing_behind(make: Make) -> None:
@@ -164,7 +165,7 @@ def test_a_store_of_a_forgotten_generation_leaves_nothing_behind(make: Make) -> 
     worker.submit_store(2, gpu((0, [3])), RecordSpec((2,), first_number=2))
     finish(worker, 1, 2)
     assert list(sizes(worker)) == [2]
-    assert len(worker.engine.keys()) == 1
+    assert len(worker.engine.list_keys()) == 1
 
 
 def test_a_store_that_does_not_fit_is_dropped_and_told(make: Make) -> None:
@@ -175,7 +176,7 @@ def test_a_store_that_does_not_fit_is_dropped_and_told(make: Make) -> None:
     assert report is not None
     assert report.sizes == dict.fromkeys(range(20), 0)
     assert report.totals["failed_store_blocks"] == 20
-    assert worker.engine.keys() == []
+    assert worker.engine.list_keys() == []
 
 
 def test_what_the_engine_evicts_by_itself_is_told(make: Make) -> None:
@@ -186,12 +187,12 @@ def test_what_the_engine_evicts_by_itself_is_told(make: Make) -> None:
     told = sizes(worker)
     lost = {number for number, size in told.items() if size == 0}
     assert lost
-    held = {int.from_bytes(key[:8], "big") for key in worker.engine.keys()}
+    held = {int.from_bytes(key[:8], "big") for key in worker.engine.list_keys()}
     assert held == set(range(12)) - lost
 
 
 def damage(worker: KvzipOffloadingWorker, number: int) -> None:
-    key = next(k for k in worker.engine.keys() if int.from_bytes(k[:8], "big") == number)
+    key = next(k for k in worker.engine.list_keys() if int.from_bytes(k[:8], "big") == number)
     worker.engine.pool.views(worker.engine._index.find([key])[0].allocation)[0][-16:] ^= 0x5A
 
 
@@ -247,8 +248,21 @@ def test_verifying_stores_count_violations(make: Make) -> None:
 def test_settings_change_for_the_next_stores(make: Make) -> None:
     worker = make(caches())
     worker.submit_store(1, gpu((0, [1])), RecordSpec((0,)))
-    worker.configure(bound=ErrorBound.relative(1e-2))
+    worker.configure("cuszp", None, [ErrorBound.relative(1e-2)], verify=False)
     worker.submit_store(2, gpu((0, [1])), RecordSpec((1,)))
     finish(worker, 1, 2)
     told = sizes(worker)
     assert told[1] < 0.5 * told[0]
+
+
+def test_the_block_that_begins_a_prompt_is_exact(make: Make) -> None:
+    (cache,) = tensors = caches()
+    worker = make(tensors, 2)
+    worker.configure("cuszp", None, [ErrorBound.relative(1e-1)], verify=False)
+    before = cache.clone()
+    worker.submit_store(1, gpu((0, [1, 2, 3, 4])), RecordSpec((0, 1), starts=(0,)))
+    finish(worker, 1)
+    cache.zero_()
+    worker.submit_load(2, RecordSpec((0, 1)), gpu((0, [1, 2, 3, 4])))
+    finish(worker, 2)
+    assert [torch.equal(cache[b], before[b]) for b in (1, 2, 3, 4)] == [True, False, False, False]

@@ -54,10 +54,25 @@ def held(engine: kvzip.SwapEngine) -> list[int]:
     return [i for i, k in enumerate(K) if engine.contains(k)]
 
 
+def test_a_store_may_have_a_bound_of_its_own() -> None:
+    x = pages()
+    with kvzip.SwapEngine(1 << 20, codec=codec_or_skip("cuszp"), bound=ErrorBound.relative(1e-1)) as engine:
+        engine.store(K[:1], view(x, [0]))
+        engine.store(K[1:2], view(x, [0]), bound=ErrorBound.lossless())
+        coarse, exact = engine.record_sizes(K[:2])
+        assert coarse < exact
+        out = np.zeros_like(x)
+        engine.load(K[1:2], view(out, [3]))
+        np.testing.assert_array_equal(out[3], x[0])
+        assert engine.settings.bound == ErrorBound.relative(1e-1)
+        with pytest.raises(ConfigError, match="is no ErrorBound"):
+            engine.store(K[2:3], view(x, [0]), bound=1e-3)  # type: ignore[arg-type]
+
+
 def test_keys_and_the_bytes_of_the_pool_that_their_records_take(engine: kvzip.SwapEngine) -> None:
     engine.store(K[:3], view(pages(), range(3)))
     assert engine.record_sizes([K[2], K[9], K[0]]) == [RECORD, 0, RECORD]
-    assert sorted(engine.keys()) == K[:3]
+    assert sorted(engine.list_keys()) == K[:3]
     assert sum(engine.record_sizes(K)) == engine.pool.stats().extent_bytes_used
     with pytest.raises(ConfigError, match="single key"):
         engine.record_sizes(K[0])
