@@ -7,8 +7,8 @@ with a GPU (six minutes on an H100; ``--smoke`` a minute). It writes ``<gpu>_vll
 
 The model has the geometry of Llama-3.1-8B and dummy weights, so times are real and answers are not. Dummy weights make
 KV values unlike real ones, and the ratio depends on them: before blocks are offloaded, by any tier, their pages are
-overwritten with a real KV cache (``--data``, or the sample that ships with kvzip). The 16 half-heads of a page are heads
-of one layer of that cache, at different places of its text.
+overwritten with a real KV cache (``--data``, or the sample that ships with kvzip). The 16 half-heads of a page are
+heads of one layer of that cache, at different places of its text.
 
 Tiers: ``native`` is vLLM's ``CPUOffloadingSpec``; ``kvzip`` its defaults, ``kvzip-lossless`` and ``kvzip-raw`` the same
 with these settings. Each pair of tier and host budget is an engine in a process of its own; kvzip's three share one and
@@ -131,7 +131,7 @@ def write_model(folder: Path, geometry: str) -> Path:
 
 
 def transfer_config(tier: str, budget_bytes: int) -> Row:
-    """vLLM's ``kv_transfer_config``."""
+    """VLLM's ``kv_transfer_config``."""
     extra: Row = {"cpu_bytes_to_use": budget_bytes}
     if tier == "native":
         return {

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from kvzip.coding import log_once
+from kvzip._log import log_once
 from kvzip.engine import SwapEngine
 from kvzip.errors import ConfigError, CorruptRecordError, LayoutError
 from kvzip.memory import PageableMemory, PinnedMemory
@@ -361,11 +361,12 @@ def _indices(indices: Any, cache: Any) -> list[int]:
 
 def _key(cache: Any, index: int) -> bytes:
     """Names a row of a tensor by its address."""
-    return (int(cache.data_ptr()) + index * cache.stride(0) * cache.element_size()).to_bytes(8, "little")
+    address = int(cache.data_ptr()) + index * int(cache.stride(0)) * int(cache.element_size())
+    return address.to_bytes(8, "little")
 
 
 def _copy_rows(src_cache: Any, dst_cache: Any, source: Sequence[int], target: Sequence[int]) -> None:
-    """vLLM's own way, in both directions: copy rows of one tensor into rows of another, uncompressed."""
+    """VLLM's own way, in both directions: copy rows of one tensor into rows of another, uncompressed."""
     if source:
         dst_cache[list(target)] = src_cache[list(source)].to(dst_cache.device)
 
@@ -444,7 +445,9 @@ def install_platform_hook(
     if chosen is None:
         raise ConfigError("there is no swap manager: call initialize_compressed_swap() before install_platform_hook()")
     if platform is None:
-        from vllm.platforms import current_platform as platform
+        from vllm.platforms import current_platform
+
+        platform = current_platform
     owner = platform if isinstance(platform, type) else type(platform)
     missing = [name for name in _HOOKED if getattr(owner, name, None) is None]
     if missing:

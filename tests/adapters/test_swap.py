@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the swap functions move torch tensors")
 
 from kvzip.adapters.vllm import swap  # noqa: E402
+
 from kvzip.errors import ConfigError, CorruptRecordError  # noqa: E402
 
 GPU = pytest.param(
@@ -295,9 +296,7 @@ def cuda_platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("vllm.platforms.cuda").NonNvmlCudaPlatform
 
 
-def test_the_hook_serves_vllms_own_caller(
-    cache: Any, cuda_platform: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hook_serves_vllms_own_caller(cache: Any, cuda_platform: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.kv_transfer.kv_connector import utils
 
     monkeypatch.setattr(utils, "current_platform", cuda_platform())

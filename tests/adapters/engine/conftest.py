@@ -13,8 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import engine_harness  # noqa: E402
-import tiny_models  # noqa: E402
+import engine_harness
+import tiny_models
 
 os.environ.update({name: os.environ.get(name, value) for name, value in engine_harness.ENVIRONMENT.items()})
 

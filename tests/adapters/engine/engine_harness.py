@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""vLLM's real engine in this process, on the CPU, with or without the adapter. Several, one after the other, are fine."""
+"""vLLM's real engine in this process, on the CPU, with or without the adapter. One at a time, as many as you like."""
 
 from __future__ import annotations
 

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engine_harness import BLOCK_TOKENS, LOTS, PROMPT_TOKENS, Answer, Engine, all_like, prompts, running, transfer_config
+from engine_harness import (
+    BLOCK_TOKENS,
+    LOTS,
+    PROMPT_TOKENS,
+    Answer,
+    Engine,
+    all_like,
+    prompts,
+    running,
+    transfer_config,
+)
 
 from kvzip import ErrorBound
 

@@ -49,9 +49,7 @@ def test_a_small_budget_evicts_and_is_kept(llama: Path, asked: list[list[int]], 
         assert 0 < engine.check_accounts() <= stats.pool.capacity_bytes
 
 
-def test_many_requests_at_once_with_preemptions(
-    llama: Path, asked: list[list[int]], expected: list[Answer]
-) -> None:
+def test_many_requests_at_once_with_preemptions(llama: Path, asked: list[list[int]], expected: list[Answer]) -> None:
     """More than the cache holds, twice: stores, loads and preemptions go on side by side."""
     with running(llama, transfer_config(LOTS, bound="lossless"), blocks=18, max_num_seqs=6) as engine:
         for _ in range(2):
