@@ -6,9 +6,10 @@
 // valid payloads at random and knows `-runs=N` and `-seed=N`.
 //
 // A case is one block: shapes of 1 to 3 pages, their table entries as they stand in a record, and the payload. Shapes
-// are what a reader has checked; entries and payload are hostile. What must hold: no access outside of the payload and
-// the pages (the sanitizers watch both), validate and decode agree, a refused payload changes nothing, an accepted one
-// writes every value, the same every time and with every instruction set.
+// (and whether there is a table of channel bounds) are what a reader has checked; entries and payload are hostile. What
+// must hold: no access outside of the payload and the pages (the sanitizers watch both), validate and decode agree, a
+// refused payload changes nothing, an accepted one writes every value, the same every time and with every instruction
+// set.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,7 @@ constexpr uint32_t kItemBytes[] = {2, 2, 4, 1};
 
 struct Case {
   std::vector<kvz_segment> segments;
+  std::vector<std::vector<float>> channel_bounds;  // of each page; empty where there is none
   std::vector<kvz_entry> table;
   std::vector<uint8_t> payload;  // exactly as long as it is: a read past its end is seen
 
@@ -55,6 +57,16 @@ kvz_segment SegmentOf(const uint8_t* shape) {
   return s;
 }
 
+// Bounds of the channels of a page, exact ones among them; the shape's fourth byte says whether there are any.
+std::vector<float> ChannelBoundsOf(const uint8_t* shape, const kvz_segment& s) {
+  std::vector<float> bounds;
+  if (shape[3] < 128) return bounds;
+  for (uint32_t c = 0; c < s.heads * s.head_dim; ++c) {
+    bounds.push_back(c % 7 == 3 ? 0.0f : 1.0f / static_cast<float>(4u << (c % 12)));
+  }
+  return bounds;
+}
+
 bool Parse(const uint8_t* data, size_t size, Case* out) {
   if (size < 1) return false;
   const size_t pages = 1 + data[0] % 3, head = 1 + pages * (kShapeBytes + sizeof(kvz_entry));
@@ -62,11 +74,16 @@ bool Parse(const uint8_t* data, size_t size, Case* out) {
   for (size_t i = 0; i < pages; ++i) {
     const uint8_t* at = data + 1 + i * (kShapeBytes + sizeof(kvz_entry));
     out->segments.push_back(SegmentOf(at));
+    out->channel_bounds.push_back(ChannelBoundsOf(at, out->segments.back()));
     kvz_entry entry;
     memcpy(&entry, at + kShapeBytes, sizeof(entry));
     out->table.push_back(entry);
   }
   out->payload.assign(data + head, data + size);
+  for (size_t i = 0; i < pages; ++i) {
+    if (out->channel_bounds[i].empty()) continue;
+    out->segments[i].channel_bounds = reinterpret_cast<uint64_t>(out->channel_bounds[i].data());
+  }
   return true;
 }
 
@@ -100,7 +117,8 @@ int32_t Validate(const Case& c) {
 bool Check(const Case& c) {
   Pages first, second;
   const int32_t status = Decode(c, 0xA5, &first);
-  Require(status == KVZ_OK || status == KVZ_CORRUPT, "decode returned another status than OK and CORRUPT");
+  Require(status == KVZ_OK || status == KVZ_CORRUPT || status == KVZ_NO_BOUNDS,
+          "decode returned another status than OK, CORRUPT and NO_BOUNDS");
   Require(Validate(c) == status, "validate and decode disagree");
   Require(Decode(c, 0x5A, &second) == status, "decode is not deterministic");
   if (status == KVZ_OK) {
@@ -132,13 +150,22 @@ static std::vector<uint8_t> MakeValid(std::mt19937_64& random) {
   std::vector<uint8_t> shapes(pages * kShapeBytes);
   for (uint8_t& byte : shapes) byte = static_cast<uint8_t>(random());
   std::vector<kvz_segment> segments;
+  std::vector<std::vector<float>> channel_bounds;
   Pages values;
   uint64_t room = 0;
   for (size_t i = 0; i < pages; ++i) {
     kvz_segment s = SegmentOf(&shapes[i * kShapeBytes]);
     if (s.dtype != KVZ_OPAQUE) s.coding = static_cast<uint8_t>(KVZ_FIXED + random() % 4);
-    s.bound_kind = s.coding == KVZ_LOSSLESS ? KVZ_BOUND_LOSSLESS : KVZ_BOUND_RELATIVE;
-    s.bound = s.coding == KVZ_LOSSLESS ? 0.0 : 1.0 / static_cast<double>(1u << (1 + random() % 12));
+    channel_bounds.push_back(ChannelBoundsOf(&shapes[i * kShapeBytes], s));
+    if (s.coding == KVZ_LOSSLESS || s.dtype == KVZ_OPAQUE) {
+      s.bound_kind = KVZ_BOUND_LOSSLESS;
+    } else if (!channel_bounds.back().empty()) {
+      s.bound_kind = KVZ_BOUND_CHANNEL_TABLE;
+      s.channel_bounds = reinterpret_cast<uint64_t>(channel_bounds.back().data());
+    } else {
+      s.bound_kind = random() % 2 ? KVZ_BOUND_RELATIVE : KVZ_BOUND_TOKEN_RMS;
+      s.bound = 1.0 / static_cast<double>(1u << (1 + random() % 12));
+    }
     values.emplace_back(PageBytes(s));
     // Values near each other: a sign and an exponent of few kinds, and any mantissa.
     const uint8_t exponent = static_cast<uint8_t>(0x3E + random() % 3);
