@@ -32,6 +32,7 @@ from kvzip.errors import (
     LayoutError,
 )
 from kvzip.index import Entry, RecordIndex, contents_of
+from kvzip.integrity import Integrity, Sampler
 from kvzip.metrics import Meter, MetricsSnapshot, snapshot
 from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
@@ -63,9 +64,11 @@ class EngineStats:
         stored_blocks, loaded_blocks, discarded_blocks, evicted_blocks: totals.
         stored_raw_bytes, stored_record_bytes, loaded_raw_bytes: totals.
         store_seconds, load_seconds: host time spent in them.
+        verified_blocks: blocks that a store decoded again and compared.
+        unchecked_blocks: blocks loaded without a look at their checksums.
         missing_blocks: keys that a load asked for in vain.
         corrupt_blocks: records that failed their checks at a load.
-        violations: values found outside the bound by stores with ``measure_error``.
+        violations: values found outside the bound by stores that were verified.
         fallbacks: pages not coded as asked, by reason.
         portable_blocks: blocks stored and loaded on GPUs without the CUDA part of the native library, by what coded
             them: ``"triton"`` or ``"host"``.
@@ -86,6 +89,8 @@ class EngineStats:
     loaded_raw_bytes: int
     store_seconds: float
     load_seconds: float
+    verified_blocks: int
+    unchecked_blocks: int
     missing_blocks: int
     corrupt_blocks: int
     violations: int
@@ -121,6 +126,7 @@ class SwapEngine:
         policy: name of an eviction policy (``"lru"``, ``"arc"`` or ``"s3fifo"``), or a policy object of its own.
         threads: most host threads for coding; 0 = all cores that the process may use.
         staging: bounds of the memory and of the thread blocks that transfers use on a GPU.
+        integrity: how much is checked; by default every checksum, and no bound.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -138,6 +144,7 @@ class SwapEngine:
         policy: str | EvictionPolicy = "lru",
         threads: int = 0,
         staging: Staging | None = None,
+        integrity: Integrity | None = None,
     ) -> None:
         if threads < 0:
             raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
@@ -153,6 +160,8 @@ class SwapEngine:
         self._meter = Meter()
         self._seconds = {"store": 0.0, "load": 0.0}
         self._staging = staging or Staging()
+        integrity = integrity or Integrity()
+        self._verify_store, self._check_load = Sampler(integrity.bound), Sampler(integrity.checksum)
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
         self._tables: dict[int, PageBounds] = {}  # what records were coded with, by the name of its channel tables
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
@@ -229,6 +238,7 @@ class SwapEngine:
             _check_bound(bound, settings.codec)
             settings = replace(settings, bound=bound)
         parts = self._parts(names, blocks, sink, settings)
+        measure_error = self._verify_store() or measure_error
         self._codecs[settings.codec.name] = settings.codec
         if blocks.device != "cpu":
             self._index.check_open()
@@ -411,8 +421,9 @@ class SwapEngine:
         groups: dict[tuple[str, BlockLayout, int], list[int]] = {}
         tables: list[npt.NDArray[Any]] = []
         payloads: list[npt.NDArray[np.uint8]] = []
+        checked = self._check_load()
         for i, entry in enumerate(entries):
-            header, payload = _read_own(self._record(entry))
+            header, payload = _read_own(self._record(entry), checked)
             layout = check_geometry(header.geometry, out.layout)
             tables.append(header.table)
             payloads.append(np.frombuffer(payload, np.uint8))
@@ -431,6 +442,9 @@ class SwapEngine:
             codecs[name].decode_blocks(
                 view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
+        if not checked:
+            with self._lock:
+                self._totals["unchecked_blocks"] += len(entries)
 
     # ---- what the paths share
 
@@ -458,10 +472,18 @@ class SwapEngine:
             self._totals["stored_blocks"] += result.blocks
             self._totals["stored_raw_bytes"] += result.raw_bytes
             self._totals["stored_record_bytes"] += result.record_bytes
-            self._totals["violations"] += result.violations or 0
+            if result.violations is not None:
+                self._totals["verified_blocks"] += result.blocks
+                self._totals["violations"] += result.violations
             self._fallbacks.update(result.fallbacks)
             self._seconds["store"] += result.seconds
             self._meter.finished("store", result.raw_bytes, result.record_bytes, result.seconds)
+        if result.violations:
+            _log.error(
+                "%d values of a store of %d blocks are outside their bound: the codec is at fault",
+                result.violations,
+                result.blocks,
+            )
 
     def count_load(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -588,6 +610,8 @@ class SwapEngine:
                 loaded_raw_bytes=totals["loaded_raw_bytes"],
                 store_seconds=self._seconds["store"],
                 load_seconds=self._seconds["load"],
+                verified_blocks=totals["verified_blocks"],
+                unchecked_blocks=totals["unchecked_blocks"],
                 missing_blocks=totals["missing_blocks"],
                 corrupt_blocks=totals["corrupt_blocks"],
                 violations=totals["violations"],
@@ -621,10 +645,10 @@ class SwapEngine:
         self.close()
 
 
-def _read_own(record: npt.NDArray[np.uint8]) -> tuple[RecordHeader, memoryview]:
+def _read_own(record: npt.NDArray[np.uint8], checksum: bool) -> tuple[RecordHeader, memoryview]:
     """Read a record that this process wrote: another version is damage here."""
     try:
-        return read_record(record)
+        return read_record(record, checksum=checksum)
     except FormatVersionError as error:
         raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 

@@ -206,6 +206,8 @@ def snapshot(stats: Mapping[str, Any], meter: Meter) -> MetricsSnapshot:
             counter("evicted_blocks", "Records that left the pool to make room.", alone(stats["evicted_blocks"])),
             counter("discarded_blocks", "Records that their owner gave up.", alone(stats["discarded_blocks"])),
             counter("missing_blocks", "Keys that a load asked for in vain.", alone(stats["missing_blocks"])),
+            counter("verified_blocks", "Blocks that a store decoded to compare.", alone(stats["verified_blocks"])),
+            counter("unchecked_blocks", "Blocks loaded without a checksum.", alone(stats["unchecked_blocks"])),
             counter("corrupt_blocks", "Records that a load found damaged.", alone(stats["corrupt_blocks"])),
             counter("violations", "Values that a store found outside the bound.", alone(stats["violations"])),
             counter("pool_refusals", "Times that the pool could not hold a record.", alone(pool["total_refusals"])),

@@ -436,8 +436,12 @@ def read_header(record: Buffer) -> RecordHeader:
     )
 
 
-def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
+def read_record(record: Buffer, *, checksum: bool = True) -> tuple[RecordHeader, memoryview]:
     """Parse and check a whole record: header, lengths and the payload's checksum.
+
+    Args:
+        record: exactly one record.
+        checksum: check the payload's as well; the header's always is.
 
     Returns:
         The header, and the payload as a view of `record`.
@@ -453,7 +457,7 @@ def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
             f"{len(data)} bytes, but the record has {header.record_bytes}: it is cut or has a tail"
         )
     payload = data[header.header_bytes :]
-    if crc32c(payload) != header.payload_crc32c:
+    if checksum and crc32c(payload) != header.payload_crc32c:
         raise CorruptRecordError("the payload's checksum does not match: the record is damaged")
     return header, payload
 
