@@ -190,7 +190,7 @@ KVZ_NOINLINE void value_classes(const Geometry& geo, const BoundSource& source, 
         const bool apart = CODING == KVZ_OUTLIER && rest_width + Tr::kBits / 16 < width[k];
         const int w = apart ? rest_width : width[k];
         *classes++ =
-            bad[k] != 0 || w > Tr::kMaxWidth ? raw : static_cast<uint16_t>(w | (apart ? KVZ_BYTE_FIRST_APART : 0));
+            bad[k] != 0 || w > Tr::kMaxWidth ? raw : static_cast<uint16_t>(w | (apart ? KVZ_BYTE_FIRST_APART : 0u));
       }
     }
   }
@@ -316,7 +316,7 @@ KVZ_NOINLINE float token_bounds(const Geometry& geo, double r, uint32_t page_exp
   for (uint64_t i = 0; i < vectors; ++i) {
     float& b = scratch.bounds[i];
     if (b > 0.0f && scale_of(b, largest) > KVZ_SCALE_LARGEST) b = float_of(0x7fc00000u);
-    scratch.scales[i] = static_cast<uint8_t>(b > 0.0f ? scale_of(b, largest) : b == 0.0f ? KVZ_SCALE_ZERO : 0);
+    scratch.scales[i] = static_cast<uint8_t>(b > 0.0f ? scale_of(b, largest) : b == 0.0f ? KVZ_SCALE_ZERO : 0u);
   }
   return largest;
 }
