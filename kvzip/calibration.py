@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from kvzip.bounds import BoundPolicy
 from kvzip.errors import ConfigError, FormatError
-from kvzip.types import ErrorBound
+from kvzip.types import BoundKind, ErrorBound
 
 __all__ = ["CalibrationTable", "parse_bounds"]
 
@@ -40,14 +40,16 @@ class CalibrationTable:
             share the KV head, of the mean of q_c^2 over the tokens of a text.
         model: name of the model, for messages.
         tokens: tokens of the text; 0 = not known.
+        value_factors: shape ``[layers]``, float32: what the bound of V is multiplied by in each layer; None = 1.
 
     Raises:
-        ConfigError: the moments have another shape, or one is negative or not finite.
+        ConfigError: the moments or the factors have another shape, or one is negative or not finite.
     """
 
     moments: npt.NDArray[np.float32]
     model: str = ""
     tokens: int = 0
+    value_factors: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         moments = np.array(self.moments, np.float32)
@@ -59,6 +61,12 @@ class CalibrationTable:
             raise ConfigError("a KV head has only zero moments: its queries were not measured; calibrate again")
         moments.flags.writeable = False
         object.__setattr__(self, "moments", moments)
+        if self.value_factors is not None:
+            factors = np.array(self.value_factors, np.float32)
+            if factors.shape != moments.shape[:1] or not (np.isfinite(factors).all() and (factors > 0).all()):
+                raise ConfigError(f"value factors {factors}: give one finite, positive number for each layer")
+            factors.flags.writeable = False
+            object.__setattr__(self, "value_factors", factors)
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -68,8 +76,10 @@ class CalibrationTable:
 
     def select(self, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> CalibrationTable:
         """The table of some layers or KV heads, such as those of one rank of a tensor-parallel model."""
-        moments = self.moments if layers is None else self.moments[list(layers)]
-        return CalibrationTable(moments if heads is None else moments[:, list(heads)], self.model, self.tokens)
+        chosen = list(range(len(self.moments)) if layers is None else layers)
+        moments = self.moments[chosen]
+        factors = None if self.value_factors is None else self.value_factors[chosen]
+        return CalibrationTable(moments if heads is None else moments[:, list(heads)], self.model, self.tokens, factors)
 
     def key_bounds(self, t: float) -> npt.NDArray[np.float64]:
         """Absolute bounds of K: ``t / sqrt(moment)``, the moments floored at 1 % of the mean of their head.
@@ -92,7 +102,7 @@ class CalibrationTable:
 
         Args:
             t: how much of an error attention logits may get through one channel of K.
-            r: error of V relative to the rms of its token's vector.
+            r: error of V relative to the rms of its token's vector, times the factor of its layer.
             sink: bound of blocks that begin a sequence; by default lossless.
         """
         return self._policy(t, ErrorBound.token_rms(r), ErrorBound.lossless() if sink is None else sink)
@@ -104,16 +114,22 @@ class CalibrationTable:
         return BoundPolicy(
             key=keys[0],
             value=value,
-            layers={layer: (key, value) for layer, key in enumerate(keys)},
+            layers={layer: (key, self._value(value, layer)) for layer, key in enumerate(keys)},
             sink=sink,
             other=ErrorBound.lossless() if other is None else other,
             num_layers=len(keys),
         )
 
+    def _value(self, bound: ErrorBound, layer: int) -> ErrorBound:
+        if self.value_factors is None or bound.kind is not BoundKind.TOKEN_RMS:
+            return bound
+        return ErrorBound.token_rms(min(1.0, bound.value * float(self.value_factors[layer])))
+
     def save(self, path: str | Path) -> None:
         """Write the table: JSON where the name ends in ``.json``, else NumPy's ``.npz``."""
         target = Path(path)
         about = {"format": _FORMAT, "model": self.model, "tokens": self.tokens, "geometry": list(self.geometry)}
+        about["value_factors"] = None if self.value_factors is None else self.value_factors.tolist()
         if target.suffix == ".json":
             target.write_text(json.dumps({**about, "moments": self.moments.tolist()}), encoding="utf-8")
             return
@@ -141,7 +157,7 @@ class CalibrationTable:
                     moments = np.asarray(arrays["moments"], np.float32)
             if about["format"] != _FORMAT or list(moments.shape) != about["geometry"]:
                 raise ConfigError(f"format {about['format']!r}, geometry {about['geometry']}, shape {moments.shape}")
-            return cls(moments, str(about["model"]), int(about["tokens"]))
+            return cls(moments, str(about["model"]), int(about["tokens"]), about.get("value_factors"))
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise FormatError(f"{source} is no calibration table ({error}): make one with `kvzip calibrate`") from error
 

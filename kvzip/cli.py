@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(calibrate)
     calibrate.add_argument("--out", type=Path, required=True, metavar="TABLE", help="file to write, .npz or .json")
     calibrate.add_argument("--tokens", type=int, default=2048, metavar="N", help="most tokens of a text; default 2048")
+    calibrate.add_argument(
+        "--gradients", action="store_true", help="weigh channels and layers by what they do to the output; more memory"
+    )
     calibrate.set_defaults(run=_calibrate)
 
     verify = commands.add_parser("verify", help="measure what coded keys and values do to a model's output")
@@ -346,6 +349,10 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.out}: there is no folder {arguments.out.resolve().parent}")
     model = load_model(arguments.model, device=arguments.device)
     table = calibrate(model, texts, max_tokens=arguments.tokens, progress=_progress("texts"))
+    if arguments.gradients:
+        from kvzip.adapters.transformers.gradients import weigh
+
+        table = weigh(model, table, "\n".join(texts), max_tokens=arguments.tokens)
     table.save(arguments.out)
     layers, heads, head_dim = table.geometry
     found = {

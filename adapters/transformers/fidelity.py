@@ -136,7 +136,7 @@ def evaluate(
     prefix: int = 1536,
     continuation: int = 512,
     greedy_tokens: int = 32,
-    needle_depths: Sequence[float] = (0.1, 0.5, 0.9),
+    needle_depths: Sequence[float] = (0.2, 0.7),
     kv_dtype: str = "bfloat16",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> FidelityResult:
@@ -196,7 +196,7 @@ def evaluate(
         raw_bytes = sum(t.numel() * t.element_size() for pair in layers for t in pair)
         rest, targets = tokens[:, prefix:], tokens[0, prefix + 1 :, None]
         exact = model.continue_from(layers, rest).log_softmax(-1)
-        top = exact.argmax(-1)
+        likelihood, top = exact.exp(), exact.argmax(-1)
         exact_nll = -float(exact[:-1].gather(1, targets).double().mean())
         nll.append(exact_nll)
         chosen = model.greedy(layers, last, greedy_tokens)
@@ -205,7 +205,8 @@ def evaluate(
             logs = model.continue_from(after, rest).log_softmax(-1)
             found.raw_bytes += raw_bytes
             found.nbytes += nbytes
-            found.kl[name] = (exact.exp() * (exact - logs)).double().sum(-1).clamp(min=0).cpu().numpy()
+            divergence = (likelihood * (exact - logs)).sum(-1, dtype=torch.float64)
+            found.kl[name] = divergence.clamp(min=0).cpu().numpy()
             found.same.append(float((logs.argmax(-1) == top).double().mean()))
             found.dnll.append(-float(logs[:-1].gather(1, targets).double().mean()) - exact_nll)
             # Fed with the reference's choices, the first difference is where decoding by itself would leave them.

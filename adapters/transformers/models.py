@@ -105,7 +105,11 @@ class LanguageModel:
         """
         torch, _ = require("torch", "transformers")
         with torch.inference_mode():
-            return self.model(ids, past_key_values=self._cache(layers), use_cache=True).logits[0].float()
+            return self.logits(layers, ids)
+
+    def logits(self, layers: Sequence[LayerKV], ids: Any) -> Any:
+        """`continue_from`, in the caller's mode of autograd: gradients reach keys and values that ask for them."""
+        return self.model(ids, past_key_values=self._cache(layers), use_cache=True).logits[0].float()
 
     def greedy(self, layers: Sequence[LayerKV], logits: Any, count: int) -> Any:
         """Decode behind a cache, the most likely token each time.

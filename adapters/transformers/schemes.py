@@ -101,10 +101,11 @@ def engine_scheme(
     return Scheme(name, EngineSwap(options, block_tokens, protect), own=True, note=note)
 
 
-def calibrated(table: CalibrationTable, t: float, r: float, mode: str | None = None, block_tokens: int = 16) -> Scheme:
+def calibrated(
+    table: CalibrationTable, t: float, r: float, mode: str | None = None, *, name: str = "calibrated"
+) -> Scheme:
     """Keys bounded by their effect on attention, values by the rms of their token."""
-    name = f"calibrated t={t:g} r={r:g}"
-    return engine_scheme(f"{name} {mode}" if mode else name, table.policy(t, r), mode=mode, block_tokens=block_tokens)
+    return engine_scheme(f"{name} t={t:g} r={r:g}{f' {mode}' if mode else ''}", table.policy(t, r), mode=mode)
 
 
 # ---- peers

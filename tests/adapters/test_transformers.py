@@ -23,7 +23,7 @@ from kvzip.types import ErrorBound
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[calibrate]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[calibrate]'")
 
-from kvzip.adapters.transformers import fidelity, moments, schemes  # noqa: E402
+from kvzip.adapters.transformers import fidelity, gradients, moments, schemes  # noqa: E402
 from kvzip.adapters.transformers.models import LanguageModel, load_model  # noqa: E402
 
 SIZES = {
@@ -183,6 +183,51 @@ def test_a_model_without_attention_is_refused() -> None:
         moments.calibrate(mamba, [TEXT])
     with pytest.raises(ConfigError, match="mamba"):
         mamba.prefill(mamba.tokens(TEXT))
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize(
+    "name", ["llama, grouped queries", "gemma3, both kinds of layer", "gpt-oss, eager attention, YaRN"]
+)
+def test_weighing_moves_bounds_within_a_factor_of_two_around_their_mean(name: str) -> None:
+    model = make(name)
+    table = moments.calibrate(model, [TEXT])
+    weighed = gradients.weigh(model, table, TEXT)
+    assert (weighed.geometry, weighed.model, weighed.tokens) == (table.geometry, table.model, table.tokens)
+    for change in (np.log2(weighed.key_bounds(0.4) / table.key_bounds(0.4)), np.log2(weighed.value_factors)):
+        assert np.abs(change).max() <= 2.01, "clipped at one, around a mean that the clipping moves"
+        assert abs(change.mean()) < 0.25
+        assert change.std() > 0.01
+    assert all(p.requires_grad for p in model.model.parameters())
+    again = gradients.weigh(model, table, TEXT)
+    np.testing.assert_array_equal(again.moments, weighed.moments)
+
+
+def test_gradients_are_those_of_the_fisher_information(llama: LanguageModel) -> None:
+    """To second order, half of F e^2 is the divergence that small errors cause."""
+    ids = llama.tokens(TEXT * 2)
+    prefix, _ = llama.prefill(ids[:, :160])
+    exact = llama.continue_from(prefix, ids[:, 160:]).double().log_softmax(-1)
+    layer = 1
+    keys, values = prefix[layer]
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(3)) * 1e-3
+    noise[: gradients._PROTECTED] = 0
+    changed = [*prefix[:layer], (keys, values + noise), *prefix[layer + 1 :]]
+    noisy = llama.continue_from(changed, ids[:, 160:]).double().log_softmax(-1)
+    found = float((exact.exp() * (exact - noisy)).sum())
+    _, squares, _ = gradients.squared_gradients(llama, ids[:, :160], ids[:, 160:], samples=200, seed=0)
+    predicted = 0.5 * 1e-6 * float(squares[2 * layer + 1][gradients._PROTECTED :].sum())
+    assert found == pytest.approx(predicted, rel=0.35)
+
+
+def test_gradients_refuse_short_texts_and_other_tables(llama: LanguageModel) -> None:
+    table = moments.calibrate(llama, [TEXT])
+    with pytest.raises(ConfigError, match="too short"):
+        gradients.weigh(llama, table, "short")
+    with pytest.raises(ConfigError, match="does not fit"):
+        gradients.weigh(llama, table.select(layers=[0]), TEXT)
 
 
 # ---- the model behind a swapped cache
@@ -379,6 +424,10 @@ def test_calibrate_and_verify(folder: Path, tmp_path: Path, run: Callable[..., t
     assert [row["scheme"] for row in result["rows"] if row["own"]] == [fine, "1e-4"]
     assert {"scheme", "ratio", "kl", "kl_p999", "top1", "dnll", "greedy", "needle"} <= set(result["rows"][0])
     assert result["worse"] == []
+
+    weighed = tmp_path / "weighed.json"
+    assert run("calibrate", "--out", str(weighed), "--gradients")[0] == 0
+    assert CalibrationTable.load(weighed).value_factors is not None
 
     status, out, err = run("verify", *small, "--bound", "0.5")
     assert status == 1

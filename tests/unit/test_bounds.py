@@ -135,6 +135,23 @@ def test_a_table_is_saved_and_loaded(tmp_path: Path, name: str) -> None:
     assert (loaded.model, loaded.tokens, loaded.geometry) == ("a model", 2000, (LAYERS, HEADS, DIM))
 
 
+@pytest.mark.parametrize("name", ["t.npz", "t.json"])
+def test_factors_of_v_go_with_their_layers(tmp_path: Path, name: str) -> None:
+    factors = np.linspace(0.5, 8, LAYERS, dtype=np.float32)
+    CalibrationTable(table().moments, "a model", 2000, factors).save(tmp_path / name)
+    loaded = CalibrationTable.load(tmp_path / name)
+    np.testing.assert_array_equal(loaded.value_factors, factors)
+    for chosen, r in ((loaded, 0.2), (loaded.select(layers=[LAYERS - 1]), 0.1)):
+        expected = [min(1.0, r * float(f)) for f in chosen.value_factors]
+        layers = chosen.policy(0.4, r).layers
+        assert [layers[i][1] for i in range(len(expected))] == [ErrorBound.token_rms(e) for e in expected]
+        keys = [layers[i][0] for i in range(len(expected))]
+        assert keys == [ErrorBound.channel_table(k) for k in chosen.key_bounds(0.4)]
+    for bad in (factors[1:], -factors, factors * np.nan):
+        with pytest.raises(ConfigError, match="value factors"):
+            CalibrationTable(table().moments, value_factors=bad)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"PK\x03\x04nothing", b'{"format": "other"}', b"\x93NUMPY"])
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".npy"])
 def test_other_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
