@@ -3,7 +3,7 @@
 //
 // Fuzz target of the CPU decoder, behind the C ABI, for a build with sanitizers (CMake: KVZIP_FUZZ and KVZIP_SANITIZE).
 // With Clang it is a libFuzzer program: `kvzip_fuzz -max_total_time=60`. Other compilers get a driver that damages
-// valid payloads at random and knows `-runs=N` and `-seed=N`.
+// valid payloads at random and knows `-runs=N`, `-seed=N` and `-first=N`, the number of the first case.
 //
 // A case is one block: shapes of 1 to 3 pages, their table entries as they stand in a record, and the payload. Shapes
 // (and whether there is a table of channel bounds) are what a reader has checked; entries and payload are hostile. What
@@ -87,9 +87,11 @@ bool Parse(const uint8_t* data, size_t size, Case* out) {
   return true;
 }
 
+unsigned long long g_case = 0;  // of the driver
+
 void Require(bool holds, const char* what) {
   if (holds) return;
-  fprintf(stderr, "kvzip_fuzz: %s\n", what);
+  fprintf(stderr, "kvzip_fuzz: case %llu: %s\n", g_case, what);
   abort();
 }
 
@@ -119,7 +121,8 @@ bool Check(const Case& c) {
   const int32_t status = Decode(c, 0xA5, &first);
   Require(status == KVZ_OK || status == KVZ_CORRUPT || status == KVZ_NO_BOUNDS,
           "decode returned another status than OK, CORRUPT and NO_BOUNDS");
-  Require(Validate(c) == status, "validate and decode disagree");
+  // Validation does not need the bounds that decoding does.
+  Require(Validate(c) == (status == KVZ_NO_BOUNDS ? KVZ_OK : status), "validate and decode disagree");
   Require(Decode(c, 0x5A, &second) == status, "decode is not deterministic");
   if (status == KVZ_OK) {
     Require(first == second, "a value was not written, or depends on what was there");
@@ -220,25 +223,25 @@ static void Damage(std::mt19937_64& random, std::vector<uint8_t>* input, const s
 }
 
 int main(int argc, char** argv) {
-  uint64_t cases = 100000, seed = 1;
+  uint64_t cases = 100000, seed = 1, first = 0;
   for (int i = 1; i < argc; ++i) {
     if (strncmp(argv[i], "-runs=", 6) == 0) cases = strtoull(argv[i] + 6, nullptr, 10);
     if (strncmp(argv[i], "-seed=", 6) == 0) seed = strtoull(argv[i] + 6, nullptr, 10);
+    if (strncmp(argv[i], "-first=", 7) == 0) first = strtoull(argv[i] + 7, nullptr, 10);
   }
   uint64_t good = 0, refused = 0;
-  std::vector<uint8_t> before;
-  for (uint64_t i = 0; i < cases; ++i) {
+  for (uint64_t i = first; i < first + cases; ++i) {
+    g_case = i;
     std::mt19937_64 random(seed * 1000003 + i);
     std::vector<uint8_t> input = MakeValid(random);
     if (i % 16) {
-      Damage(random, &input, before.empty() ? input : before);
+      Damage(random, &input, MakeValid(random));
     }
     Case c;
     if (!Parse(input.data(), input.size(), &c)) continue;
     const bool accepted = Check(c);
     Require(accepted || i % 16, "a valid payload was refused");
     ++(accepted ? good : refused);
-    before.swap(input);
   }
   printf("kvzip_fuzz: %llu cases of seed %llu, %llu decoded, %llu refused, no fault\n",
          static_cast<unsigned long long>(cases), static_cast<unsigned long long>(seed),

@@ -985,3 +985,30 @@ def test_a_key_is_never_missing_while_it_is_replaced() -> None:
         watcher.join(30)
         assert not misses
         assert refused < 100
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
+def test_a_full_pool_under_every_policy(policy: str) -> None:
+    """Records come and go, some of them pinned: what is held is right, and the pool is used to the end."""
+    rng = np.random.default_rng(4)
+    pages = [rng.integers(0, 1 << 16, (40, 2, 16, 2, 8)).astype(np.uint16)]
+    view = BlockView(pages, "2NHD", dtype="bfloat16")
+    keys = [b"block-%d" % i for i in range(40)]
+    with kvzip.SwapEngine(12 * 1536, codec="raw", policy=policy) as engine:
+        for step in range(400):
+            chosen = [int(i) for i in rng.integers(0, 40, 3)]
+            held = [i for i in chosen if engine.contains(keys[i])]
+            out = BlockView([np.zeros_like(pages[0][:1])], "2NHD", dtype="bfloat16")
+            for i in held:
+                engine.load([keys[i]], out)
+                assert np.array_equal(out.tensors[0][0], pages[0][i])
+            with engine.pin([keys[i] for i in held[:1]]):
+                engine.store([keys[i] for i in dict.fromkeys(chosen)], view[list(dict.fromkeys(chosen))])
+                assert all(engine.contains(keys[i]) for i in chosen)
+            if step % 50 == 0:
+                engine.discard([keys[chosen[0]]])
+        stats = engine.stats()
+        engine.pool.check()
+        assert stats.evicted_blocks > 100
+        assert stats.pool.free_bytes < 1536 + engine.pool.headroom_bytes
+        assert sorted(engine._index._policy.victims()) == sorted(k for k in keys if engine.contains(k))
