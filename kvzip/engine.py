@@ -162,6 +162,7 @@ class SwapEngine:
         self._staging = staging or Staging()
         integrity = integrity or Integrity()
         self._verify_store, self._check_load = Sampler(integrity.bound), Sampler(integrity.checksum)
+        self._closing = False
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
         self._tables: dict[int, PageBounds] = {}  # what records were coded with, by the name of its channel tables
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
@@ -630,7 +631,9 @@ class SwapEngine:
 
         Waits for transfers under way; may be called twice.
         """
-        for swap in self._devices.values():
+        with self._lock:
+            swaps, self._closing = ([] if self._closing else list(self._devices.values())), True
+        for swap in swaps:
             swap.close()
         with self._store_lock:
             if self._index.close() and self._owns_pool:

@@ -313,7 +313,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
                 sum(len(part.keys) for part in job.parts),
                 "stored" if job.store else "loaded",
                 type(job.error).__name__,
-                job.error,
+                str(job.error),  # who keeps the message shall not keep the transfer
             )
         for part, positions in job.failed:
             self._failed_blocks[job.store] += len(positions)

@@ -64,6 +64,7 @@ class Rig:
 
     def close(self) -> None:
         self.engine.close()
+        self.engine.close()  # twice does no harm
         self.pool.check()
         assert self.pool.stats().allocations == 0
         self.pool.close()
