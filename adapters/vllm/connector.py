@@ -11,12 +11,10 @@ from typing import Any
 from kvzip.adapters.vllm import SPEC, SPEC_MODULE
 from kvzip.adapters.vllm.manager import KvzipOffloadingManager
 from kvzip.adapters.vllm.messages import KvzipWorkerMetadata
-from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.adapters.vllm.spec import CONNECTED, KvzipOffloadingSpec
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
-from kvzip.engine import EngineStats
 from kvzip.errors import ConfigError
 
 _log = logging.getLogger("kvzip")
@@ -116,19 +114,16 @@ class KvzipConnector(OffloadingConnector):
             return base
         return KvzipWorkerMetadata.of(base, {self._spec.rank: report})
 
-    def configure(self, **changes: Any) -> AdapterSettings:
-        """See `KvzipOffloadingSpec.configure`."""
-        return self._spec.configure(**changes)
-
-    def stats(self) -> EngineStats:
-        """Counters of this worker's engine.
+    @property
+    def worker(self) -> KvzipOffloadingWorker:
+        """The worker, once vLLM has registered its caches.
 
         Raises:
-            ConfigError: vLLM has not registered its caches yet.
+            ConfigError: it has not, or this is the scheduler.
         """
         if self._worker is None:
             raise ConfigError("vLLM has not registered its KV caches with this connector: ask later, in a worker")
-        return self._worker.engine.stats()
+        return self._worker
 
     # ---- in the scheduler
 

@@ -29,12 +29,12 @@ class KvzipWorkerExtension:
         Raises:
             ConfigError: one is not known or out of range; nothing was changed.
         """
-        settings = _connector().configure(**changes)
+        settings = _connector().worker.configure(**changes)
         return {name: str(getattr(settings, name)) for name in ("codec", "bounds", "mode", "verify")}
 
     def kvzip_stats(self) -> dict[str, Any]:
         """Counters of this worker's engine and pool, by the names of `kvzip.engine.EngineStats`."""
-        return asdict(_connector().stats())
+        return asdict(_connector().worker.engine.stats())
 
 
 def _connector() -> Any:

@@ -34,7 +34,7 @@ VLLM_KEYS = frozenset(
 )
 
 
-#: What `KvzipOffloadingSpec.configure` can change while vLLM runs.
+#: What `KvzipOffloadingWorker.configure` can change while vLLM runs.
 CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode", "verify"})
 
 

@@ -8,18 +8,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from kvzip.adapters.vllm.bounds import Shard, group_bounds
+from kvzip.adapters.vllm.bounds import Shard
 from kvzip.adapters.vllm.catalog import RecordCatalog
 from kvzip.adapters.vllm.layout import Group, group_view, layers_of
 from kvzip.adapters.vllm.manager import KvzipOffloadingManager
 from kvzip.adapters.vllm.metrics import ManagerMetrics, definitions
-from kvzip.adapters.vllm.settings import CHANGEABLE, AdapterSettings
+from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec, OffloadingWorker
 
-from kvzip.bounds import BoundPolicy
 from kvzip.engine import SwapEngine
-from kvzip.errors import ConfigError
 from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory
 from kvzip.policy import LRU
 from kvzip.pool import HostPool
@@ -58,7 +56,6 @@ class KvzipOffloadingSpec(OffloadingSpec):
         self._kv_caches: Mapping[str, Any] = {}
         self._group_specs: tuple[Any, ...] = ()
         self._isa_of: Mapping[str, str] = {}
-        self._groups: list[Group] = []
 
     # ---- what differs between vLLM's versions
 
@@ -149,13 +146,13 @@ class KvzipOffloadingSpec(OffloadingSpec):
         """A worker's side."""
         if self._worker is None:
             settings = self.settings
-            groups = self._groups = self._make_groups(kv_caches)
+            groups = self._groups(kv_caches)
             self._worker = KvzipOffloadingWorker(
-                [group.view for group in groups],
-                self._bounds(settings),
+                groups,
+                settings,
                 self.chunk_blocks,
                 lambda policy: self._engine(policy, groups[0].view.device),
-                verify=settings.verify,
+                shard=self.shard,
                 recover=self._connected,
             )
             _log.info(
@@ -182,26 +179,9 @@ class KvzipOffloadingSpec(OffloadingSpec):
         """
         self._kv_caches, self._group_specs, self._isa_of = kv_caches, group_specs, isa_of
 
-    def configure(self, **changes: Any) -> AdapterSettings:
-        """Change what this worker's next stores are coded with; see `AdapterSettings` for names and values.
-
-        Raises:
-            ConfigError: a setting is not known, out of range, or cannot be changed; nothing was changed.
-        """
-        fixed = sorted(set(changes) - CHANGEABLE)
-        if fixed or self._worker is None:
-            raise ConfigError(
-                f"{', '.join(fixed) or 'nothing'} can be changed here: use one of {', '.join(sorted(CHANGEABLE))}, in "
-                "a worker"
-            )
-        settings = self.settings.change(**changes)
-        self._worker.configure(settings.codec, settings.mode, self._bounds(settings), verify=settings.verify)
-        self.settings = settings
-        return settings
-
     # ---- inner
 
-    def _make_groups(self, kv_caches: CanonicalKVCaches) -> list[Group]:
+    def _groups(self, kv_caches: CanonicalKVCaches) -> list[Group]:
         groups = []
         for group, names, refs in zip(self.group_ids, self.layer_names, kv_caches.group_data_refs, strict=True):
             layers = None
@@ -210,10 +190,6 @@ class KvzipOffloadingSpec(OffloadingSpec):
             raw = [(kv_caches.tensors[ref.tensor_idx].tensor, ref.page_size_bytes) for ref in refs]
             groups.append(group_view(str(group), layers, raw))
         return groups
-
-    def _bounds(self, settings: AdapterSettings) -> list[BoundPolicy]:
-        """The bounds of each group's blocks."""
-        return [group_bounds(settings.bounds, group, self.shard) for group in self._groups]
 
     def _engine(self, policy: LRU, device: str) -> SwapEngine:
         settings = self.settings

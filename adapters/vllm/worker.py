@@ -9,19 +9,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from kvzip.adapters.vllm.bounds import Shard, group_bounds
+from kvzip.adapters.vllm.layout import Group
 from kvzip.adapters.vllm.messages import RecordSpec, WorkerReport
 from kvzip.adapters.vllm.metrics import worker_totals
+from kvzip.adapters.vllm.settings import CHANGEABLE, AdapterSettings
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
 
 from kvzip.bounds import BoundPolicy
-from kvzip.engine import Settings, SwapEngine
-from kvzip.errors import BlockNotFoundError, CorruptRecordError
+from kvzip.engine import SwapEngine
+from kvzip.errors import BlockNotFoundError, ConfigError, CorruptRecordError
 from kvzip.policy import LRU
 from kvzip.transfer import Transfer
-from kvzip.types import BlockView, ErrorBound
 
 _log = logging.getLogger("kvzip")
 
@@ -102,30 +105,31 @@ class KvzipOffloadingWorker(OffloadingWorker):
     """Stores and loads blocks of the worker's KV cache. A failure is counted and reported, it never reaches vLLM.
 
     Args:
-        views: the blocks of each KV cache group.
-        bounds: the error bounds of each.
+        groups: the KV cache groups.
+        settings: what blocks are stored with.
         blocks_per_chunk: vLLM's chunk, in blocks; each block of a chunk is a record of the engine's.
         make_engine: makes the engine, given an eviction policy.
-        verify: compare every stored block with what a load would give.
+        shard: this worker's part of the model.
         recover: whether loads that fail can be reported; without it they raise.
     """
 
     def __init__(
         self,
-        views: Sequence[BlockView],
-        bounds: Sequence[ErrorBound | BoundPolicy],
+        groups: Sequence[Group],
+        settings: AdapterSettings,
         blocks_per_chunk: int,
         make_engine: Callable[[LRU], SwapEngine],
         *,
-        verify: bool = False,
+        shard: Shard | None = None,
         recover: bool = True,
     ) -> None:
-        self._views = tuple(views)
-        self._bounds = tuple(bounds)
+        self._groups = tuple(groups)
+        self._shard = shard or Shard()
+        self._bounds = self._group_bounds(settings)  # before memory is taken
+        self.settings = settings
         self._blocks_per_chunk = blocks_per_chunk
         self._policy = WatchedLRU()
         self.engine = make_engine(self._policy)
-        self.verify = verify
         self._recover = recover
         self._jobs: dict[int, Job] = {}
         self._first = 0  # records with smaller numbers were forgotten
@@ -192,17 +196,31 @@ class KvzipOffloadingWorker(OffloadingWorker):
         taken, self._bad_jobs = self._bad_jobs, set()
         return taken
 
-    def configure(
-        self, codec: str, mode: str | None, bounds: Sequence[ErrorBound | BoundPolicy], *, verify: bool
-    ) -> Settings:
+    def configure(self, **changes: Any) -> AdapterSettings:
         """Change what the next stores are coded with; records that are held still load.
 
+        Args:
+            changes: some of ``codec``, ``bound``, ``layer_bounds``, ``mode`` and ``verify``; see `AdapterSettings`.
+
+        Returns:
+            The settings that hold now.
+
         Raises:
-            KvzipError: as `SwapEngine.configure` does; nothing was changed.
+            ConfigError: a setting is not known, out of range, or cannot be changed here; nothing was changed.
         """
-        settings = self.engine.configure(codec=codec, mode=mode, bound=bounds[0])
-        self._bounds, self.verify = tuple(bounds), verify
+        fixed = sorted(set(changes) - CHANGEABLE)
+        if fixed:
+            raise ConfigError(
+                f"{', '.join(fixed)}: only {', '.join(sorted(CHANGEABLE))} can be changed while vLLM runs"
+            )
+        settings = self.settings.change(**changes)
+        bounds = self._group_bounds(settings)
+        self.engine.configure(codec=settings.codec, bound=settings.bounds, mode=settings.mode)
+        self._bounds, self.settings = bounds, settings
         return settings
+
+    def _group_bounds(self, settings: AdapterSettings) -> list[BoundPolicy]:
+        return [group_bounds(settings.bounds, group, self._shard) for group in self._groups]
 
     # ---- inner
 
@@ -238,7 +256,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
         indices = gpu.block_indices if getattr(gpu, "block_indices", None) else [0] * len(sizes)
         ids = np.asarray(gpu.block_ids, np.int64)
         block = record = 0
-        for group, (_, size, index) in enumerate(zip(self._views, sizes, indices, strict=True)):
+        for group, (_, size, index) in enumerate(zip(self._groups, sizes, indices, strict=True)):
             if size == 0:
                 continue
             skip = index % n  # blocks of the first chunk that are not meant
@@ -261,10 +279,10 @@ class KvzipOffloadingWorker(OffloadingWorker):
         try:
             transfer = self.engine.store(
                 part.keys,
-                self._views[part.group][part.blocks],
+                self._groups[part.group].view[part.blocks],
                 bound=self._bounds[part.group],
                 sink=part.starts if any(part.starts) else None,
-                measure_error=self.verify,
+                measure_error=self.settings.verify,
             )
             job.transfers.append((transfer, part))
         except Exception as error:
@@ -276,7 +294,9 @@ class KvzipOffloadingWorker(OffloadingWorker):
         while left:
             chosen = part.only(left)
             try:
-                job.transfers.append((self.engine.load(chosen.keys, self._views[part.group][chosen.blocks]), chosen))
+                job.transfers.append(
+                    (self.engine.load(chosen.keys, self._groups[part.group].view[chosen.blocks]), chosen)
+                )
                 return
             except BlockNotFoundError as error:
                 missing = set(error.keys)

@@ -14,10 +14,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="vLLM needs torch")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from kvzip.adapters.vllm.layout import Group, Page  # noqa: E402
 from kvzip.adapters.vllm.messages import RecordSpec  # noqa: E402
+from kvzip.adapters.vllm.settings import AdapterSettings  # noqa: E402
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker  # noqa: E402
 
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine  # noqa: E402
+from kvzip.errors import ConfigError  # noqa: E402
 
 BLOCKS = 24
 
@@ -35,12 +38,11 @@ def make() -> Iterator[Make]:
     made: list[KvzipOffloadingWorker] = []
 
     def build(
-        tensors: list[Any], blocks_per_chunk: int = 1, capacity: int = 1 << 20, **more: Any
+        tensors: list[Any], blocks_per_chunk: int = 1, capacity: int = 1 << 20, verify: bool = False, **more: Any
     ) -> KvzipOffloadingWorker:
-        views = [BlockView([tensor], "2NHD") for tensor in tensors]
         worker = KvzipOffloadingWorker(
-            views,
-            [ErrorBound.lossless()] * len(views),
+            [Group(BlockView([tensor], "2NHD"), (Page(0, (0, 2)),) * 2, 2) for tensor in tensors],
+            AdapterSettings(capacity, bound=ErrorBound.lossless(), verify=verify),
             blocks_per_chunk,
             lambda policy: SwapEngine(HostPool(capacity), policy=policy),
             **more,
@@ -248,17 +250,20 @@ def test_verifying_stores_count_violations(make: Make) -> None:
 def test_settings_change_for_the_next_stores(make: Make) -> None:
     worker = make(caches())
     worker.submit_store(1, gpu((0, [1])), RecordSpec((0,)))
-    worker.configure("cuszp", None, [ErrorBound.relative(1e-2)], verify=False)
+    worker.configure(bound=1e-2)
     worker.submit_store(2, gpu((0, [1])), RecordSpec((1,)))
     finish(worker, 1, 2)
     told = sizes(worker)
     assert told[1] < 0.5 * told[0]
+    with pytest.raises(ConfigError, match="max_ctas: only bound, codec"):
+        worker.configure(max_ctas=4, bound=1e-3)
+    assert worker.settings.bound == ErrorBound.relative(1e-2)
 
 
 def test_the_block_that_begins_a_prompt_is_exact(make: Make) -> None:
     (cache,) = tensors = caches()
     worker = make(tensors, 2)
-    worker.configure("cuszp", None, [ErrorBound.relative(1e-1)], verify=False)
+    worker.configure(bound=1e-1)
     before = cache.clone()
     worker.submit_store(1, gpu((0, [1, 2, 3, 4])), RecordSpec((0, 1), starts=(0,)))
     finish(worker, 1)

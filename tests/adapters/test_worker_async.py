@@ -17,7 +17,9 @@ from fake_cuda import FakeDriver, FakeTensor, cuda_error
 pytest.importorskip("torch", reason="vLLM needs torch")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from kvzip.adapters.vllm.layout import Group, Page
 from kvzip.adapters.vllm.messages import RecordSpec
+from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine
@@ -38,7 +40,12 @@ class Rig:
         self.before = self.array.copy()
         self.driver = FakeDriver()
         view = BlockView([FakeTensor(self.array)], "2NHD")
-        self.worker = KvzipOffloadingWorker([view], [ErrorBound.lossless()], 1, lambda p: self._engine(p, capacity))
+        self.worker = KvzipOffloadingWorker(
+            [Group(view, (Page(),) * 2)],
+            AdapterSettings(capacity, bound=ErrorBound.lossless()),
+            1,
+            lambda policy: self._engine(policy, capacity),
+        )
 
     def _engine(self, policy: LRU, capacity: int) -> SwapEngine:
         engine = SwapEngine(HostPool(capacity), policy=policy)

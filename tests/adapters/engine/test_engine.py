@@ -73,7 +73,7 @@ def test_pages_come_back_within_the_bound(engine: Engine, bound: str) -> None:
 
 def check_pages(engine: Engine, bound: ErrorBound) -> None:
     """Every full block of every layer is in the cache again, within the bound and not bit for bit."""
-    engine.worker.configure(bound=bound)
+    engine.worker.configure(bound=f"k={bound},v={bound},sink=none")
     asked = prompts(4, PROMPT_TOKENS, seed=7)
     for cache in engine.caches:
         cache.zero_()
