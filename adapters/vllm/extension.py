@@ -20,8 +20,7 @@ class KvzipWorkerExtension:
         """Change settings of this worker.
 
         Args:
-            changes: ``codec``, ``bound``, ``layer_bounds``, ``mode`` or ``verify``, as in
-                ``kv_connector_extra_config``.
+            changes: ``codec``, ``bound``, ``layer_bounds`` or ``mode``, as in ``kv_connector_extra_config``.
 
         Returns:
             The settings that hold now, as text.
@@ -30,7 +29,7 @@ class KvzipWorkerExtension:
             ConfigError: one is not known or out of range; nothing was changed.
         """
         settings = _connector().worker.configure(**changes)
-        return {name: str(getattr(settings, name)) for name in ("codec", "bounds", "mode", "verify")}
+        return {name: str(getattr(settings, name)) for name in ("codec", "bounds", "mode")}
 
     def kvzip_stats(self) -> dict[str, Any]:
         """Counters of this worker's engine and pool, by the names of `kvzip.engine.EngineStats`."""

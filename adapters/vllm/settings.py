@@ -35,7 +35,7 @@ VLLM_KEYS = frozenset(
 
 
 #: What `KvzipOffloadingWorker.configure` can change while vLLM runs.
-CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode", "verify"})
+CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class AdapterSettings:
             each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE:T``.
         layer_bounds: bounds of single layers, by the layer's number, in the forms above except those of a table.
         mode: encoding mode of the codec; None = its first.
-        verify: decode every stored block as well and count the values outside the bound; slower.
+        verify: part of the stores, from 0 to 1, that are decoded again to count values outside the bound; slower.
         max_ctas: most thread blocks of a codec kernel on the GPU at a time; 0 = as many as fit.
         chunk_bytes: raw bytes that the GPU pipelines take in one step.
         threads: most host threads for coding on the CPU platform; 0 = all usable cores.
@@ -61,7 +61,7 @@ class AdapterSettings:
     bound: ErrorBound | BoundPolicy = field(default_factory=lambda: ErrorBound.relative(1e-3))
     layer_bounds: Mapping[int, tuple[ErrorBound, ErrorBound]] = field(default_factory=dict)
     mode: str | None = None
-    verify: bool = False
+    verify: float = 0.0
     max_ctas: int = 0
     chunk_bytes: int = 64 << 20
     threads: int = 0
@@ -106,7 +106,7 @@ class AdapterSettings:
             elif name == "chunk_bytes":
                 values[name] = _integer(name, value, 1 << 20)
             elif name == "verify":
-                values[name] = _boolean(name, value)
+                values[name] = _fraction(name, value)
             elif name == "bound":
                 values[name] = parse_bound(value)
             elif name == "layer_bounds":
@@ -186,7 +186,7 @@ def _integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} {value!r}: give true or false")
-    return value
+def _fraction(name: str, value: Any) -> float:
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} {value!r}: give a part from 0 (none) to 1 (all), or false or true")
+    return float(value)

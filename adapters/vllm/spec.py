@@ -18,6 +18,7 @@ from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec, OffloadingWorker
 
 from kvzip.engine import SwapEngine
+from kvzip.integrity import Integrity
 from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory
 from kvzip.policy import LRU
 from kvzip.pool import HostPool
@@ -204,6 +205,7 @@ class KvzipOffloadingSpec(OffloadingSpec):
                 policy=policy,
                 threads=settings.threads,
                 staging=Staging(chunk_bytes=settings.chunk_bytes, max_ctas=settings.max_ctas),
+                integrity=Integrity(bound=settings.verify),
             )
         except BaseException:
             pool.close()

@@ -200,7 +200,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
         """Change what the next stores are coded with; records that are held still load.
 
         Args:
-            changes: some of ``codec``, ``bound``, ``layer_bounds``, ``mode`` and ``verify``; see `AdapterSettings`.
+            changes: some of ``codec``, ``bound``, ``layer_bounds`` and ``mode``; see `AdapterSettings`.
 
         Returns:
             The settings that hold now.
@@ -282,7 +282,6 @@ class KvzipOffloadingWorker(OffloadingWorker):
                 self._groups[part.group].view[part.blocks],
                 bound=self._bounds[part.group],
                 sink=part.starts if any(part.starts) else None,
-                measure_error=self.settings.verify,
             )
             job.transfers.append((transfer, part))
         except Exception as error:

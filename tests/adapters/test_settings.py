@@ -72,7 +72,7 @@ def test_vllms_own_settings_are_left_alone() -> None:
         ({"mode": "fancy"}, "has no mode 'fancy'"),
         ({"codec": 7}, "give a name"),
         ({"policy": "mru"}, "unknown eviction policy"),
-        ({"verify": "yes"}, "give true or false"),
+        ({"verify": "yes"}, "give a part from 0"),
         ({"max_ctas": -1}, "at least 0"),
         ({"chunk_bytes": 12}, "at least 1048576"),
     ],
@@ -90,7 +90,7 @@ def test_an_unknown_codec() -> None:
 def test_changes_leave_the_rest_and_check_before_they_hold() -> None:
     settings = read(bound=1e-2, mode="plain", verify=True)
     changed = settings.change(bound="lossless")
-    assert (changed.bounds, changed.mode, changed.verify) == (ErrorBound.lossless(), "plain", True)
+    assert (changed.bounds, changed.mode, changed.verify) == (ErrorBound.lossless(), "plain", 1.0)
     assert settings.change(codec="raw").mode is None
     with pytest.raises(ConfigError, match="cannot be changed"):
         settings.change(colour="blue")

@@ -21,6 +21,7 @@ from kvzip.adapters.vllm.worker import KvzipOffloadingWorker  # noqa: E402
 
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine  # noqa: E402
 from kvzip.errors import ConfigError  # noqa: E402
+from kvzip.integrity import Integrity  # noqa: E402
 
 BLOCKS = 24
 
@@ -38,13 +39,13 @@ def make() -> Iterator[Make]:
     made: list[KvzipOffloadingWorker] = []
 
     def build(
-        tensors: list[Any], blocks_per_chunk: int = 1, capacity: int = 1 << 20, verify: bool = False, **more: Any
+        tensors: list[Any], blocks_per_chunk: int = 1, capacity: int = 1 << 20, verify: float = 0.0, **more: Any
     ) -> KvzipOffloadingWorker:
         worker = KvzipOffloadingWorker(
             [Group(BlockView([tensor], "2NHD"), (Page(0, (0, 2)),) * 2, 2) for tensor in tensors],
-            AdapterSettings(capacity, bound=ErrorBound.lossless(), verify=verify),
+            AdapterSettings(capacity, bound=ErrorBound.lossless()),
             blocks_per_chunk,
-            lambda policy: SwapEngine(HostPool(capacity), policy=policy),
+            lambda policy: SwapEngine(HostPool(capacity), policy=policy, integrity=Integrity(bound=verify)),
             **more,
         )
         made.append(worker)
@@ -238,7 +239,7 @@ def test_a_store_job_that_does_not_add_up_is_not_kept(make: Make) -> None:
 
 
 def test_verifying_stores_count_violations(make: Make) -> None:
-    worker = make(caches(), verify=True)
+    worker = make(caches(), verify=1.0)
     worker.submit_store(1, gpu((0, [1])), RecordSpec((0,)))
     finish(worker, 1)
     report = worker.take_report()
@@ -255,7 +256,7 @@ def test_settings_change_for_the_next_stores(make: Make) -> None:
     finish(worker, 1, 2)
     told = sizes(worker)
     assert told[1] < 0.5 * told[0]
-    with pytest.raises(ConfigError, match="max_ctas: only bound, codec"):
+    with pytest.raises(ConfigError, match="max_ctas: only bound, codec, layer_bounds, mode can"):
         worker.configure(max_ctas=4, bound=1e-3)
     assert worker.settings.bound == ErrorBound.relative(1e-2)
 
