@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         help="1e-3 (relative to each page's range), abs:1e-2, rms:0.17 (of each token), lossless, table:FILE:0.4 "
         "(calibration table), or by kind of page: k=BOUND,v=BOUND,sink=BOUND; default 1e-3",
     )
-    demo.add_argument("--mode", help="encoding mode: fixed, plain or outlier; default: the codec's first")
+    demo.add_argument("--mode", help="encoding mode: fixed, plain, outlier or rice; default: the codec's first")
     demo.add_argument(
         "--budget", type=_bytes, metavar="BYTES", help="bytes of the host pool, such as 64MiB; default: all fits"
     )

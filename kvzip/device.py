@@ -48,6 +48,7 @@ _log = logging.getLogger("kvzip")
 
 _LOSSLESS = ErrorBound.lossless()
 # What the CUDA codec has.
+_GPU_MODES = ("fixed", "plain", "outlier")
 _GPU_BOUND_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)
 _GPU_LAST_CODING = Coding.LOSSLESS
 
@@ -512,7 +513,7 @@ def encodes_on_gpu(codec: Codec, request: EncodeRequest) -> bool:
     if codec.name == "raw":
         return True
     bounds = (request.bound,) if isinstance(request.bound, ErrorBound) else request.bound
-    return all(bound.kind in _GPU_BOUND_KINDS for bound in bounds)
+    return request.mode in _GPU_MODES and all(bound.kind in _GPU_BOUND_KINDS for bound in bounds)
 
 
 def decodes_on_gpu(entries: Sequence[Entry]) -> list[bool]:

@@ -48,7 +48,7 @@ ENTRY_DTYPE = np.dtype(
     ]
 )
 
-MODES = ("none", "fixed", "plain", "outlier")
+MODES = ("none", "fixed", "plain", "outlier", "rice")
 KINDS = ("", "k", "v")
 _WITHOUT_VALUE = (BoundKind.LOSSLESS, BoundKind.CHANNEL_TABLE, BoundKind.BY_PAGE)
 
@@ -62,6 +62,8 @@ class Coding(enum.IntEnum):
     PLAIN = 3
     OUTLIER = 4
     LOSSLESS = 5
+    RICE = 6
+    LOSSLESS_RICE = 7
 
 
 class Steps(enum.IntEnum):

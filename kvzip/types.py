@@ -691,4 +691,4 @@ def empty_view(layout: BlockLayout, num_blocks: int) -> BlockView:
         for i, s in enumerate(layout.segments)
     )
     arrays = [np.empty((num_blocks, s.tokens, s.heads, s.head_dim), s.dtype.numpy_bits) for s in segments]
-    return BlockView(arrays, BlockLayout(segments))
+    return BlockView(arrays, BlockLayout(segments, layout.dims))

@@ -20,8 +20,14 @@ from kvzip.types import BlockLayout, BlockView, BoundKind, DType, ErrorBound, Se
 
 Bits = npt.NDArray[Any]
 
-MODES = {ref.FIXED: "fixed", ref.PLAIN: "plain", ref.OUTLIER: "outlier"}
-MODE_NUMBERS = {"none": ref.MODE_NONE, "fixed": ref.MODE_FIXED, "plain": ref.MODE_PLAIN, "outlier": ref.MODE_OUTLIER}
+MODES = {ref.FIXED: "fixed", ref.PLAIN: "plain", ref.OUTLIER: "outlier", ref.RICE: "rice"}
+MODE_NUMBERS = {
+    "none": ref.MODE_NONE,
+    "fixed": ref.MODE_FIXED,
+    "plain": ref.MODE_PLAIN,
+    "outlier": ref.MODE_OUTLIER,
+    "rice": ref.MODE_RICE,
+}
 KINDS = ("", "k", "v")
 
 
@@ -162,19 +168,33 @@ def table_of(segment: ref.Segment, *, size: int | None = None) -> npt.NDArray[An
 
 
 def native_records(
-    view: BlockView, mode: str, kind: int, bound: float, *, codec: str = "cuszp", measure_error: bool = False
+    view: BlockView,
+    mode: str,
+    kind: int,
+    bound: float,
+    *,
+    codec: str = "cuszp",
+    measure_error: bool = False,
+    asked: Sequence[ref.Asked] | None = None,
 ) -> list[bytes]:
-    """Records of the blocks of a view, made by kvzip."""
-    request = EncodeRequest(error_bound(kind, bound), mode, 1)
+    """Records of the blocks of a view, made by kvzip; `asked` gives each page a bound of its own."""
+    request = EncodeRequest(error_bound(kind, bound) if asked is None else bounds_of(view.layout, asked), mode, 1)
     batch = encode_records(view, get_codec(codec), request, measure_error=measure_error)
     return [bytes(r.header) + bytes(r.payload) for r in batch.records]
 
 
-def native_pages(record: bytes) -> list[Bits]:
+def bounds_of(layout: BlockLayout, asked: Sequence[ref.Asked]) -> tuple[ErrorBound, ...]:
+    """kvzip's bounds of the pages of a block."""
+    return tuple(error_bound(a.kind, a.bound, a.table, s.heads) for a, s in zip(asked, layout.segments, strict=True))
+
+
+def native_pages(record: bytes, asked: Sequence[ref.Asked] | None = None) -> list[Bits]:
     """The pages of a record, [T, C] bit patterns, decoded by kvzip into memory that held other bits."""
     header, payload = read_record(record)
     layout = header.layout()
     arrays = [np.full((1, s.tokens, s.heads, s.head_dim), 0x5A, s.dtype.numpy_bits) for s in layout.segments]
     view = BlockView(arrays, layout)
+    if asked is not None:
+        view = view.with_bounds(bounds_of(layout, asked))
     get_codec(header.codec).decode_blocks(view, [np.frombuffer(payload, np.uint8)], [header.table])
     return [a.reshape(a.shape[1], -1) for a in arrays]

@@ -27,10 +27,10 @@ Words = npt.NDArray[np.uint16]
 Mask = npt.NDArray[np.bool_]
 
 BF16, FP16, FP32, OPAQUE = 0, 1, 2, 3
-RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS = range(6)
+RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS, RICE, LOSSLESS_RICE = range(8)
 BY_PAGE, BY_TOKEN, BY_CHANNEL = 0x00, 0x10, 0x20  # steps
 BOUND_LOSSLESS, BOUND_ABSOLUTE, BOUND_RELATIVE, BOUND_TOKEN_RMS, BOUND_CHANNEL_TABLE, BOUND_BY_PAGE = range(6)
-MODE_NONE, MODE_FIXED, MODE_PLAIN, MODE_OUTLIER = range(4)
+MODE_NONE, MODE_FIXED, MODE_PLAIN, MODE_OUTLIER, MODE_RICE = range(5)
 AS_ASKED, TOO_FINE, LOSSLESS_SMALLER, INCOMPRESSIBLE, OPAQUE_DTYPE, ENCODER_FAILED, CODEC_UNAVAILABLE = range(7)
 
 MIN_BOUND = 2.0**-96
@@ -451,6 +451,240 @@ def columns_below(count: Ints, planes: npt.NDArray[Any]) -> Mask:
     return np.arange(planes.shape[1]) < count[:, None]
 
 
+# ---- Rice codings ----------------------------------------------------------------------------------------------------
+
+
+def planes_of(flags: Ints, count: int) -> bytes:
+    """`count` planes, the lowest bit of a number a group first."""
+    padding = -flags.size % 32
+    out = b""
+    for bit in range(count):
+        bits = np.concatenate([(flags >> bit) & 1, np.zeros(padding, np.int64)]).astype(np.uint8)
+        out += np.packbits(bits, bitorder="little").tobytes()
+    return out
+
+
+def strips_of(geometry: Geometry) -> list[range]:
+    """The groups of each strip."""
+    group_channels = 16 // geometry.group_tokens
+    columns = -(-geometry.channels // group_channels)
+    rows = geometry.groups // columns
+    return [
+        range(r * columns + c, r * columns + min(c + 64, columns)) for r in range(rows) for c in range(0, columns, 64)
+    ]
+
+
+def bits_of_number(n: int) -> int:
+    """R before the shift: the number of bits of n."""
+    return n.bit_length()
+
+
+def rice_parameter(total: int) -> int:
+    """R(s)."""
+    return bits_of_number(9 * total // 256)
+
+
+def unary(quotients: Sequence[int]) -> bytes:
+    """A stream: so many zero bits and a one for each quotient, in words."""
+    bits: list[int] = []
+    for quotient in quotients:
+        bits += [0] * int(quotient) + [1]
+    bits += [0] * (-len(bits) % 16)
+    return np.packbits(np.array(bits, np.uint8), bitorder="little").tobytes()
+
+
+def assemble_rice(
+    groups: Bits, geometry: Geometry, codes: Ints, parameters: Ints, raw: Mask, low: Ints, widths: Ints
+) -> tuple[bytes, bytes]:
+    """Lengths, words and quotients: of codes with parameters, words of `widths` bits with the codes `low`."""
+    bits = TYPES[geometry.dtype].bits
+    planes = bit_planes(np.where(raw[:, None], groups.astype(np.int64), low), bits)
+    words = planes[columns_below(np.where(raw, bits, widths), planes)].astype("<u2").tobytes()
+    lengths, streams = b"", b""
+    for strip in strips_of(geometry):
+        stream = unary([z >> parameters[g] for g in strip if not raw[g] for z in codes[g].tolist()])
+        lengths += struct.pack("<H", len(stream) // 2)
+        streams += stream
+    return lengths, words + streams
+
+
+def rice_window(best: Ints, widest: int) -> tuple[int, int]:
+    """(p, k0) for the best parameters of the groups that are not raw."""
+    histogram = np.bincount(best, minlength=widest + 1).tolist()
+    found: tuple[int, int, int] | None = None
+    for p in range(4):
+        for k0 in range(widest - 2**p + 2):
+            cost = p * int(best.size)
+            for k, count in enumerate(histogram):
+                above, below = k0 - k, k - k0 - 2**p + 1
+                if above > 0:
+                    cost += count * max(5, 16 * above - 15)
+                elif below > 0:
+                    cost += count * (20 * 2**below - 16 * below - 18)
+            if found is None or cost < found[0]:
+                found = (cost, p, k0)
+    assert found is not None
+    return found[1], found[2]
+
+
+def too_long(codes: Ints, parameters: Ints, extra: int, bits: int) -> Mask:
+    """Groups that would take more than their bit patterns."""
+    unary_bits = (codes >> parameters[:, None]).sum(axis=1)
+    long: Mask = 16 * (extra + parameters + 1) + unary_bits > 16 * bits
+    return long
+
+
+def rice_candidate(bits: Bits, geometry: Geometry, bounds: Bounds) -> tuple[bytes, int]:
+    """Rule 5: the segment in coding `rice`, and its param."""
+    dtype, constants = geometry.dtype, TYPES[geometry.dtype]
+    bound = grouped_bounds(bounds, geometry)
+    groups = to_groups(bits, geometry.group_tokens)
+    place = inside(geometry)
+    x = to_float32(groups, dtype)
+    raw: Mask = np.any(~is_finite(groups, dtype) & place, axis=1)
+    raw |= np.isnan(bound).any(axis=1)
+    x = np.where(raw[:, None], np.float32(0), x)
+    with np.errstate(over="ignore"):
+        raw |= (np.abs(x) + bound > np.float32(constants.largest_finite)).any(axis=1)
+    coarse = quantise(x, step_of_each(bound, dtype, PLAIN, 0))
+    raw |= (np.abs(coarse) > constants.largest_q).any(axis=1)
+    x = np.where(raw[:, None], np.float32(0), x)
+    width = width_of(zigzag(np.where(raw[:, None], np.float32(0), coarse).astype(np.int64)))
+    while True:
+        q = quantise(x, step_of_each(bound, dtype, FIXED, width)).astype(np.int64)
+        again = width_of(zigzag(q))
+        assert (again <= width).all(), "the widths must not grow"
+        if (again == width).all():
+            break
+        width = again
+    plain = zigzag(q)
+    differences = np.where(place, zigzag(deltas(q, geometry.group_tokens)), 0)
+    use = (differences.sum(axis=1) < plain.sum(axis=1)) & ~raw
+    codes = np.where(use[:, None], differences, plain)
+    best = np.array([min(rice_parameter(int(s)), constants.widest) for s in codes.sum(axis=1)], np.int64)
+    p, k0 = rice_window(best[~raw], constants.widest)
+    parameters = np.clip(best, k0, k0 + 2**p - 1)
+    raw |= too_long(codes, parameters, 0, constants.bits)
+    use &= ~raw
+    numbers = np.where(raw, 0, parameters - k0)
+    planes = planes_of(raw.astype(np.int64), int(raw.any())) + planes_of(use.astype(np.int64), 1)
+    planes += planes_of(numbers, p)
+    lengths, rest = assemble_rice(groups, geometry, codes, parameters, raw, codes, parameters)
+    return bounds.prefix + planes + lengths + rest, k0 | p << 5 | int(raw.any()) << 7
+
+
+def exponent_codes(base: Ints, e: Ints) -> Ints:
+    """z of exponents around their bases."""
+    below = base - e
+    return np.where(below >= 0, 4 * (below // 3) + below % 3, -4 * below - 1)
+
+
+def lossless_rice_candidate(bits: Bits, geometry: Geometry) -> tuple[bytes, int]:
+    """Rule 5: the segment in coding `lossless_rice`, and its param m."""
+    dtype, constants = geometry.dtype, TYPES[geometry.dtype]
+    groups = to_groups(bits, geometry.group_tokens)
+    place = inside(geometry)
+    e = np.where(place, exponent_field(groups, dtype), exponent_field(groups[:, :1], dtype))
+    own = np.minimum((e.sum(axis=1) + 20) // 16, (1 << constants.exponent) - 1)
+    highest = int(own.max())
+    below = np.minimum(highest - own, 31)
+    found: tuple[int, int, int] | None = None
+    for p in range(5):
+        for y in range(min(7, highest) + 1):
+            cost = p * own.size
+            cost += 32 * int(np.maximum(y - below, 0).sum()) + 11 * int(np.maximum(below - y - 2**p + 1, 0).sum())
+            if found is None or cost < found[0]:
+                found = (cost, p, y)
+    assert found is not None
+    p, m = found[1], highest - found[2]
+    numbers = np.minimum(np.maximum(m - own, 0), 2**p - 1)
+    base = np.maximum(m - numbers, 0)
+    codes = np.where(place, exponent_codes(base[:, None], e), 0)
+    k = min(rice_parameter(int(codes.sum()) // own.size), 5)
+    parameters = np.full(own.size, k)
+    s = constants.sign_and_mantissa
+    raw = too_long(codes, parameters, s, constants.bits)
+    numbers = np.where(raw, 0, numbers)
+    pattern = groups.astype(np.int64)
+    low = ((codes & ((1 << k) - 1)) << s) + ((pattern >> (constants.bits - 1)) << (s - 1))
+    low = np.where(place, low + (pattern & ((1 << (s - 1)) - 1)), 0)
+    lengths, rest = assemble_rice(groups, geometry, codes, parameters, raw, low, parameters + s)
+    planes = planes_of(raw.astype(np.int64), int(raw.any())) + planes_of(numbers, p)
+    return bytes([k, p, int(raw.any()), 0]) + planes + lengths + rest, m
+
+
+def read_planes(data: bytes, count: int, groups: int) -> Ints:
+    """The numbers in `count` planes."""
+    size = -(-groups // 32) * 4
+    refuse_if(len(data) < size * count, "the segment ends within its planes")
+    numbers = np.zeros(groups, np.int64)
+    for bit in range(count):
+        flags = np.unpackbits(np.frombuffer(data[bit * size : (bit + 1) * size], np.uint8), bitorder="little")
+        refuse_if(bool(flags[groups:].any()), "padding of a plane is not zero")
+        numbers |= flags[:groups].astype(np.int64) << bit
+    return numbers
+
+
+@dataclass(frozen=True)
+class RiceParts:
+    """What a Rice segment holds: codes z [groups, 16] (0 in raw groups), words, and what each group says."""
+
+    codes: Ints
+    words: Ints
+    raw: Mask
+    delta: Mask
+    numbers: Ints
+
+
+def read_rice(data: bytes, geometry: Geometry, coding: int, param: int) -> RiceParts:
+    """Take a segment of coding `rice` or `lossless_rice` apart (without its scales)."""
+    constants, groups = TYPES[geometry.dtype], geometry.groups
+    extra, at = 0, 0
+    if coding == RICE:
+        k0, p, has_raw = param & 31, param >> 5 & 3, param >> 7
+        refuse_if(k0 + 2**p - 1 > constants.widest, "a Rice parameter beyond the largest")
+    else:
+        refuse_if(len(data) < 4, "the segment ends within its head")
+        k0, p, has_raw, zero = data[:4]
+        extra, at = constants.sign_and_mantissa, 4
+        refuse_if(k0 > 5 or p > 4 or has_raw > 1 or zero != 0, "the head")
+    size = -(-groups // 32) * 4
+    raw = read_planes(data[at:], has_raw, groups) != 0
+    at += size * has_raw
+    delta = np.zeros(groups, np.bool_)
+    if coding == RICE:
+        delta = read_planes(data[at:], 1, groups) != 0
+        at += size
+    numbers = read_planes(data[at:], p, groups)
+    at += size * p
+    parameters = np.full(groups, k0) + (numbers if coding == RICE else 0)
+    strips = strips_of(geometry)
+    refuse_if(len(data) < at + 2 * len(strips), "the segment ends within its lengths")
+    lengths = np.frombuffer(data[at : at + 2 * len(strips)], "<u2").astype(np.int64)
+    refuse_if(bool((lengths > 64 * constants.bits).any()), "a strip is too long")
+    at += 2 * len(strips)
+    count = np.where(raw, constants.bits, extra + parameters)
+    word_bytes = 2 * int(count.sum())
+    refuse_if(len(data) != at + word_bytes + 2 * int(lengths.sum()), "segment size is not what its planes imply")
+    keep = np.arange(constants.bits) < count[:, None]
+    words = np.zeros(keep.shape, np.uint16)
+    words[keep] = np.frombuffer(data[at : at + word_bytes], "<u2")
+    low = from_bit_planes(words)
+    at += word_bytes
+    codes = np.zeros((groups, 16), np.int64)
+    for strip, length in zip(strips, lengths.tolist(), strict=True):
+        stream = np.unpackbits(np.frombuffer(data[at : at + 2 * length], np.uint8), bitorder="little")
+        at += 2 * length
+        ones = np.flatnonzero(stream)
+        coded = [g for g in strip if not raw[g]]
+        refuse_if(ones.size != 16 * len(coded), "ones of a stream")
+        refuse_if(length > 0 and not stream[-16:].any(), "the last word of a stream")
+        quotients = np.diff(ones, prepend=-1) - 1
+        for g, own in zip(coded, quotients.reshape(-1, 16), strict=True):
+            codes[g] = (own << parameters[g]) | (low[g] >> extra)
+    return RiceParts(codes, low, raw, delta, numbers)
+
+
 def lossless_candidate(bits: Bits, geometry: Geometry) -> tuple[bytes, int]:
     """Rule 4: the segment in coding `lossless`, and its param m."""
     dtype, constants = geometry.dtype, TYPES[geometry.dtype]
@@ -490,7 +724,8 @@ def encode_segment(
     Args:
         bits: the page's bit patterns.
         geometry: its geometry.
-        coding: `FIXED`, `PLAIN` or `OUTLIER`: the quantised coding that is wanted (any of them for a lossless bound).
+        coding: `FIXED`, `PLAIN`, `OUTLIER` or `RICE`: the quantised coding that is wanted; for a lossless bound `RICE`
+            means `LOSSLESS_RICE`, any other `LOSSLESS`.
         bound_kind: `BOUND_LOSSLESS`, `BOUND_ABSOLUTE`, `BOUND_RELATIVE`, `BOUND_TOKEN_RMS` or `BOUND_CHANNEL_TABLE`.
         bound: the bound, a float64.
         table: the channel table, float32, H x D values.
@@ -504,6 +739,7 @@ def encode_segment(
         return Segment(raw, RAW, reason=OPAQUE_DTYPE)
 
     quantised: bytes | None = None
+    param = 0
     applied: Bounds | None = None
     if bound_kind != BOUND_LOSSLESS and is_finite(bits, geometry.dtype).any():
         if bound_kind == BOUND_TOKEN_RMS:
@@ -512,18 +748,21 @@ def encode_segment(
             applied = bounds_by_channel(table, geometry)
         else:
             applied = bounds_by_page(bits, geometry, bound_kind, bound)
-        if applied is not None:
+        if applied is not None and coding == RICE:
+            quantised, param = rice_candidate(bits, geometry, applied)
+        elif applied is not None:
             quantised = quantised_candidate(bits, geometry, coding, applied)
     best: Segment | None = None
     if quantised is not None and applied is not None:
-        best = Segment(quantised, coding | applied.steps, bound=applied.largest)
+        best = Segment(quantised, coding | applied.steps, bound=applied.largest, param=param)
     if quantised is None or len(quantised) * 8 > len(raw) * 5:
-        exact, m = lossless_candidate(bits, geometry)
+        exact_coding = LOSSLESS_RICE if coding == RICE else LOSSLESS
+        exact, m = (lossless_rice_candidate if coding == RICE else lossless_candidate)(bits, geometry)
         if best is None:
             reason = AS_ASKED if bound_kind == BOUND_LOSSLESS else TOO_FINE
-            best = Segment(exact, LOSSLESS, param=m, reason=reason)
+            best = Segment(exact, exact_coding, param=m, reason=reason)
         elif len(exact) < len(best.data):
-            best = Segment(exact, LOSSLESS, param=m, reason=LOSSLESS_SMALLER)
+            best = Segment(exact, exact_coding, param=m, reason=LOSSLESS_SMALLER)
     assert best is not None
     if len(best.data) >= len(raw):
         return Segment(raw, RAW, reason=INCOMPRESSIBLE)
@@ -599,12 +838,13 @@ def decode_segment(
         return np.full(shape, np.frombuffer(data[:value_bytes], constants.unsigned)[0], constants.unsigned)
     refuse_if(coding >= 0x40, f"unknown coding {coding}")
     coding, steps = coding & 0x0F, coding & 0x30
-    refuse_if(coding > LOSSLESS or coding < FIXED, f"unknown coding {coding}")
-    refuse_if(steps == 0x30 or (steps != BY_PAGE and coding == LOSSLESS), f"steps {steps} of coding {coding}")
+    refuse_if(coding > LOSSLESS_RICE or coding < FIXED, f"unknown coding {coding}")
+    exact = coding in (LOSSLESS, LOSSLESS_RICE)
+    refuse_if(steps == 0x30 or (steps != BY_PAGE and exact), f"steps {steps} of coding {coding}")
     refuse_if(geometry.dtype == OPAQUE, "opaque bytes in a numeric coding")
 
     bounds: Bounds | None = None
-    if coding != LOSSLESS:
+    if not exact:
         refuse_if(not MIN_BOUND <= bound <= MAX_BOUND, f"bound {bound}")
         if steps == BY_TOKEN:
             bounds = bounds_of_scales(data, geometry, np.float32(bound))
@@ -616,6 +856,8 @@ def decode_segment(
         assert bounds is not None
         data = data[len(bounds.prefix) :]
 
+    if coding in (RICE, LOSSLESS_RICE):
+        return rice_page(read_rice(data, geometry, coding, param), geometry, coding, param, bounds)
     groups = geometry.groups
     base = np.zeros(groups, np.int64)
     apart = np.zeros(groups, np.bool_)
@@ -670,6 +912,29 @@ def decode_segment(
     values = np.where(raw[:, None], codes, coded).astype(constants.unsigned)
     page = from_groups(values, geometry.tokens, geometry.channels, geometry.group_tokens)
     return page
+
+
+def rice_page(parts: RiceParts, geometry: Geometry, coding: int, param: int, bounds: Bounds | None) -> Bits:
+    """The page of a Rice segment, [T, C] bit patterns."""
+    constants = TYPES[geometry.dtype]
+    s = constants.sign_and_mantissa
+    if coding == RICE:
+        assert bounds is not None
+        q = wrap32(from_zigzag(parts.codes & 0xFFFFFFFF))
+        run = 16 if geometry.group_tokens == 1 else geometry.group_tokens
+        chained = wrap32(np.cumsum(q.reshape(-1, run), axis=1).reshape(q.shape))
+        q = np.where(parts.delta[:, None], chained, q)
+        width = width_of(zigzag(q))
+        size = step_of_each(grouped_bounds(bounds, geometry), geometry.dtype, FIXED, width)
+        coded = round_product(q, size, geometry.dtype).astype(np.int64)
+    else:
+        base = np.maximum(param - parts.numbers, 0)[:, None]
+        block, rest = parts.codes >> 2, parts.codes & 3
+        e = np.where(rest == 3, base + block + 1, base - 3 * block - rest) & ((1 << constants.exponent) - 1)
+        sign, mantissa = (parts.words >> (s - 1)) & 1, parts.words & ((1 << (s - 1)) - 1)
+        coded = (sign << (constants.bits - 1)) | (e << (s - 1)) | mantissa
+    values = np.where(parts.raw[:, None], parts.words, coded).astype(constants.unsigned)
+    return from_groups(values, geometry.tokens, geometry.channels, geometry.group_tokens)
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -745,7 +1010,7 @@ def encode_record(
     if codec == "raw":
         segments = [Segment(p.bits.astype(TYPES[p.geometry.dtype].unsigned).tobytes(), RAW) for p in pages]
     else:
-        coding = {MODE_NONE: FIXED, MODE_FIXED: FIXED, MODE_PLAIN: PLAIN, MODE_OUTLIER: OUTLIER}[mode]
+        coding = {MODE_NONE: FIXED, MODE_FIXED: FIXED, MODE_PLAIN: PLAIN, MODE_OUTLIER: OUTLIER, MODE_RICE: RICE}[mode]
         segments = [
             encode_segment(p.bits, p.geometry, coding, a.kind, a.bound, a.table)
             for p, a in zip(pages, each, strict=True)
@@ -858,7 +1123,7 @@ def decode_record(data: bytes, asked: Sequence[Asked] = ()) -> Record:
     refuse_if(any(reserved_a), "reserved bytes")
     refuse_if(named != 0 and bound_kind not in (BOUND_CHANNEL_TABLE, BOUND_BY_PAGE), "table_id")
     refuse_if(named != 0 and named != table_id(asked), "other channel tables than the record's")
-    refuse_if(mode > 3 or bound_kind > 5 or reason > 6, "mode, bound_kind or reason")
+    refuse_if(mode > 4 or bound_kind > 5 or reason > 6, "mode, bound_kind or reason")
     without = (BOUND_LOSSLESS, BOUND_CHANNEL_TABLE, BOUND_BY_PAGE)
     usable = bound == 0 if bound_kind in without else math.isfinite(bound) and bound > 0
     refuse_if(not usable, "bound")

@@ -23,6 +23,7 @@ namespace kvz {
 Scratch::~Scratch() {
   free(low);
   free(bounds);
+  free(codes);
 }
 
 bool Scratch::reserve(uint64_t groups, uint64_t vectors) {
@@ -50,6 +51,20 @@ bool Scratch::reserve(uint64_t groups, uint64_t vectors) {
     scales = reinterpret_cast<uint8_t*>(bounds + vectors);
     vectors_ = vectors;
   }
+  return true;
+}
+
+bool Scratch::reserve_codes(uint64_t tiles, uint64_t strips) {
+  if (tiles <= tiles_ && strips <= strips_) return true;
+  free(codes);
+  tiles_ = strips_ = 0;
+  // 16 values of 32 groups a tile; vectors read and write whole tiles, which need 64-byte alignment.
+  constexpr uint64_t kTileCodes = 16 * 32 * sizeof(uint32_t);
+  codes = static_cast<uint32_t*>(aligned_alloc(64, tiles * kTileCodes + (strips * sizeof(uint16_t) + 63) / 64 * 64));
+  if (codes == nullptr) return false;
+  lengths = reinterpret_cast<uint16_t*>(codes + tiles * kTileCodes / sizeof(uint32_t));
+  tiles_ = tiles;
+  strips_ = strips;
   return true;
 }
 
@@ -135,8 +150,9 @@ bool valid_geometry(const kvz_segment& s) {
 
 bool valid_for_encode(const kvz_segment& s) {
   if (!valid_geometry(s) || s.base == 0) return false;
-  if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_CHANNEL_TABLE) return false;
-  if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+  if (s.coding > KVZ_LOSSLESS_RICE || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_CHANNEL_TABLE) return false;
+  if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.coding == KVZ_LOSSLESS_RICE) return true;
+  if (s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
   if (s.bound_kind == KVZ_BOUND_CHANNEL_TABLE) return s.channel_bounds != 0;
   return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
 }
@@ -241,6 +257,86 @@ bool valid_scales(const uint8_t* scales, uint64_t vectors, float page_bound) {
   return bad == 0 && zeros(scales + vectors, (vectors + 3) / 4 * 4 - vectors);
 }
 
+uint32_t load32(const uint8_t* from) {
+  uint32_t word;
+  memcpy(&word, from, sizeof word);
+  return word;
+}
+
+uint32_t load16(const uint8_t* from) {
+  uint16_t word;
+  memcpy(&word, from, sizeof word);
+  return word;
+}
+
+// Is the stream a quotient for each of `values` codes, and zero bits to the end of its last word?
+bool valid_stream(const uint8_t* stream, uint32_t words, uint64_t values) {
+  uint64_t ones = 0;
+  for (uint32_t i = 0; i < words; ++i) ones += static_cast<uint64_t>(__builtin_popcount(load16(stream + 2 * i)));
+  return ones == values && (words == 0 || load16(stream + 2 * (words - 1)) != 0);
+}
+
+// Does a segment of coding `rice` or `lossless_rice` keep to the format? Its scale bytes are checked already.
+bool valid_rice(const kvz_segment& s, uint8_t coding, uint8_t param, const uint8_t* segment, uint64_t size) {
+  const bool lossless = coding == KVZ_LOSSLESS_RICE;
+  const Page page = page_of(s, 0);
+  const uint64_t rows = group_rows(page), columns = group_columns(page), groups = rows * columns;
+  const uint32_t bits = 8 * value_bytes(s.dtype);
+  const uint32_t extra = !lossless ? 0 : s.dtype == KVZ_BF16 ? 8 : s.dtype == KVZ_FP16 ? 11 : 24;
+  const uint32_t most = lossless ? KVZ_RICE_MOST_EXPONENT : s.dtype == KVZ_FP32 ? 24 : 14;
+  const uint64_t start = rice_head_bytes(lossless);
+  if (size < start) return false;
+  RicePage rice = rice_of_param(param);
+  if (lossless) {
+    if (segment[2] > 1 || segment[3] != 0) return false;
+    rice = {segment[0], segment[1], param, segment[2] != 0};
+  }
+  if (rice.planes > (lossless ? KVZ_RICE_BASE_PLANES : KVZ_RICE_PLANES)) return false;
+  if (rice.least + (lossless ? 0 : (1u << rice.planes) - 1u) > most) return false;
+  const uint64_t plane = rice_plane_bytes(groups), planes = rice.total_planes(lossless);
+  const uint64_t strips = rice_strips(rows, columns);
+  const uint64_t head = start + planes * plane + 2 * strips;
+  if (size < head || (size - head) % 2 != 0) return false;
+  const uint8_t* first = segment + start;
+  for (uint64_t p = 0; p < planes && groups % 32 != 0; ++p) {
+    if (load32(first + (p + 1) * plane - 4) >> groups % 32 != 0) return false;
+  }
+  const uint8_t* raws = rice.any_raw ? first : nullptr;
+  const uint8_t* numbers = first + (planes - rice.planes) * plane;
+  const uint8_t* lengths = first + planes * plane;
+  uint64_t words = 0;
+  for (uint64_t w = 0; w < plane / 4; ++w) {
+    const uint32_t inside = groups - 32 * w < 32 ? (1u << groups % 32) - 1u : ~0u;
+    const uint32_t raw = raws != nullptr ? load32(raws + 4 * w) : 0, coded = inside & ~raw;
+    words += static_cast<uint64_t>(bits) * static_cast<uint64_t>(__builtin_popcount(raw));
+    words += static_cast<uint64_t>(extra + rice.least) * static_cast<uint64_t>(__builtin_popcount(coded));
+    for (uint32_t p = 0; p < rice.planes && !lossless; ++p) {
+      words += static_cast<uint64_t>(__builtin_popcount(load32(numbers + p * plane + 4 * w) & coded)) << p;
+    }
+  }
+  uint64_t quotients = 0;
+  for (uint64_t i = 0; i < strips; ++i) {
+    const uint32_t length = load16(lengths + 2 * i);
+    if (length > KVZ_STRIP_GROUPS * bits) return false;
+    quotients += length;
+  }
+  if (size != head + 2 * (words + quotients)) return false;
+
+  const uint8_t* stream = segment + head + 2 * words;
+  const uint64_t per_row = (columns + KVZ_STRIP_GROUPS - 1) / KVZ_STRIP_GROUPS;
+  for (uint64_t i = 0; i < strips; ++i) {
+    const uint64_t g = i / per_row * columns + i % per_row * KVZ_STRIP_GROUPS;
+    const uint64_t left = columns - i % per_row * KVZ_STRIP_GROUPS;
+    const uint64_t count = left < KVZ_STRIP_GROUPS ? left : KVZ_STRIP_GROUPS;
+    uint64_t coded = count;
+    for (uint64_t k = 0; k < count && raws != nullptr; ++k) coded -= raws[(g + k) / 8] >> (g + k) % 8 & 1u;
+    const uint32_t length = load16(lengths + 2 * i);
+    if (!valid_stream(stream, length, KVZ_GROUP_VALUES * coded)) return false;
+    stream += 2 * length;
+  }
+  return true;
+}
+
 // Does the segment keep to the format? `size` bytes at `segment` are readable.
 bool valid_segment(const kvz_segment& s, const kvz_entry& entry, const uint8_t* segment) {
   const uint64_t raw_bytes = raw_bytes_of(s), groups = groups_of(s);
@@ -252,8 +348,8 @@ bool valid_segment(const kvz_segment& s, const kvz_entry& entry, const uint8_t* 
   }
   const uint8_t coding = entry.coding & KVZ_CODING_MASK, steps = entry.coding & KVZ_STEPS_MASK;
   if (s.dtype == KVZ_OPAQUE || entry.coding >= 0x40 || steps == KVZ_STEPS_MASK) return false;
-  if (coding < KVZ_FIXED || coding > KVZ_LOSSLESS) return false;
-  const bool lossless = coding == KVZ_LOSSLESS;
+  if (coding < KVZ_FIXED || coding > KVZ_LOSSLESS_RICE) return false;
+  const bool lossless = coding == KVZ_LOSSLESS || coding == KVZ_LOSSLESS_RICE;
   if (lossless && steps != KVZ_STEPS_PAGE) return false;
   if (!lossless && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return false;
   if (steps == KVZ_STEPS_TOKEN) {
@@ -262,6 +358,8 @@ bool valid_segment(const kvz_segment& s, const kvz_entry& entry, const uint8_t* 
     segment += prefix;
     size -= prefix;
   }
+
+  if (rice_coding(coding)) return valid_rice(s, coding, entry.param, segment, size);
 
   const uint32_t bits = 8 * item;
   const uint32_t exponent_bits = s.dtype == KVZ_FP16 ? 5 : 8;
@@ -343,12 +441,20 @@ class Need {
       const uint64_t groups = groups_of(segments[s]), vectors = vectors_of(segments[s]);
       groups_ = groups > groups_ ? groups : groups_;
       vectors_ = vectors > vectors_ ? vectors : vectors_;
+      if (!rice_coding(segments[s].coding)) continue;
+      const Page page = page_of(segments[s], 0);
+      const uint64_t tiles = group_rows(page) * ((group_columns(page) + 31) / 32);
+      const uint64_t strips = rice_strips(group_rows(page), group_columns(page));
+      tiles_ = tiles > tiles_ ? tiles : tiles_;
+      strips_ = strips > strips_ ? strips : strips_;
     }
   }
-  bool reserve(Scratch& scratch) const { return scratch.reserve(groups_, vectors_); }
+  bool reserve(Scratch& scratch) const {
+    return scratch.reserve(groups_, vectors_) && (tiles_ == 0 || scratch.reserve_codes(tiles_, strips_));
+  }
 
  private:
-  uint64_t groups_ = 0, vectors_ = 0;
+  uint64_t groups_ = 0, vectors_ = 0, tiles_ = 0, strips_ = 0;
 };
 
 }  // namespace

@@ -28,13 +28,17 @@ inline uint64_t page_values(const Page& page) {
   return static_cast<uint64_t>(page.tokens) * page.heads * page.head_dim;
 }
 
-inline uint64_t page_groups(const Page& page) {
+inline uint64_t page_vectors(const Page& page) { return static_cast<uint64_t>(page.tokens) * page.heads; }
+
+// Rows and columns of groups.
+inline uint64_t group_rows(const Page& page) { return (page.tokens - 1u) / page.group_tokens + 1u; }
+inline uint64_t group_columns(const Page& page) {
   const uint64_t channels = static_cast<uint64_t>(page.heads) * page.head_dim;
-  const uint64_t columns = 16 / page.group_tokens;
-  return (page.tokens + page.group_tokens - 1u) / page.group_tokens * ((channels + columns - 1) / columns);
+  const uint64_t a = 16 / page.group_tokens;
+  return (channels - 1) / a + 1;
 }
 
-inline uint64_t page_vectors(const Page& page) { return static_cast<uint64_t>(page.tokens) * page.heads; }
+inline uint64_t page_groups(const Page& page) { return group_rows(page) * group_columns(page); }
 
 // Bytes before the classes of a quantised segment: the scale bytes of its tokens and heads, padded.
 inline uint64_t prefix_bytes(const Page& page, uint8_t coding) {
@@ -52,6 +56,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch();
   bool reserve(uint64_t groups, uint64_t vectors);
+  bool reserve_codes(uint64_t tiles, uint64_t strips);
 
   int32_t* low = nullptr;        // least and largest value of a group, as keys that order like the values
   int32_t* high = nullptr;       // (16-bit dtypes use half of each array)
@@ -61,9 +66,11 @@ class Scratch {
   uint16_t* bases = nullptr;     // base nibbles of the lossless candidate
   float* bounds = nullptr;       // bound of each token and head; NaN where there is no usable one
   uint8_t* scales = nullptr;     // scale byte of each token and head, and room to pad
+  uint32_t* codes = nullptr;     // codes of all tiles, for the encoder of Rice codes
+  uint16_t* lengths = nullptr;   // words of the quotients of each strip
 
  private:
-  uint64_t groups_ = 0, vectors_ = 0;
+  uint64_t groups_ = 0, vectors_ = 0, tiles_ = 0, strips_ = 0;
 };
 
 struct Kernels {
@@ -86,6 +93,7 @@ struct Kernels {
 
 // Bytes of the class array, with its padding, and of the base array of a lossless segment.
 inline bool byte_classes(uint8_t dtype, uint8_t coding) { return coding == 4 || (dtype == 2 && coding != 5); }
+inline bool rice_coding(uint8_t coding) { return coding == 6 || coding == 7; }
 inline uint64_t class_bytes(uint8_t dtype, uint8_t coding, uint64_t groups) {
   const uint64_t bytes = byte_classes(dtype, coding) ? groups : (groups + 1) / 2;
   return (bytes + 3) / 4 * 4;

@@ -1020,6 +1020,20 @@ KVZ_NOINLINE void take_tile(const uint8_t* in, const Widths& widths, int32_t* fi
 
 #include "cpu_steps.inl"
 
+// The values of raw groups are their codes.
+template <class Word>
+KVZ_NOINLINE void restore_raw(const Codes& codes, const uint16_t* classes, uint16_t raw, Tile<Word>& tile) {
+  for (uint32_t k = 0; k < tile.count; ++k) {
+    if (classes[k] != raw) continue;
+    for (int i = 0; i < kValues; ++i) {
+      uint32_t v = codes.half[0][i][k];
+      if (sizeof(Word) == 4) v |= static_cast<uint32_t>(codes.half[1][i][k]) << 16;
+      const Word word = static_cast<Word>(v);
+      memcpy(tile.row(i) + k * sizeof word, &word, sizeof word);
+    }
+  }
+}
+
 // ---- encode -------------------------------------------------------------------------------------
 
 template <int DTYPE, int CODING>
@@ -1091,6 +1105,8 @@ static void copy_page(const Geometry& geo, uint8_t* linear, bool to_page) {
   }
 }
 
+#include "cpu_rice.inl"
+
 static void write_constant(const Geometry& geo, const uint8_t* value, uint8_t* out, kvz_entry* entry) {
   memset(out, 0, KVZ_CONSTANT_BYTES);
   memcpy(out, value, value_bytes(geo.page.dtype));
@@ -1105,6 +1121,44 @@ static void write_raw(const Geometry& geo, uint8_t reason, uint8_t* out, kvz_ent
   entry->reason = reason;
 }
 
+// Write the smaller of the Rice-coded candidates; false if neither is smaller than raw values.
+template <int DTYPE>
+static bool encode_rice(const Geometry& geo, const BoundSource& source, bool lossy, uint64_t raw_bytes,
+                        Scratch& scratch, uint8_t* out, uint64_t capacity, kvz_entry* entry) {
+  const uint64_t groups = static_cast<uint64_t>(geo.rows) * geo.columns;
+  const uint64_t prefix = prefix_bytes(geo.page, source.steps);
+  uint64_t quantised_bytes = ~0ull, lossless_bytes = ~0ull;
+  RicePage quantised_page, lossless_page;
+  const auto quantise = [&] {
+    rice_codes<DTYPE>(geo, source, scratch);
+    quantised_page = rice_page(groups, Traits<DTYPE>::kMaxWidth, scratch.classes);
+    quantised_bytes = prefix + rice_size<DTYPE, KVZ_RICE>(geo, scratch, quantised_page);
+  };
+  if (source.page > 0.0f) quantise();
+  if (source.page == 0.0f || quantised_bytes * 8 > raw_bytes * 5) {
+    lossless_page = lossless_rice_codes<DTYPE>(geo, scratch);
+    lossless_bytes = rice_size<DTYPE, KVZ_LOSSLESS_RICE>(geo, scratch, lossless_page);
+    if (quantised_bytes <= lossless_bytes) quantise();  // its codes gave way to the other ones
+  }
+  const bool quantised = quantised_bytes <= lossless_bytes;
+  const uint64_t size = quantised ? quantised_bytes : lossless_bytes;
+  if (size >= raw_bytes) return false;
+  const uint8_t* end = out + capacity;
+  entry->size = static_cast<uint32_t>(size);
+  if (quantised) {
+    entry->coding = static_cast<uint8_t>(KVZ_RICE | source.steps);
+    entry->bound = source.page;
+    entry->param = static_cast<uint8_t>(rice_param(quantised_page));
+    write_rice<DTYPE, KVZ_RICE>(geo, quantised_page, scratch, put_scales(geo, prefix, scratch, out), end);
+  } else {
+    entry->coding = KVZ_LOSSLESS_RICE;
+    entry->param = static_cast<uint8_t>(lossless_page.base);
+    entry->reason = !lossy ? KVZ_AS_ASKED : source.page == 0.0f ? KVZ_BOUND_TOO_FINE : KVZ_LOSSLESS_SMALLER;
+    write_rice<DTYPE, KVZ_LOSSLESS_RICE>(geo, lossless_page, scratch, out, end);
+  }
+  return true;
+}
+
 template <int DTYPE>
 static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind, double bound, Scratch& scratch,
                          uint8_t* out, uint64_t capacity, kvz_entry* entry) {
@@ -1113,7 +1167,7 @@ static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind
   const PageExtremes page = page_extremes<DTYPE>(geo, scratch);
   if (page.equal) return write_constant(geo, geo.page.base, out, entry);
 
-  const bool lossy = coding != KVZ_LOSSLESS && bound_kind != KVZ_BOUND_LOSSLESS;
+  const bool lossy = coding != KVZ_LOSSLESS && coding != KVZ_LOSSLESS_RICE && bound_kind != KVZ_BOUND_LOSSLESS;
   BoundSource source = {KVZ_STEPS_PAGE, 0.0f, scratch.bounds, geo.page.channel_bounds};
   if (lossy && page.any_finite) {
     if (bound_kind == KVZ_BOUND_TOKEN_RMS) {
@@ -1125,6 +1179,10 @@ static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind
     } else {
       source.page = page_bound(bound_kind, bound, page.low, page.high);
     }
+  }
+  if (rice_coding(coding)) {
+    if (encode_rice<DTYPE>(geo, source, lossy, raw_bytes, scratch, out, capacity, entry)) return;
+    return write_raw(geo, KVZ_INCOMPRESSIBLE, out, entry);
   }
   uint64_t quantised_bytes = ~0ull, lossless_bytes = ~0ull;
   const uint64_t prefix = prefix_bytes(geo.page, source.steps);
@@ -1163,11 +1221,7 @@ static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind
   }
   entry->coding = static_cast<uint8_t>(coding | source.steps);
   entry->bound = source.page;
-  if (prefix > 0) {
-    memset(out + prefix - 4, 0, 4);
-    memcpy(out, scratch.scales, page_vectors(geo.page));
-    out += prefix;
-  }
+  out = put_scales(geo, prefix, scratch, out);
   const uint16_t* classes = scratch.classes;
   out = byte_classes(DTYPE, coding) ? put_bytes(classes, groups, out) : put_nibbles(classes, groups, out);
   switch (coding) {
@@ -1300,20 +1354,6 @@ KVZ_INLINE void restore_tile(const Codes& codes, const uint16_t* base, Tile<type
   }
 }
 
-// The values of raw groups are their codes.
-template <class Word>
-KVZ_NOINLINE void restore_raw(const Codes& codes, const uint16_t* classes, uint16_t raw, Tile<Word>& tile) {
-  for (uint32_t k = 0; k < tile.count; ++k) {
-    if (classes[k] != raw) continue;
-    for (int i = 0; i < kValues; ++i) {
-      uint32_t v = codes.half[0][i][k];
-      if (sizeof(Word) == 4) v |= static_cast<uint32_t>(codes.half[1][i][k]) << 16;
-      const Word word = static_cast<Word>(v);
-      memcpy(tile.row(i) + k * sizeof word, &word, sizeof word);
-    }
-  }
-}
-
 template <int DTYPE, int CODING>
 static void decode_words(const Geometry& geo, const uint8_t* in, const kvz_entry& entry, Scratch& scratch) {
   using Word = typename Traits<DTYPE>::word;
@@ -1388,6 +1428,10 @@ static void decode_typed(const Geometry& geo, const uint8_t* segment, const kvz_
       return decode_words<DTYPE, KVZ_PLAIN>(geo, segment, entry, scratch);
     case KVZ_OUTLIER:
       return decode_words<DTYPE, KVZ_OUTLIER>(geo, segment, entry, scratch);
+    case KVZ_RICE:
+      return read_rice<DTYPE, KVZ_RICE>(geo, segment, entry, scratch);
+    case KVZ_LOSSLESS_RICE:
+      return read_rice<DTYPE, KVZ_LOSSLESS_RICE>(geo, segment, entry, scratch);
     default:
       return decode_words<DTYPE, KVZ_LOSSLESS>(geo, segment, entry, scratch);
   }

@@ -107,7 +107,16 @@ KVZ_INLINE void quantise_values(const TileValues<DTYPE>& values, uint32_t length
 // Codes of `fixed` at the steps of the widths of the lanes.
 template <int DTYPE>
 KVZ_NOINLINE void quantise_at(const TileValues<DTYPE>& values, const TileBounds& bounds, const int32_t* width,
-                              TileCodes& codes) {
+                              bool alike, TileCodes& codes) {
+  if (alike) {  // all rows have the same bounds
+    alignas(64) float inverse[kTile];
+    for (int k = 0; k < kTile; ++k) {
+      const float bound = bounds.row[0][k];
+      inverse[k] = bound > 0.0f ? inverse_step(step_of<DTYPE>(KVZ_FIXED, width[k], bound)) : 0.0f;
+    }
+    quantise_values<DTYPE, false>(values, 1, [&](int, int k) { return inverse[k]; }, codes);
+    return;
+  }
   quantise_values<DTYPE, false>(
       values, 1,
       [&](int i, int k) {
@@ -154,6 +163,7 @@ template <int DTYPE, int CODING>
 KVZ_NOINLINE void value_classes(const Geometry& geo, const BoundSource& source, uint16_t* classes) {
   using Tr = Traits<DTYPE>;
   constexpr bool delta = CODING != KVZ_FIXED;
+  const bool alike = source.steps != KVZ_STEPS_TOKEN && geo.a == 1;
   const uint16_t raw = static_cast<uint16_t>(raw_class(byte_classes(DTYPE, CODING)));
   const uint32_t length = geo.g == 1 ? KVZ_GROUP_VALUES : geo.g;
   Tile<typename Tr::word> tile;
@@ -179,7 +189,7 @@ KVZ_NOINLINE void value_classes(const Geometry& geo, const BoundSource& source, 
       for (int k = 0; k < kTile; ++k) width[k] = bit_length(any[k]) - (CODING == KVZ_FIXED && any[k] != 0 ? 1 : 0);
       if (CODING == KVZ_FIXED && DTYPE != KVZ_FP32) {  // a bit less, if the step of that width allows it
         for (int k = 0; k < kTile; ++k) width[k] = bad[k] != 0 ? 0 : width[k];
-        quantise_at<DTYPE>(values, bounds, width, codes);
+        quantise_at<DTYPE>(values, bounds, width, alike, codes);
         or_codes(codes, 0, rest);
         for (int k = 0; k < kTile; ++k) width[k] = bit_length(rest[k]) <= width[k] ? width[k] : bit_length(any[k]);
       } else if (CODING == KVZ_FIXED) {
@@ -209,7 +219,7 @@ KVZ_NOINLINE void value_codes(const Geometry& geo, const BoundSource& source, ui
   if (CODING == KVZ_FIXED) {
     alignas(64) int32_t width[kTile];
     for (int k = 0; k < kTile; ++k) width[k] = classes[k] & 63;
-    quantise_at<DTYPE>(values, bounds, width, z);
+    quantise_at<DTYPE>(values, bounds, width, source.steps != KVZ_STEPS_TOKEN && geo.a == 1, z);
   } else {
     quantise_coarse<DTYPE, true>(values, bounds, length, z);
   }
@@ -339,4 +349,13 @@ KVZ_INLINE float largest_channel_bound(const Geometry& geo) {
     largest = b > largest ? b : largest;
   }
   return largest;
+}
+
+// The scale bytes of a segment that begins with them.
+KVZ_INLINE uint8_t* put_scales(const Geometry& geo, uint64_t prefix, const Scratch& scratch, uint8_t* out) {
+  if (prefix > 0) {
+    memset(out + prefix - 4, 0, 4);
+    memcpy(out, scratch.scales, page_vectors(geo.page));
+  }
+  return out + prefix;
 }

@@ -30,6 +30,15 @@ enum kvz_coding : uint8_t {
   KVZ_PLAIN = 3,
   KVZ_OUTLIER = 4,
   KVZ_LOSSLESS = 5,
+  KVZ_RICE = 6,
+  KVZ_LOSSLESS_RICE = 7,
+};
+
+enum : uint32_t {
+  KVZ_STRIP_GROUPS = 64,       // groups of a row whose quotients are one stream
+  KVZ_RICE_PLANES = 3,         // most planes of Rice parameters
+  KVZ_RICE_BASE_PLANES = 4,    // most planes of exponent bases
+  KVZ_RICE_MOST_EXPONENT = 5,  // largest Rice parameter of `lossless_rice`
 };
 
 // Bits 4 and 5 of a quantised segment's coding: what its bound depends on.

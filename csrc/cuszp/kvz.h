@@ -60,7 +60,7 @@ typedef struct kvz_entry {
   float bound;      // largest absolute bound that was applied; 0 where the segment is exact
   uint8_t coding;   // kvz_coding, and kvz_steps
   uint8_t kind;     // as in kvz_segment
-  uint8_t param;    // `lossless`: exponent base of the page
+  uint8_t param;    // `lossless`, `lossless_rice`: exponent base of the page; `rice`: its parameters
   uint8_t reason;   // kvz_reason
 } kvz_entry;
 

@@ -262,4 +262,113 @@ KVZ_HD uint32_t lossless_value(uint32_t code, uint32_t base) {
   return (sign << (Tr::kBits - 1)) | (exponent << Tr::kFraction) | fraction;
 }
 
+// ---- Rice codes
+// ---------------------------------------------------------------------------------------------------------
+//
+// R. F. Rice: "Some Practical Universal Noiseless Coding Techniques", JPL 79-22, 1979. A code z is z >> k in unary and
+// the low k bits as they are.
+
+// What the groups of a page share.
+struct RicePage {
+  uint32_t least = 0;   // `rice`: the least parameter of a group; `lossless_rice`: the parameter of all
+  uint32_t planes = 0;  // bits a group: of its parameter above the least one; of its base below `base`
+  uint32_t base = 0;    // `lossless_rice`: the largest exponent base
+  bool any_raw = false;
+
+  // Planes of `rice`; `lossless_rice` lacks that of the differences.
+  KVZ_HD uint32_t total_planes(bool lossless) const { return planes + (any_raw ? 1u : 0u) + (lossless ? 0u : 1u); }
+};
+
+KVZ_HD uint64_t rice_plane_bytes(uint64_t groups) { return (groups + 31) / 32 * 4; }
+KVZ_HD uint64_t rice_strips(uint64_t rows, uint64_t columns) {
+  return rows * ((columns + KVZ_STRIP_GROUPS - 1) / KVZ_STRIP_GROUPS);
+}
+
+// Bytes before the planes: `rice` has its parameters in the segment table, `lossless_rice` its base alone.
+KVZ_HD uint64_t rice_head_bytes(bool lossless) { return lossless ? 4 : 0; }
+
+// The table's `param` of a `rice` segment.
+KVZ_HD uint32_t rice_param(const RicePage& page) { return page.least | page.planes << 5 | (page.any_raw ? 128u : 0u); }
+KVZ_HD RicePage rice_of_param(uint32_t param) {
+  RicePage page;
+  page.least = param & 31u;
+  page.planes = param >> 5 & 3u;
+  page.any_raw = param >> 7 != 0;
+  return page;
+}
+
+// The parameter for 16 codes of this sum.
+KVZ_HD int rice_parameter(uint32_t sum) { return bit_length((9u * sum) >> 8); }
+
+constexpr uint32_t kRiceParameters = 32, kRiceBases = 32;
+
+// About how many bits a group takes more when its parameter lies `far` above or below the best one (measured).
+KVZ_HD uint32_t rice_above(uint32_t far) { return far == 1 ? 5 : 16 * far - 15; }
+KVZ_HD uint32_t rice_below(uint32_t far) { return (20u << far) - 16 * far - 18; }
+
+// The window of parameters, `least` to least + 2^planes - 1, that suits a page: histogram[k] of `groups` groups have
+// the best parameter k <= most.
+KVZ_HD RicePage rice_window(const uint32_t* histogram, uint64_t groups, uint32_t most) {
+  RicePage best;
+  uint64_t cost = ~0ull;
+  for (uint32_t planes = 0; planes <= KVZ_RICE_PLANES; ++planes) {
+    const uint32_t size = 1u << planes;
+    for (uint32_t least = 0; least + size - 1 <= most; ++least) {
+      uint64_t sum = planes * groups;
+      for (uint32_t k = 0; k <= most; ++k) {
+        const uint32_t top = least + size - 1;
+        sum += static_cast<uint64_t>(histogram[k]) * (k > top     ? rice_below(k - top)
+                                                      : k < least ? rice_above(least - k)
+                                                                  : 0);
+      }
+      if (sum < cost) {
+        cost = sum;
+        best.least = least;
+        best.planes = planes;
+      }
+    }
+  }
+  return best;
+}
+
+// The exponent base of a group from the sum of its 16 exponent fields.
+template <int DTYPE>
+KVZ_HD uint32_t rice_base(uint32_t sum) {
+  const uint32_t base = (sum + 20u) >> 4, most = (1u << Traits<DTYPE>::kExponentBits) - 1u;
+  return base < most ? base : most;
+}
+
+// The window of bases, `base` down to base - 2^planes + 1, that suits a page: histogram[i] of `groups` groups have a
+// base i below `highest` (the last: or more).
+KVZ_HD RicePage rice_bases(const uint32_t* histogram, uint64_t groups, uint32_t highest) {
+  RicePage best;
+  uint64_t cost = ~0ull;
+  for (uint32_t planes = 0; planes <= KVZ_RICE_BASE_PLANES; ++planes) {
+    const uint32_t size = 1u << planes;
+    for (uint32_t lower = 0; lower < 8 && lower <= highest; ++lower) {
+      uint64_t sum = planes * groups;
+      for (uint32_t i = 0; i < kRiceBases; ++i) {
+        const uint32_t last = lower + size - 1;
+        sum += static_cast<uint64_t>(histogram[i]) * (i < lower ? 32 * (lower - i) : i > last ? 11 * (i - last) : 0);
+      }
+      if (sum < cost) {
+        cost = sum;
+        best.base = highest - lower;
+        best.planes = planes;
+      }
+    }
+  }
+  return best;
+}
+
+// Exponents around a base: three of four codes are for those at the base or below, the fourth for those above.
+KVZ_HD uint32_t rice_exponent_code(uint32_t base, uint32_t exponent) {
+  const uint32_t below = base - exponent, above = exponent - base;
+  return exponent <= base ? below / 3 * 4 + below % 3 : 4 * above - 1;
+}
+KVZ_HD uint32_t rice_exponent(uint32_t base, uint32_t code) {
+  const uint32_t block = code >> 2, rest = code & 3u;
+  return rest == 3 ? base + block + 1 : base - 3 * block - rest;
+}
+
 }  // namespace kvz

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""The default codec: error-bounded quantisation with fixed-length codes, after cuSZp, made for KV pages.
+"""The default codec: error-bounded quantisation with fixed-length or Rice codes, after cuSZp, made for KV pages.
 
 The algorithm is that of cuSZp (Huang et al., SC'23) in outline: uniform quantisation to the bound, small groups with a
 rate of their own, fixed-length codes, optional delta. What differs, and why, is in ``docs/reference/format.md``. The
@@ -20,15 +20,15 @@ from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
 from kvzip.record import ENTRY_DTYPE, Coding
 from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound
 
-_CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER}
+_CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER, "rice": Coding.RICE}
 
 
 class CuszpCodec(Codec):
     """Error-bounded and lossless coding along tokens.
 
     Modes: ``fixed`` (each value by itself), ``plain`` (differences along the group), ``outlier`` (differences, the
-        first
-    value kept apart where that is smaller).
+    first value kept apart where that is smaller), all with fixed-length codes; ``rice`` (Rice codes of values or
+    differences, whichever are smaller, and of exponents where every bit has to come back).
     """
 
     name: ClassVar[str] = "cuszp"
@@ -82,7 +82,9 @@ def coding_of(request: EncodeRequest) -> Coding | list[Coding]:
 
 
 def _coding(bound: ErrorBound, mode: str) -> Coding:
-    return Coding.LOSSLESS if bound.kind is BoundKind.LOSSLESS else _CODINGS[mode]
+    if bound.kind is BoundKind.LOSSLESS:
+        return Coding.LOSSLESS_RICE if mode == "rice" else Coding.LOSSLESS
+    return _CODINGS[mode]
 
 
 def _stack(tables: Sequence[Table]) -> npt.NDArray[Any]:

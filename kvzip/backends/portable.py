@@ -109,7 +109,7 @@ class PortableCodec(Codec):
         """Encode a batch; see `Codec.encode_blocks`."""
         self.check_mode(request.mode)
         bounds = {request.bound} if isinstance(request.bound, ErrorBound) else set(request.bound)
-        known = all(
+        known = request.mode != "rice" and all(
             b.kind is BoundKind.LOSSLESS or (request.mode == "fixed" and b.kind in triton.BOUND_KINDS) for b in bounds
         )
         if not (self._triton_takes(blocks) and known):

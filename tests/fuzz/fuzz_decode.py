@@ -61,16 +61,18 @@ def corpus() -> list[bytes]:
     records = []
     for dtype in adv.NUMERIC:
         for group_tokens in adv.GROUP_TOKENS:
-            for mode in (ref.MODE_FIXED, ref.MODE_PLAIN, ref.MODE_OUTLIER):
+            for mode in (ref.MODE_FIXED, ref.MODE_PLAIN, ref.MODE_OUTLIER, ref.MODE_RICE):
                 seed = 100 * dtype + 10 * group_tokens + mode
-                shape = [(8, 1, 6), (5, 2, 3), (16, 1, 3)][mode - 1]
+                shape = [(8, 1, 6), (5, 2, 3), (16, 1, 3), (17, 2, 35)][mode - 1]
                 geometry = ref.Geometry(*shape, dtype, group_tokens)
                 flavours = ("normal", "some_specials", "lattice")
                 pages = [ref.Page(adv.page_bits(f, seed, geometry), geometry, 1) for f in flavours[: 1 + seed % 3]]
                 records.append(ref.encode_record(pages, mode=mode, bound=[3e-2, 1e-2, 1e-1][seed % 3], dims=""))
             geometry = ref.Geometry(7, 1, 9, dtype, group_tokens)
             pages = [ref.Page(adv.page_bits(f, 3, geometry), geometry) for f in ("normal", "constant", "any_bits")]
-            records.append(ref.encode_record(pages, bound_kind=ref.BOUND_LOSSLESS, bound=0.0))
+            for mode in (ref.MODE_FIXED, ref.MODE_RICE):
+                records.append(ref.encode_record(pages, mode=mode, bound_kind=ref.BOUND_LOSSLESS, bound=0.0))
+                records.append(ref.encode_record(pages, mode=mode, bound_kind=ref.BOUND_TOKEN_RMS, bound=0.1))
     opaque = ref.Geometry(1, 1, 50, ref.OPAQUE, 1)
     records.append(ref.encode_record([ref.Page(adv.page_bits("any_bits", 1, opaque), opaque)]))
     records.append(ref.encode_record([ref.Page(adv.page_bits("constant", 1, opaque), opaque)] * 2))

@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parent / "v1"
 MANIFEST = FOLDER / "manifest.json"
 DTYPES = {"bf16": ref.BF16, "fp16": ref.FP16, "fp32": ref.FP32}
 CODINGS = {"fixed": ref.FIXED, "plain": ref.PLAIN, "outlier": ref.OUTLIER}
-MODES = {ref.FIXED: ref.MODE_FIXED, ref.PLAIN: ref.MODE_PLAIN, ref.OUTLIER: ref.MODE_OUTLIER}
+MODES = {ref.FIXED: ref.MODE_FIXED, ref.PLAIN: ref.MODE_PLAIN, ref.OUTLIER: ref.MODE_OUTLIER, ref.RICE: ref.MODE_RICE}
 
 
 class Lcg:
@@ -61,6 +61,7 @@ class Case:
     dims: str = ""
     measured: bool = False
     codings: tuple[int, ...] = ()  # that the segments must have, in order
+    asked: tuple[ref.Asked, ...] | None = None  # a bound for each page; bound_kind is 5 then
 
     def encode(self) -> bytes:
         """The record, from the reference codec."""
@@ -70,6 +71,7 @@ class Case:
             "bound": self.bound,
             "codec": self.codec,
             "dims": self.dims,
+            "asked": self.asked,
         }
         record = ref.encode_record(self.pages, **options)
         return ref.encode_record(self.pages, **options, max_error=self.max_error(record)) if self.measured else record
@@ -77,7 +79,7 @@ class Case:
     def max_error(self, record: bytes) -> float:
         """Largest error over the finite values."""
         largest = 0.0
-        for page, decoded in zip(self.pages, ref.decode_record(record).pages, strict=True):
+        for page, decoded in zip(self.pages, ref.decode_record(record, self.asked or ()).pages, strict=True):
             finite = ref.is_finite(page.bits, page.geometry.dtype)
             before = ref.to_float32(page.bits[finite], page.geometry.dtype).astype(np.float64)
             after = ref.to_float32(decoded[finite], page.geometry.dtype).astype(np.float64)
@@ -150,6 +152,41 @@ def cases() -> Iterator[Case]:
             constant = np.full((19, 21), anything(rng, tails)[0, 0])
             yield Case(f"{dtype_name}_constant_g{group_tokens}", (ref.Page(constant, tails),), codings=(ref.CONSTANT,))
     yield from whole_records()
+    yield from rice_and_bounds()
+
+
+def rice_and_bounds() -> Iterator[Case]:
+    """The Rice codings, and bounds that differ within a page, in every coding that has them."""
+    for dtype_name, dtype in DTYPES.items():
+        for group_tokens in (16, 8, 4, 2, 1):
+            rng = Lcg(5000 + 1000 * dtype + group_tokens)
+            whole = ref.Geometry(16, 1, 32, dtype, group_tokens)
+            tails = ref.Geometry(19, 3, 35, dtype, group_tokens)
+            pages = (ref.Page(smooth(rng, whole), whole, 1), ref.Page(smooth(rng, tails, specials=True), tails, 2))
+            name = f"{dtype_name}_rice_g{group_tokens}"
+            yield Case(name, pages, mode=ref.MODE_RICE, bound=2e-2, codings=(ref.RICE, ref.RICE))
+            yield Case(
+                f"{dtype_name}_lossless_rice_g{group_tokens}",
+                (pages[0], ref.Page(smooth(rng, whole, specials=True), whole, 2)),
+                mode=ref.MODE_RICE,
+                bound_kind=ref.BOUND_LOSSLESS,
+                bound=0.0,
+                codings=(ref.LOSSLESS_RICE, ref.LOSSLESS_RICE),
+            )
+            for coding_name, coding in {**CODINGS, "rice": ref.RICE}.items():
+                if coding in (ref.PLAIN, ref.OUTLIER) and group_tokens not in (16, 2):
+                    continue
+                tables = [((1 + rng.words(g.channels) % 15) / 64).astype(np.float32) for g in (whole, tails)]
+                asked = (ref.Asked(ref.BOUND_CHANNEL_TABLE, 0.0, tables[0]), ref.Asked(ref.BOUND_TOKEN_RMS, 0.125))
+                yield Case(
+                    f"{dtype_name}_{coding_name}_within_g{group_tokens}",
+                    pages,
+                    mode=MODES[coding],
+                    bound_kind=ref.BOUND_BY_PAGE,
+                    bound=0.0,
+                    codings=(coding | ref.BY_CHANNEL, coding | ref.BY_TOKEN),
+                    asked=asked,
+                )
 
 
 def whole_records() -> Iterator[Case]:
@@ -192,7 +229,7 @@ def sha256(data: bytes) -> str:
 
 def describe(case: Case, record: bytes) -> dict[str, Any]:
     """What the manifest says of a golden record."""
-    decoded = ref.decode_record(record)
+    decoded = ref.decode_record(record, case.asked or ())
     if case.codings:
         assert tuple(e.coding for e in decoded.entries) == case.codings, (case.name, decoded.entries)
     return {

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvzip.calibration import CalibrationTable
 from kvzip.errors import CorruptRecordError
 
-CODINGS = (ref.FIXED, ref.PLAIN, ref.OUTLIER)
+CODINGS = (ref.FIXED, ref.PLAIN, ref.OUTLIER, ref.RICE)
 
 
 def assert_same_codec(bits: adv.Bits, geometry: ref.Geometry, coding: int, asked: ref.Asked) -> ref.Segment:
@@ -32,7 +32,7 @@ def assert_same_codec(bits: adv.Bits, geometry: ref.Geometry, coding: int, asked
     )
     np.testing.assert_array_equal(decoded, reference)
     assert len(expected.data) <= max(4, geometry.raw_bytes)
-    if expected.coding in (ref.RAW, ref.CONSTANT, ref.LOSSLESS):
+    if expected.coding in (ref.RAW, ref.CONSTANT, ref.LOSSLESS, ref.LOSSLESS_RICE):
         np.testing.assert_array_equal(decoded, bits)
     else:
         assert_bound(bits, decoded, geometry, asked)

@@ -22,7 +22,7 @@ from kvzip.backends.registry import get_codec
 from kvzip.errors import CorruptRecordError
 from kvzip.types import BlockView
 
-CODINGS = (ref.FIXED, ref.PLAIN, ref.OUTLIER)
+CODINGS = (ref.FIXED, ref.PLAIN, ref.OUTLIER, ref.RICE)
 ALL_DTYPES = (*adv.NUMERIC, ref.OPAQUE)
 
 
@@ -43,7 +43,7 @@ def assert_promises(
 ) -> None:
     """The bound in the output dtype, every other value bit for bit, and the size."""
     assert len(segment.data) <= max(4, geometry.raw_bytes)
-    if segment.coding in (ref.RAW, ref.CONSTANT, ref.LOSSLESS):
+    if segment.coding in (ref.RAW, ref.CONSTANT, ref.LOSSLESS, ref.LOSSLESS_RICE):
         np.testing.assert_array_equal(after, before)
         return
     dtype = geometry.dtype
@@ -77,7 +77,8 @@ def test_every_flavour_in_every_coding(dtype: int, flavour: str) -> None:
                 for kind, bound in ((ref.BOUND_RELATIVE, 1e-3), (ref.BOUND_ABSOLUTE, 0.75), (ref.BOUND_RELATIVE, 0.06)):
                     seed += 1
                     assert_same_codec(adv.page_bits(flavour, seed, geometry), geometry, coding, kind, bound)
-            assert_same_codec(adv.page_bits(flavour, seed, geometry), geometry, ref.FIXED, ref.BOUND_LOSSLESS, 0.0)
+            for coding in (ref.FIXED, ref.RICE):
+                assert_same_codec(adv.page_bits(flavour, seed, geometry), geometry, coding, ref.BOUND_LOSSLESS, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [ref.BF16, ref.FP16])
@@ -90,11 +91,17 @@ def test_every_bit_pattern(dtype: int, group_tokens: int) -> None:
     exponents = range(-96, 121, 24) if dtype == ref.BF16 else range(-30, 17, 4)
     for i, exponent in enumerate(exponents):
         bound = 1.37 * 2.0**exponent
-        assert_same_codec(mixed, geometry, CODINGS[i % 3], ref.BOUND_ABSOLUTE, bound)
+        assert_same_codec(mixed, geometry, CODINGS[i % 4], ref.BOUND_ABSOLUTE, bound)
         columns = ref.Geometry(group_tokens, 1, 65536 // group_tokens, dtype, group_tokens)
         ordered = np.ascontiguousarray(patterns.reshape(-1, group_tokens).T)
-        assert_same_codec(ordered, columns, CODINGS[i % 3], ref.BOUND_ABSOLUTE, bound)
-    assert_same_codec(mixed, geometry, ref.FIXED, ref.BOUND_LOSSLESS, 0.0)
+        assert_same_codec(ordered, columns, CODINGS[i % 4], ref.BOUND_ABSOLUTE, bound)
+    for coding in (ref.FIXED, ref.RICE):
+        segment = assert_same_codec(mixed, geometry, coding, ref.BOUND_LOSSLESS, 0.0)
+        assert segment.coding == ref.RAW  # noise
+        for first in range(0, 65536, 16384):  # a quarter of the exponents: worth coding
+            part = ref.Geometry(256, 1, 64, dtype, group_tokens)
+            quarter = np.random.default_rng(first).permutation(patterns[first : first + 16384]).reshape(256, 64)
+            segment = assert_same_codec(quarter, part, coding, ref.BOUND_LOSSLESS, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +110,7 @@ def test_every_bit_pattern(dtype: int, group_tokens: int) -> None:
 def test_real_pages(kv_cache: npt.NDArray[np.uint16], kind_bound: tuple[int, float]) -> None:
     layers, _, tokens, heads, head_dim = kv_cache.shape
     geometry = ref.Geometry(16, heads, head_dim, ref.BF16, 16)
-    codings = CODINGS if kind_bound[0] != ref.BOUND_LOSSLESS else (ref.FIXED,)
+    codings = CODINGS if kind_bound[0] != ref.BOUND_LOSSLESS else (ref.FIXED, ref.RICE)
     for layer in range(0, layers, max(1, layers // 3)):
         for kv in range(2):
             for first in range(0, tokens - 15, max(16, tokens // 2)):
@@ -165,7 +172,8 @@ def test_every_instruction_set_writes_the_same_bytes() -> None:
             bits = adv.page_bits(flavour, int(rng.integers(2**32)), geometry)
             for coding in CODINGS:
                 assert_same_codec(bits, geometry, coding, ref.BOUND_RELATIVE, 10.0 ** rng.uniform(-4, -1))
-            assert_same_codec(bits, geometry, ref.FIXED, ref.BOUND_LOSSLESS, 0.0)
+            for coding in (ref.FIXED, ref.RICE):
+                assert_same_codec(bits, geometry, coding, ref.BOUND_LOSSLESS, 0.0)
 
 
 @given(st.data())
@@ -199,7 +207,7 @@ def test_decoders_agree_on_hostile_segments(data: st.DataObject) -> None:
 def test_decoders_agree_on_made_up_segments(data: st.DataObject) -> None:
     """Segments with valid classes of any kind and random words: wrapping sums, inexact products, every width."""
     geometry = data.draw(adv.geometries(most_tokens=20))
-    coding = data.draw(st.sampled_from((*CODINGS, ref.LOSSLESS)))
+    coding = data.draw(st.sampled_from((ref.FIXED, ref.PLAIN, ref.OUTLIER, ref.LOSSLESS)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     constants, groups = ref.TYPES[geometry.dtype], geometry.groups
     byte_classes = coding == ref.OUTLIER or (coding != ref.LOSSLESS and geometry.dtype == ref.FP32)
@@ -221,6 +229,42 @@ def test_decoders_agree_on_made_up_segments(data: st.DataObject) -> None:
     hostile = ref.Segment(body, coding, float(np.float32(bound)), data.draw(st.integers(0, 255)))
     if body:
         assert_decoders_agree(hostile, geometry)
+
+
+@given(st.data())
+@settings(max_examples=400)
+def test_decoders_agree_on_made_up_rice_segments(data: st.DataObject) -> None:
+    """Segments with valid planes of any kind, random words and quotients up to the limit."""
+    geometry = data.draw(adv.geometries(most_tokens=20))
+    coding = data.draw(st.sampled_from((ref.RICE, ref.LOSSLESS_RICE)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    constants, groups = ref.TYPES[geometry.dtype], geometry.groups
+    widest, extra = (constants.widest, 0) if coding == ref.RICE else (5, constants.sign_and_mantissa)
+    p = int(rng.integers(0, 4 if coding == ref.RICE else 5))
+    k0 = int(rng.integers(0, widest - (2**p - 1 if coding == ref.RICE else 0) + 1))
+    raw = rng.random(groups) < data.draw(st.sampled_from((0.0, 0.1, 1.0)))
+    numbers = rng.integers(0, 2**p, groups)
+    body = b"" if coding == ref.RICE else bytes([k0, p, int(raw.any()), 0])
+    body += ref.planes_of(raw.astype(np.int64), int(raw.any()))
+    body += ref.planes_of(rng.integers(0, 2, groups), int(coding == ref.RICE)) + ref.planes_of(numbers, p)
+    most = data.draw(st.sampled_from((1, 3, 40, 16 * constants.bits - 1)))
+    lengths = streams = b""
+    for strip in ref.strips_of(geometry):
+        count = 16 * sum(not raw[g] for g in strip)
+        quotients = rng.integers(0, most + 1, count)
+        if quotients.sum() + count > 64 * 16 * constants.bits:
+            quotients = np.minimum(quotients, 2)
+        stream = ref.unary(quotients.tolist())
+        lengths += (len(stream) // 2).to_bytes(2, "little")
+        streams += stream
+    parameters = k0 + (numbers if coding == ref.RICE else 0)
+    words = int(np.where(raw, constants.bits, extra + parameters).sum())
+    body += lengths + rng.integers(0, 1 << 16, words, dtype=np.uint16).tobytes() + streams
+    bound = data.draw(st.one_of(st.sampled_from((2.0**-96, 2.0**120, 1.0)), st.floats(-96, 119).map(lambda e: 2.0**e)))
+    param = k0 | p << 5 | int(raw.any()) << 7 if coding == ref.RICE else data.draw(st.integers(0, 255))
+    made_up = ref.Segment(body, coding, float(np.float32(bound)), param)
+    ref.decode_segment(made_up.data, geometry, coding, made_up.bound, param)  # it is valid
+    assert_decoders_agree(made_up, geometry)
 
 
 def assert_decoders_agree(segment: ref.Segment, geometry: ref.Geometry) -> None:

@@ -17,6 +17,7 @@ from kvzip import (
     BlockLayout,
     BlockNotFoundError,
     BlockView,
+    BoundPolicy,
     ConfigError,
     CorruptRecordError,
     CudaError,
@@ -27,6 +28,7 @@ from kvzip import (
     TransferError,
 )
 from kvzip.backends.base import EncodeRequest, PageCodec
+from kvzip.calibration import CalibrationTable
 from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
 from kvzip.memory import PageableMemory
@@ -105,6 +107,47 @@ def test_records_are_the_ones_that_the_cpu_makes() -> None:
         on_cpu.store(rig.keys, BlockView(rig.original, "2NHD", dtype="bfloat16"), measure_error=True)
         for key in rig.keys:
             assert rig.engine.read_record(key) == on_cpu.read_record(key)
+    rig.close()
+
+
+@pytest.mark.parametrize(
+    ("bound", "mode"),
+    [
+        (ErrorBound.relative(1e-2), "rice"),
+        (ErrorBound.lossless(), "rice"),
+        (ErrorBound.token_rms(0.1), "fixed"),
+        (CalibrationTable(np.random.default_rng(1).lognormal(0, 1, (2, 2, 32))).policy(), "rice"),
+    ],
+)
+def test_what_the_kernels_lack_is_coded_on_the_host(bound: ErrorBound | BoundPolicy, mode: str) -> None:
+    rig = Rig(bound=bound, mode=mode)
+    marks = [i == 0 for i in range(BLOCKS)]
+    result = rig.engine.store(rig.keys, rig.view, sink=marks, measure_error=True).result(10)
+    assert result.violations == 0
+    assert rig.engine.stats().fallbacks["coded_on_host"] == BLOCKS * len(rig.view.layout.segments)
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    with SwapEngine(1 << 22, bound=bound, mode=mode) as on_cpu:
+        there = [a.copy() for a in rig.original]
+        on_cpu.store(rig.keys, BlockView(there, "2NHD", dtype="bfloat16"), sink=marks, measure_error=True)
+        for key in rig.keys:
+            assert rig.engine.read_record(key) == on_cpu.read_record(key)
+        on_cpu.load(rig.keys, BlockView(there, "2NHD", dtype="bfloat16"))
+    for array, expected in zip(rig.arrays, there, strict=True):
+        assert np.array_equal(array, expected)
+    rig.close()
+
+
+def test_a_block_that_begins_a_sequence_is_exact_and_the_others_are_not() -> None:
+    rig = Rig(bound=BoundPolicy(ErrorBound.relative(1e-2), ErrorBound.relative(2e-2)))
+    result = rig.engine.store(rig.keys, rig.view, sink=[i in (0, 7) for i in range(BLOCKS)]).result(10)
+    assert result.blocks == BLOCKS
+    assert "coded_on_host" not in result.fallbacks
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    for array, original in zip(rig.arrays, rig.original, strict=True):
+        exact = [bool(np.array_equal(array[i], original[i])) for i in range(BLOCKS)]
+        assert exact == [i in (0, 7) for i in range(BLOCKS)]
     rig.close()
 
 

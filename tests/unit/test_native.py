@@ -479,7 +479,7 @@ def small() -> BlockView:
         ("kind", 3),
         ("base", 0),
         ("coding", 1),
-        ("coding", 6),
+        ("coding", 8),
         ("bound_kind", 4),
         ("bound_kind", 5),
         ("bound", 0.0),
