@@ -359,6 +359,24 @@ def test_the_divergence_is_that_of_the_distributions(llama: LanguageModel) -> No
     assert row.top1 < 1
 
 
+def test_schemes_that_give_the_same_values_run_the_model_once(
+    llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    run = LanguageModel.continue_from
+    monkeypatch.setattr(LanguageModel, "continue_from", lambda *given: calls.append(1) or run(*given))
+    raw = schemes.Scheme("raw", schemes.EngineSwap({"codec": "raw"}), own=True)
+    twins = [schemes.engine_scheme("lossless", ErrorBound.lossless()), raw]
+    one = measure(llama, twins[:1])
+    alone = len(calls)
+    both = measure(llama, twins)
+    assert len(calls) == 2 * alone
+    a, b = both.rows
+    assert one.rows == [a]
+    assert a.ratio != b.ratio
+    assert (a.kl, a.top1, a.needle, a.kl_by_text) == (b.kl, b.top1, b.needle, b.kl_by_text)
+
+
 def test_a_needle_lies_in_the_prefix_and_is_asked_for(llama: LanguageModel) -> None:
     tokens = llama.tokens(TEXT * 2)
     hay, question, answer = fidelity._needle(llama, tokens, 96, 0.5, seed=0)
