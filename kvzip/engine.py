@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from kvzip.errors import (
     BlockNotFoundError,
     ConfigError,
     CorruptRecordError,
-    FormatVersionError,
     LayoutError,
 )
 from kvzip.index import Entry, RecordIndex, contents_of
@@ -36,7 +35,7 @@ from kvzip.integrity import Integrity, Sampler
 from kvzip.metrics import Meter, MetricsSnapshot, snapshot
 from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
-from kvzip.record import Reason, RecordHeader, read_record
+from kvzip.record import ENTRY_DTYPE, Reason, crc32c, header_is_intact
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import Staging
 from kvzip.types import BlockLayout, BlockView, ErrorBound
@@ -419,16 +418,27 @@ class SwapEngine:
 
     def load_blocks(self, entries: Sequence[Entry], out: BlockView) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
-        groups: dict[tuple[str, BlockLayout, int], list[int]] = {}
-        tables: list[npt.NDArray[Any]] = []
+        # Sizes, tables and checksums are the engine's own. To parse the headers would take longer than to decode.
+        alike: dict[int, list[int]] = {}  # by the identity of what is known of them
         payloads: list[npt.NDArray[np.uint8]] = []
         checked = self._check_load()
         for i, entry in enumerate(entries):
-            header, payload = _read_own(self._record(entry), checked)
-            layout = check_geometry(header.geometry, out.layout)
-            tables.append(header.table)
-            payloads.append(np.frombuffer(payload, np.uint8))
-            groups.setdefault((header.codec, layout, header.table_id), []).append(i)
+            record, header_bytes = self.pool.read(entry.allocation), entry.contents.header_bytes
+            payload = record[header_bytes:]
+            header_intact = entry.header is not None or header_is_intact(record[:header_bytes])
+            if not header_intact or (checked and crc32c(payload) != entry.payload_crc32c):
+                part = "payload" if header_intact else "header"
+                raise CorruptRecordError(
+                    f"record {i} of {len(entries)} is damaged: its {part}'s checksum does not match; discard it"
+                )
+            payloads.append(payload)
+            alike.setdefault(id(entry.contents), []).append(i)
+        tables = [np.frombuffer(entry.table, ENTRY_DTYPE) for entry in entries]
+        groups: dict[tuple[str, BlockLayout, int], list[int]] = {}
+        for members in alike.values():
+            known = entries[members[0]].contents
+            layout = check_geometry(known.geometry, out.layout)
+            groups.setdefault((known.codec, layout, known.table_id), []).extend(members)
         codecs = {name: self._codec_for(name, out.device) for name, _, _ in groups}
         for codec in codecs.values():
             check_device(codec, out)
@@ -646,14 +656,6 @@ class SwapEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _read_own(record: npt.NDArray[np.uint8], checksum: bool) -> tuple[RecordHeader, memoryview]:
-    """Read a record that this process wrote: another version is damage here."""
-    try:
-        return read_record(record, checksum=checksum)
-    except FormatVersionError as error:
-        raise CorruptRecordError(f"a record in the pool is damaged: {error}") from error
 
 
 def _check_bound(bound: object, codec: Codec | None = None) -> None:

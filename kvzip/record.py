@@ -340,6 +340,13 @@ def _header_template(
     return template, table_at
 
 
+def header_is_intact(header: Buffer) -> bool:
+    """Whether the bytes of a whole header agree with the checksum in it; nothing else is looked at."""
+    data = _bytes_of(header)
+    blank = crc32c(bytes(4), crc32c(data[:_CRC_AT]))
+    return crc32c(data[_CRC_AT + 4 :], blank) == int.from_bytes(data[_CRC_AT : _CRC_AT + 4], "little")
+
+
 def read_header(record: Buffer) -> RecordHeader:
     """Parse and check the header of a record; the payload is not looked at, and need not be there.
 
@@ -365,7 +372,7 @@ def read_header(record: Buffer) -> RecordHeader:
         _,
         flags,
         header_bytes,
-        header_crc,
+        _,
         payload_bytes,
         raw_bytes,
         payload_crc,
@@ -389,8 +396,7 @@ def read_header(record: Buffer) -> RecordHeader:
         raise CorruptRecordError(
             f"header of {header_bytes} bytes in {len(data)}: {num_segments} segments need {expected}"
         )
-    blank = crc32c(bytes(4), crc32c(data[:_CRC_AT]))
-    if crc32c(data[_CRC_AT + 4 : header_bytes], blank) != header_crc:
+    if not header_is_intact(data[:header_bytes]):
         raise CorruptRecordError("the header's checksum does not match: the record is damaged")
     # What follows is only reached by intact or deliberately forged headers.
     _require(flags == 0 and not any(data[45:48]), "reserved bits are set")
@@ -438,12 +444,8 @@ def read_header(record: Buffer) -> RecordHeader:
     )
 
 
-def read_record(record: Buffer, *, checksum: bool = True) -> tuple[RecordHeader, memoryview]:
+def read_record(record: Buffer) -> tuple[RecordHeader, memoryview]:
     """Parse and check a whole record: header, lengths and the payload's checksum.
-
-    Args:
-        record: exactly one record.
-        checksum: check the payload's as well; the header's always is.
 
     Returns:
         The header, and the payload as a view of `record`.
@@ -459,7 +461,7 @@ def read_record(record: Buffer, *, checksum: bool = True) -> tuple[RecordHeader,
             f"{len(data)} bytes, but the record has {header.record_bytes}: it is cut or has a tail"
         )
     payload = data[header.header_bytes :]
-    if checksum and crc32c(payload) != header.payload_crc32c:
+    if crc32c(payload) != header.payload_crc32c:
         raise CorruptRecordError("the payload's checksum does not match: the record is damaged")
     return header, payload
 
