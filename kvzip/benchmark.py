@@ -417,6 +417,7 @@ def run(
             "mib": mib,
             "block_tokens": block_tokens,
             "block_bytes": layout.nbytes,
+            "pages_of_a_block": len(layout.segments),
             "codec": codec,
             "bounds": [str(b) for b in bounds],
             "threads": threads,

@@ -360,6 +360,7 @@ def test_bench_measures_and_verifies(capsys: pytest.CaptureFixture[str], tmp_pat
     assert strict(file.read_text()) == result
     assert result["violations"] == 0
     assert result["settings"]["bounds"] == ["rel:0.01", "lossless"]
+    assert result["settings"]["pages_of_a_block"] == 8
     assert {"cpu", "cpu_cores", "native", "kvzip", "numpy"} <= set(result["environment"])
     rows = {(r["way"], r["direction"], r["blocks"]): r for r in result["rows"]}
     sizes = sorted({blocks for *_, blocks in rows})
