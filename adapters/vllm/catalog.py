@@ -18,6 +18,7 @@ from kvzip.policy import EvictionPolicy, make_policy
 
 _RECENT = 256  # records that an estimate looks back on
 _ENOUGH = 16  # and how many it needs
+_MARGIN = 1.01  # means of many records vary less than this
 
 
 class State(enum.Enum):
@@ -85,9 +86,10 @@ class CatalogCounts:
 class RecordCatalog:
     """Counts, admits and evicts records by the bytes that the workers report. Not thread-safe.
 
-    A store in flight is charged with what it is expected to take: the largest of the group's recent records, or the
-    worst case until there are enough of these. A worker's pool has the last word: a record that does not fit there is
-    reported with size 0 and leaves the catalogue.
+    A store in flight is charged with the worst case until the group has some records, and from then on with what it is
+    expected to take, the mean of the recent ones and a little more: at the worst case, records that all fit would push
+    each other out. A worker's pool has the last word: a record that does not fit there, or that had to leave for one
+    that was larger than expected, is reported with size 0 and leaves the catalogue.
 
     Args:
         capacity_bytes: bytes of one worker's pool.
@@ -118,7 +120,7 @@ class RecordCatalog:
         self._records: dict[bytes, Record] = {}
         self._keys: dict[int, bytes] = {}  # number -> key
         self._used = [0] * workers
-        self._recent: dict[int, deque[int]] = {}
+        self._recent: dict[int, list[deque[int]]] = {}  # group -> sizes of its records, for each worker
         self._loads_of_gone: Counter[bytes] = Counter()  # loads under way of records that have left
         self._next = 0
         self._first = 0
@@ -148,9 +150,11 @@ class RecordCatalog:
 
     def expected_bytes(self, group: int) -> int:
         """Bytes of a pool that the next record of a group is charged with."""
-        recent = self._recent.get(group, ())
         worst = self._worst[group]
-        return min(worst, max(recent)) if len(recent) >= _ENOUGH else worst
+        recent = self._recent.get(group)
+        if recent is None or min(map(len, recent)) < _ENOUGH:
+            return worst
+        return min(worst, int(max(sum(sizes) / len(sizes) for sizes in recent) * _MARGIN))
 
     def take_discards(self) -> tuple[int, ...]:
         """Numbers of records that the workers have to forget, once."""
@@ -212,7 +216,9 @@ class RecordCatalog:
             return
         self._used[worker] += nbytes - record.charges[worker]
         record.charges[worker] = nbytes
-        self._recent.setdefault(record.group, deque(maxlen=_RECENT)).append(nbytes)
+        if record.group not in self._recent:
+            self._recent[record.group] = [deque(maxlen=_RECENT) for _ in self._used]
+        self._recent[record.group][worker].append(nbytes)
 
     def finish_store(self, keys: Iterable[bytes]) -> list[bytes]:
         """All workers are done with a store; returns the keys that can be loaded now."""

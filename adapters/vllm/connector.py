@@ -29,6 +29,7 @@ class KvzipConnector(OffloadingConnector):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         _name_spec(vllm_config)
+        _log_with_vllm()
         super().__init__(vllm_config, role, kv_cache_config)
         self._groups = tuple(kv_cache_config.kv_cache_groups)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
@@ -154,6 +155,16 @@ def _name_spec(vllm_config: Any) -> None:
         raise ConfigError(f'spec_name {name!r} with kv_connector "KvzipConnector": leave it out, or set {SPEC!r}')
     extra.setdefault("spec_module_path", SPEC_MODULE)
     extra[CONNECTED] = True
+
+
+def _log_with_vllm() -> None:
+    """Show kvzip's warnings where vLLM's are shown, unless the application takes care of them."""
+    ours, vllms = logging.getLogger("kvzip"), logging.getLogger("vllm")
+    own = [handler for handler in ours.handlers if not isinstance(handler, logging.NullHandler)]
+    if not own and not logging.getLogger().handlers:
+        for handler in vllms.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(vllms.level)
 
 
 def _cpu_isa(vllm_config: Any, kv_caches: Mapping[str, Any]) -> dict[str, str]:

@@ -344,17 +344,15 @@ class KvzipOffloadingWorker(OffloadingWorker):
 
     def _stored(self, job: Job) -> None:
         """Report what the records of a store take; a record that lacks a block is dropped."""
-        keys: dict[int, list[bytes]] = {number: [] for number in job.numbers}
-        for part in job.parts:
-            for number, key in zip(part.numbers, part.keys, strict=True):
-                keys[number].append(key)
-        dropped = []
-        for number, own in keys.items():
-            sizes = self.engine.record_sizes(own)
-            if not sizes or 0 in sizes or number < self._first:
-                dropped.append(number)
-            else:
-                self._sizes[number] = sum(sizes)
+        keys = [key for part in job.parts for key in part.keys]
+        numbers = [number for part in job.parts for number in part.numbers]
+        taken = dict.fromkeys(job.numbers, 0)
+        dropped = {number for number in job.numbers if number < self._first} | (set(job.numbers) - set(numbers))
+        for number, nbytes in zip(numbers, self.engine.record_sizes(keys), strict=True):
+            taken[number] += nbytes
+            if nbytes == 0:
+                dropped.add(number)
+        self._sizes.update((number, nbytes) for number, nbytes in taken.items() if number not in dropped)
         self._drop(dropped)
 
     def _load_failed(self, job: Job, part: Part, positions: Sequence[int]) -> None:
