@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""`RecordCatalog` against workers that obey it: it offers no record that a worker does not hold, whatever these report."""
+"""`RecordCatalog` against workers that obey it: it offers no record that they do not hold, whatever they report."""
 
 from __future__ import annotations
 

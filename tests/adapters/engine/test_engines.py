@@ -80,6 +80,25 @@ def test_two_groups_of_layers(gemma: Path) -> None:
         engine.check_accounts()
 
 
+def test_the_spec_works_with_vllms_own_connector(llama: Path, asked: list[list[int]], expected: list[Answer]) -> None:
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "KvzipOffloadingSpec",
+            "spec_module_path": "kvzip.adapters.vllm.spec",
+            "cpu_bytes_to_use": LOTS,
+            "bound": "lossless",
+        },
+    }
+    with running(llama, transfer) as engine:
+        first, second = engine.come_back(asked[:2])
+        assert all_like(first, expected[:2])
+        assert all_like(second, expected[:2])
+        assert all(answer.cached_tokens for answer in second)
+        assert engine.catalog.used_bytes[0] > engine.swap.stats().pool.extent_bytes_used, "the worst case is counted"
+
+
 def test_wrong_settings_are_refused_at_start_up(llama: Path) -> None:
     with (
         pytest.raises(Exception, match="did you mean 'bound'"),
