@@ -15,23 +15,36 @@ namespace {
 
 extern __shared__ __align__(16) uint8_t g_shared[];
 
-// 80 registers a thread: 24 warps on a multiprocessor, three pages of 64 KiB or more smaller ones, whose phases
-// overlap.
+constexpr uint32_t kCheckThreads = 256;
+
+// Three CTAs of eight warps fit on a multiprocessor, so that the phases of pages overlap, and when encoding the
+// controllers beside them.
 template <int DTYPE>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) encode_fast_kernel(const __grid_constant__ EncodeParams p) {
+__global__ void __launch_bounds__((kMaxWarps + 3) * kWarp, 1)
+    encode_fast_kernel(const __grid_constant__ EncodeParams p) {
   encode_fast<DTYPE>(p, g_shared);
 }
 template <int DTYPE>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) decode_fast_kernel(const __grid_constant__ DecodeParams p) {
+  wait_for_previous_kernel();
   decode_fast<DTYPE>(p, g_shared);
 }
 __global__ void __launch_bounds__(kGeneralThreads, 2) encode_general_kernel(const __grid_constant__ EncodeParams p) {
   encode_general(p, g_shared);
 }
 __global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(const __grid_constant__ DecodeParams p) {
+  wait_for_previous_kernel();
   decode_general(p, g_shared);
 }
-__global__ void __launch_bounds__(256) validate_kernel(const __grid_constant__ DecodeParams p) { validate(p); }
+__global__ void __launch_bounds__(kCheckThreads)
+    check_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ CrcParams c) {
+  let_next_kernel_start();
+  check(p, c);
+}
+__global__ void __launch_bounds__(kCheckThreads) crc_kernel(const __grid_constant__ CrcParams c) {
+  wait_for_previous_kernel();
+  checksum(c);
+}
 
 // ---- the device
 // -------------------------------------------------------------------------------------------------------
@@ -61,6 +74,7 @@ const void* function_of(Kernel kernel) {
 struct Device {
   std::atomic<int> multiprocessors{0};
   std::atomic<int> shared_bytes{0};
+  std::atomic<bool> overlaps{false};  // a kernel may start while the one before it ends
   std::atomic<bool> prepared[kKernels];
   // CTAs of a kernel that fit on a multiprocessor, of the launch shape asked for last: threads << 40 | shared bytes <<
   // 8 | CTAs.
@@ -75,12 +89,15 @@ cudaError_t current_device(Device*& device) {
   if (index < 0 || index >= kMaxDevices) return cudaErrorInvalidDevice;
   device = &g_devices[index];
   if (device->multiprocessors.load(std::memory_order_acquire) != 0) return cudaSuccess;
-  int multiprocessors = 0, shared_bytes = 0;
+  int multiprocessors = 0, shared_bytes = 0, major = 0;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error != cudaSuccess) return error;
   device->shared_bytes.store(shared_bytes, std::memory_order_relaxed);
+  device->overlaps.store(major >= 9, std::memory_order_relaxed);
   device->multiprocessors.store(multiprocessors, std::memory_order_release);
   return cudaSuccess;
 }
@@ -113,9 +130,47 @@ cudaError_t resident_ctas(Device& device, Kernel kernel, uint32_t threads, uint3
   return cudaSuccess;
 }
 
+// Launch a kernel; with `overlap` it may start before the kernel before it has ended, and waits for that one itself.
+cudaError_t launch(const Device& device, const void* function, uint32_t ctas, uint32_t threads, uint32_t shared_bytes,
+                   void** parameters, cudaStream_t stream, bool overlap) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (overlap && device.overlaps.load(std::memory_order_relaxed)) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelExC(&config, function, parameters);
+}
+
+// CTAs for so many warps' worth of checksums and validation.
+uint32_t check_ctas(const Device& device, uint64_t warps, uint32_t max_ctas) {
+  const uint64_t most = max_ctas != 0 ? max_ctas : device.multiprocessors.load(std::memory_order_relaxed) * 8ull;
+  const uint64_t needed = (warps + kCheckThreads / kWarp - 1) / (kCheckThreads / kWarp);
+  return static_cast<uint32_t>(needed < most ? needed : most);
+}
+
+// Pieces of a payload of so many bytes, at least 1.
+uint32_t pieces_of(uint64_t payload_bytes) {
+  return payload_bytes == 0 ? 1 : static_cast<uint32_t>((payload_bytes + kPieceBytes - 1) / kPieceBytes);
+}
+
+cudaError_t launch_crc(const Device& device, CrcParams p, uint32_t max_ctas, cudaStream_t stream, bool overlap) {
+  void* parameters[] = {&p};
+  return launch(device, reinterpret_cast<const void*>(crc_kernel),
+                check_ctas(device, static_cast<uint64_t>(p.count) * p.most_pieces, max_ctas), kCheckThreads, 0,
+                parameters, stream, overlap);
+}
+
 // ---- arguments
 // --------------------------------------------------------------------------------------------------------
 
+constexpr uint32_t kTeamWarps = 8;           // of the teams of a CTA, where one page does not need more
 constexpr uint32_t kClearedInKernel = 8192;  // pages; more states are cleared by a memset behind the kernel
 constexpr uint64_t kMaxPages = 1u << 30;
 
@@ -164,6 +219,13 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
   return shape;
 }
 
+// Strips of the largest page that fits into so much shared memory when encoding.
+uint32_t most_strips_for(uint32_t room) {
+  uint32_t strips = 0;
+  while (strips < kMaxStrips && kTileSharedBytes + fast_encode_bytes(strips + 1) <= room) ++strips;
+  return strips;
+}
+
 // Four strips a warp share what a warp does once a page, and leave several CTAs on a multiprocessor; large pages take
 // more.
 uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
@@ -174,11 +236,11 @@ uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
 
 uint32_t least(uint64_t a, uint64_t b) { return static_cast<uint32_t>(a < b ? a : b); }
 
-// Workspace: counters, then block states, then page states, then two words a block for checksums.
+// Workspace: counters, then block states and sums, then tile states, then two words a block for checksums.
 uint64_t counters_bytes() { return round_up(sizeof(Counters), 64); }
 uint64_t crc_bytes(uint64_t num_blocks) { return round_up(num_blocks * 2 * sizeof(uint32_t), 64); }
 uint64_t states_bytes(uint64_t num_segments, uint64_t num_blocks) {
-  return round_up(num_blocks * sizeof(uint64_t), 64) + round_up(num_segments * num_blocks * sizeof(uint64_t), 64);
+  return round_up(2 * num_blocks * sizeof(uint64_t), 64) + round_up(num_segments * num_blocks * sizeof(uint64_t), 64);
 }
 
 // No valid payload is larger: every group raw, with a class and a base that an encoder would not spend on it.
@@ -255,7 +317,7 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   cudaError_t error = current_device(device);
   if (error != cudaSuccess) return status_of(error);
   const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
-  const uint32_t most_strips = least(kMaxStrips, (room - kSharedBytes) / (fast_encode_bytes(1) - kSharedBytes));
+  const uint32_t most_strips = most_strips_for(room);
   const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
   const uint32_t pages = a.num_segments * a.num_blocks;
 
@@ -270,7 +332,8 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   uint8_t* const workspace = static_cast<uint8_t*>(a.workspace);
   p.counters = reinterpret_cast<Counters*>(workspace);
   p.block_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes());
-  p.page_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes() + round_up(a.num_blocks * 8ull, 64));
+  p.block_sum = p.block_state + a.num_blocks;
+  p.tile_state = reinterpret_cast<uint64_t*>(workspace + counters_bytes() + round_up(a.num_blocks * 16ull, 64));
   p.arena_units = a.arena_bytes / 16;
   p.stride_units = a.record_stride / 16;
   p.header_units = static_cast<uint32_t>((static_cast<uint64_t>(a.header_bytes) + 15) / 16);
@@ -279,16 +342,28 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   p.clear_states = pages <= kClearedInKernel;
 
   const Kernel kernel = !shape.fast ? kEncodeGeneral : shape.dtype == KVZ_BF16 ? kEncodeBf16 : kEncodeFp16;
-  const uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
-  const uint32_t shared_bytes = shape.fast ? fast_encode_bytes(shape.strips) : kSharedBytes;
+  p.tiles = a.num_segments;
+  uint32_t threads = kGeneralThreads, shared_bytes = kSharedBytes;
+  if (shape.fast) {
+    // Small pages share a CTA, unless there are so few that they should rather have one each.
+    const uint32_t multiprocessors = static_cast<uint32_t>(device->multiprocessors.load(std::memory_order_relaxed));
+    p.team_warps = warps_for(shape.strips, a.strips_per_warp);
+    p.teams = least(least(kMaxTeams, kTeamWarps / least(p.team_warps, kTeamWarps)),
+                    least(a.num_segments, pages / (2 * multiprocessors) + 1));
+    p.team_bytes = fast_encode_bytes(shape.strips);
+    while (p.teams > 1 && kTileSharedBytes + p.teams * p.team_bytes > room / 3) --p.teams;
+    p.tiles = (a.num_segments + p.teams - 1) / p.teams;
+    threads = (p.teams * p.team_warps + 1) * kWarp;
+    shared_bytes = kTileSharedBytes + p.teams * p.team_bytes;
+  }
   uint32_t ctas = 0;
   error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
   if (error != cudaSuccess) return status_of(error);
-  ctas = least(ctas, pages);
+  ctas = least(ctas, p.tiles * a.num_blocks);
   if (a.max_ctas != 0) ctas = least(ctas, a.max_ctas);
   void* parameters[] = {&p};
   cudaStream_t s = static_cast<cudaStream_t>(stream);
-  error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
+  error = launch(*device, function_of(kernel), ctas, threads, shared_bytes, parameters, s, false);
   if (error == cudaSuccess && !p.clear_states) {
     error = cudaMemsetAsync(p.block_state, 0, states_bytes(a.num_segments, a.num_blocks), s);
   }
@@ -302,7 +377,8 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
     c.crc32c = a.crc32c;
     c.scratch = reinterpret_cast<uint32_t*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
     c.count = a.num_blocks;
-    error = launch_crc(c, worst, a.max_ctas, s);
+    c.most_pieces = pieces_of(worst);
+    error = launch_crc(*device, c, a.max_ctas, s, p.clear_states != 0);
   }
   return status_of(error);
 }
@@ -340,6 +416,8 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   p.num_segments = a.num_segments;
   p.num_blocks = a.num_blocks;
   p.all_or_nothing = a.all_or_nothing;
+  p.room_bytes = decode_room_bytes(shape.strips);
+  p.validate_lanes = shape.fast && shape.strips <= 4 ? 8 : shape.fast && shape.strips <= 8 ? 16 : kWarp;
 
   const Kernel kernel = !shape.fast ? kDecodeGeneral : shape.dtype == KVZ_BF16 ? kDecodeBf16 : kDecodeFp16;
   const uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
@@ -348,32 +426,55 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
   if (error != cudaSuccess) return status_of(error);
   ctas = least(ctas, pages);
-  uint32_t validating =
-      least((pages + 7) / 8, static_cast<uint64_t>(device->multiprocessors.load(std::memory_order_relaxed)) * 8);
-  if (a.max_ctas != 0) {
-    ctas = least(ctas, a.max_ctas);
-    validating = least(validating, a.max_ctas);
-  }
+  if (a.max_ctas != 0) ctas = least(ctas, a.max_ctas);
+  CrcParams c = {};
+  c.offsets = a.payloads;
+  c.end = ~0ull;
+  c.payload_bytes = a.payload_bytes;
+  c.expected = a.crc32c;
+  c.bad = p.bad;
+  c.any_bad = &p.counters->any_bad;
+  c.scratch = reinterpret_cast<uint32_t*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
+  c.count = a.num_blocks;
+  c.most_pieces = pieces_of(largest_payload(a.segments, a.num_segments));
+  const uint64_t pieces = a.crc32c == nullptr ? 0 : static_cast<uint64_t>(c.count) * c.most_pieces;
+  void* check_parameters[] = {&p, &c};
   void* parameters[] = {&p};
   cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (a.crc32c != nullptr) {
-    CrcParams c = {};
-    c.offsets = a.payloads;
-    c.end = ~0ull;
-    c.payload_bytes = a.payload_bytes;
-    c.expected = a.crc32c;
-    c.bad = p.bad;
-    c.any_bad = &p.counters->any_bad;
-    c.scratch = reinterpret_cast<uint32_t*>(workspace + counters_bytes() + states_bytes(a.num_segments, a.num_blocks));
-    c.count = a.num_blocks;
-    error = launch_crc(c, largest_payload(a.segments, a.num_segments), a.max_ctas, s);
-    if (error != cudaSuccess) return status_of(error);
+  error = launch(*device, reinterpret_cast<const void*>(check_kernel),
+                 check_ctas(*device, pieces + pages / (kWarp / p.validate_lanes) + 1, a.max_ctas), kCheckThreads, 0,
+                 check_parameters, s, false);
+  if (error == cudaSuccess) {
+    error = launch(*device, function_of(kernel), ctas, threads, shared_bytes, parameters, s, true);
   }
-  error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(validate_kernel), dim3(validating), dim3(256), parameters, 0, s);
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(function_of(kernel), dim3(ctas), dim3(threads), parameters, shared_bytes, s);
   return status_of(error);
+}
+
+int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args* args, void* stream) {
+  if (args == nullptr || args->offsets == nullptr || args->payload_bytes == nullptr || args->crc32c == nullptr ||
+      args->scratch == nullptr || args->check > 1) {
+    return KVZ_INVALID_ARGUMENT;
+  }
+  if (args->count == 0) return KVZ_OK;
+  Device* device = nullptr;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return status_of(error);
+  CrcParams p = {};
+  p.base = args->base;
+  p.offsets = args->offsets;
+  p.skip = args->skip;
+  p.end = ~0ull;
+  p.payload_bytes = args->payload_bytes;
+  p.scratch = args->scratch;
+  p.count = args->count;
+  p.most_pieces = pieces_of(args->max_payload_bytes);
+  if (args->check != 0) {
+    p.expected = args->crc32c;
+    p.clear_size = args->payload_bytes;  // the decoder's validation refuses an empty payload
+  } else {
+    p.crc32c = args->crc32c;
+  }
+  return status_of(launch_crc(*device, p, args->max_ctas, static_cast<cudaStream_t>(stream), false));
 }
 
 }  // extern "C"

@@ -3,14 +3,15 @@
 //
 // Device code of the CUDA codec: the same bytes as cpu_kernels.inl, for thousands of scattered pages in one launch.
 //
-// Encoding (docs/reference/format.md, "What the encoder does"). A CTA takes pages in order from an atomic ticket. It
-// reads a page once from device memory into shared memory, decides coding and size, publishes the size, builds the
-// segment in place of the page, and writes it to its final position in the arena. That position is the sum of the sizes
-// before it, found by looking back over the published sizes (Merrill and Garland, "Single-pass parallel prefix scan
-// with decoupled look-back", 2016), which overlaps with building the bit planes. Sizes could instead be reserved by one
-// atomic a page, or pages be written to worst-case slots and compacted afterwards: the first gives another order in
-// every run, the second moves the encoded bytes three times instead of once. No CTA waits for a page with a later
-// ticket, so the wait ends whatever number of CTAs is resident.
+// Encoding (docs/reference/format.md, "What the encoder does"). A CTA takes *tiles*, a few neighbouring pages of a
+// block, in order from an atomic ticket. A team of warps reads a page once from device memory into shared memory,
+// decides coding and size, builds the segment in place of the page, and writes it to its final position in the arena.
+// That position is the sum of the sizes before it, found by looking back over the published sizes (Merrill and Garland,
+// "Single-pass parallel prefix scan with decoupled look-back", 2016). One more warp, the *controller*, does that while
+// the teams build the bit planes, and looks up what comes next. Sizes could instead be reserved by one atomic a page,
+// or pages be written to worst-case slots and compacted afterwards: the first gives another order in every run, the
+// second moves the encoded bytes three times instead of once. No CTA waits for a tile with a later ticket, so the wait
+// ends whatever number of CTAs is resident.
 //
 // The fast path handles G = 16 with 16-bit values, T a multiple of 16 and rows of 16-byte chunks. A warp owns *strips*
 // of 16 tokens x 64 channels, a lane two adjacent channels, that is two groups, in the halves of 16 registers. Extremes
@@ -44,7 +45,8 @@ constexpr uint32_t kStripChannels = 64;
 constexpr uint32_t kStripBytes = 16 * kStripChannels * 2;
 constexpr uint32_t kStripClassBytes = 64;   // most that the classes (and bases) of a strip take in any coding
 constexpr uint32_t kStripStateBytes = 128;  // encode: what a lane knows of its groups, 4 bytes
-constexpr uint32_t kMaxWarps = 24;
+constexpr uint32_t kMaxWarps = 24;          // of a page
+constexpr uint32_t kMaxTeams = 8;
 constexpr uint32_t kMaxStrips = 128;
 constexpr uint32_t kGeneralThreads = 256;
 constexpr uint32_t kRecordUnits = 16;  // records start at multiples of 256 bytes
@@ -62,6 +64,14 @@ KVZ_DEV uint64_t load_relaxed(const uint64_t* from) {
 }
 KVZ_DEV void store_relaxed(uint64_t* to, uint64_t value) { *to = value; }
 KVZ_DEV void relax() { emulation::yield(); }
+KVZ_DEV uint64_t add_relaxed(uint64_t* to, uint64_t value) {
+  const uint64_t before = *to;
+  *to += value;
+  return before;
+}
+KVZ_DEV void sync_threads(uint32_t barrier, uint32_t threads) { emulation::named_barrier(barrier, threads); }
+KVZ_DEV void wait_for_previous_kernel() {}
+KVZ_DEV void let_next_kernel_start() {}
 KVZ_DEV void store_page(uint8_t* to, uint32_t value) { memcpy(to, &value, 4); }
 template <class Byte>
 KVZ_DEV Byte* row_of(Byte* base, int32_t stride, int32_t row) {
@@ -138,6 +148,27 @@ KVZ_DEV void store_relaxed(uint64_t* to, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(value) : "memory");
 }
 KVZ_DEV void relax() { __nanosleep(32); }
+KVZ_DEV uint64_t add_relaxed(uint64_t* to, uint64_t value) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+
+// A barrier of some warps of the CTA; barrier 0 is __syncthreads.
+KVZ_DEV void sync_threads(uint32_t barrier, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// A kernel that is launched to overlap with the one before it starts early, and waits here until that one is done with
+// all it wrote; the other one says when its successor may take room on the device. Without effect in other launches.
+KVZ_DEV void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+KVZ_DEV void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // To a page, which nothing here reads again: the compiler may move it past accesses to shared memory.
 KVZ_DEV void store_page(uint8_t* to, uint32_t value) {
@@ -369,12 +400,17 @@ struct EncodeParams {
   uint32_t* status;
   Counters* counters;
   uint64_t* block_state;  // of num_blocks
-  uint64_t* page_state;   // of num_blocks * num_segments
+  uint64_t* block_sum;    // of num_blocks: tiles that have published << 32 | units
+  uint64_t* tile_state;   // of num_blocks * tiles
   uint64_t arena_units;   // units are 16 bytes
   uint64_t stride_units;  // from one record to the next; 0: packed
   uint32_t header_units;
   uint32_t num_segments;
   uint32_t num_blocks;
+  uint32_t tiles;         // of a block
+  uint32_t teams;         // pages of a tile
+  uint32_t team_warps;    // of a page; the general path has one page a tile, for all warps
+  uint32_t team_bytes;    // of shared memory
   uint32_t clear_states;  // the last CTA clears the states (a large batch leaves it to a memset)
 };
 
@@ -390,23 +426,62 @@ struct DecodeParams {
   uint32_t num_segments;
   uint32_t num_blocks;
   uint32_t all_or_nothing;
+  uint32_t room_bytes;      // of shared memory for segments, where they are decoded from
+  uint32_t validate_lanes;  // of a warp for a page: 8, 16 or 32
 };
 
-// Start of a CTA's shared memory. The warps' partial results of a page.
+// Start of a CTA's shared memory in the general path and when decoding. The warps' partial results of a page.
 struct Shared {
-  uint32_t page, block, segment, last;
+  uint32_t page, last;
   uint64_t destination;  // of the segment in the arena, in units
-  uint64_t total;
+  int32_t low[kMaxWarps], high[kMaxWarps];
+  uint64_t sums[kMaxWarps];
+  uint32_t words[kMaxStrips];  // of each strip
+};
+static_assert(sizeof(Shared) <= 1024, "Shared is followed by the page at byte 1,024");
+constexpr uint32_t kSharedBytes = 1024;
+
+// Start of a CTA's shared memory when encoding in the fast path.
+struct Tile {
+  uint32_t index, block, within, pages;  // within: of the block. No pages: the end
+  int64_t block_id;
+  kvz_segment segments[kMaxTeams];
+};
+struct TileShared {
+  Tile tile;
+  kvz_entry entries[kMaxTeams];
+  uint64_t destinations[kMaxTeams];  // in units; ~0: no room
+  uint32_t last;
+};
+static_assert(sizeof(TileShared) <= 1536, "TileShared is followed by the teams' memory at byte 1,536");
+constexpr uint32_t kTileSharedBytes = 1536;
+
+// Start of a team's shared memory: its warps' partial results.
+struct TeamShared {
   int32_t low[kMaxWarps], high[kMaxWarps];
   uint32_t equal[kMaxWarps];
-  uint64_t sums[kMaxWarps];
-  uint32_t words[kMaxStrips];           // words of each strip in the quantised candidate, and when decoding
-  uint32_t lossless_words[kMaxStrips];  // and in the lossless one
 };
-static_assert(sizeof(Shared) <= 1536, "Shared is followed by the page at byte 1,536");
-constexpr uint32_t kSharedBytes = 1536;
 
-constexpr uint32_t kDiffers = 0x80000000u;  // in Shared::equal: the warp saw two bit patterns
+// The warps that work on a page, as one of them sees them.
+struct Team {
+  uint32_t index, warp, warps, lane, thread, threads;
+  TeamShared* shared;
+  uint32_t* words;           // of each strip in the quantised candidate
+  uint32_t* lossless_words;  // and in the lossless one
+  uint32_t* states;          // a word for each lane of each strip
+  uint8_t* out;              // the segment
+  uint8_t* input;            // the strips
+};
+
+KVZ_DEV void sync_team(const Team& team) {
+  if (team.warps == 1) {
+    __syncwarp();
+  } else {
+    sync_threads(1 + team.index, team.threads);
+  }
+}
+
+constexpr uint32_t kDiffers = 0x80000000u;  // in TeamShared::equal: the warp saw two bit patterns
 
 // ---- look-back
 // --------------------------------------------------------------------------------------------------------
@@ -441,62 +516,73 @@ KVZ_DEV uint64_t look_back(const uint64_t* states, uint32_t index, uint32_t lane
   return sum;
 }
 
-// Page `page` = segment s of block b takes `units`: let the pages after it know. By one thread, as early as possible.
-KVZ_DEV void publish_size(const EncodeParams& p, uint32_t page, uint32_t s, uint32_t units) {
-  store_relaxed(p.page_state + page, (s == 0 ? kPrefixKnown : kSizeKnown) | units);
+// Units of a record whose payload has so many.
+KVZ_DEV uint64_t record_units(const EncodeParams& p, uint64_t payload) {
+  return (payload + p.header_units + kRecordUnits - 1) / kRecordUnits * kRecordUnits;
 }
 
-// Find where the segment goes, and write its table entry (whose offset is not set yet). By one warp.
-KVZ_DEV void place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s, uint32_t units,
-                   kvz_entry entry, uint32_t lane) {
-  const uint64_t before = look_back(p.page_state + (page - s), s, lane);
-  if (s != 0 && lane == 0) store_relaxed(p.page_state + page, kPrefixKnown | (before + units));
-  const bool last = s + 1 == p.num_segments;
-  uint64_t record = p.stride_units * b;
+// Tile `tile`, `within` its block b, takes `units`: let those after it know, and those of later blocks when it is the
+// last of its block to say so. By one thread, as early as possible.
+KVZ_DEV void publish_size(const EncodeParams& p, uint32_t tile, uint32_t b, uint32_t within, uint32_t units) {
+  store_relaxed(p.tile_state + tile, (within == 0 ? kPrefixKnown : kSizeKnown) | units);
+  if (p.stride_units != 0) return;
+  const uint64_t before = add_relaxed(p.block_sum + b, 1ull << 32 | units);
+  if ((before >> 32) + 1 == p.tiles) {
+    const uint64_t size = record_units(p, (before & 0xffffffffu) + units);
+    store_relaxed(p.block_state + b, (b == 0 ? kPrefixKnown : kSizeKnown) | size);
+  }
+}
+
+// Where a tile goes, in units: its block's record in the arena, and the tile in the record's payload. By one warp, the
+// answer is the same in all lanes.
+struct Place {
+  uint64_t record, before;
+};
+KVZ_DEV Place place(const EncodeParams& p, uint32_t tile, uint32_t b, uint32_t within, uint32_t units, uint32_t lane) {
+  Place at;
+  at.before = look_back(p.tile_state + (tile - within), within, lane);
+  if (within != 0 && lane == 0) store_relaxed(p.tile_state + tile, kPrefixKnown | (at.before + units));
+  const bool last = within + 1 == p.tiles;
+  at.record = p.stride_units * b;
   if (p.stride_units == 0) {
-    const uint64_t size = (before + units + p.header_units + kRecordUnits - 1) / kRecordUnits * kRecordUnits;
-    if (last && lane == 0) store_relaxed(p.block_state + b, (b == 0 ? kPrefixKnown : kSizeKnown) | size);
-    record = look_back(p.block_state, b, lane);
-    if (last && b != 0 && lane == 0) store_relaxed(p.block_state + b, kPrefixKnown | (record + size));
-  }
-  if (lane == 0) {
-    uint64_t destination = record + p.header_units + before;
-    const uint64_t limit =
-        p.stride_units == 0 || record + p.stride_units > p.arena_units ? p.arena_units : record + p.stride_units;
-    if (destination + units > limit) {
-      atomicMax(&p.counters->error, static_cast<uint32_t>(KVZ_OUT_OF_SPACE));
-      destination = ~0ull;
-    }
-    shared.destination = destination;
-    entry.offset = static_cast<uint32_t>(before);
-    p.table[page] = entry;
-    if (last) {
-      p.payload_bytes[b] = (before + units) * 16;
-      p.record_offsets[b] = record * 16;
+    at.record = look_back(p.block_state, b, lane);
+    if (last && b != 0 && lane == 0) {
+      store_relaxed(p.block_state + b, kPrefixKnown | (at.record + record_units(p, at.before + units)));
     }
   }
+  if (last && lane == 0) {
+    p.payload_bytes[b] = (at.before + units) * 16;
+    p.record_offsets[b] = at.record * 16;
+  }
+  return at;
 }
 
-// The next page of this CTA. By one thread; the others see it after a barrier.
-KVZ_DEV void take_page(const EncodeParams& p, Shared& shared, uint32_t ticket) {
-  shared.page = ticket;
-  shared.block = ticket / p.num_segments;
-  shared.segment = ticket - shared.block * p.num_segments;
+// Where a page of a tile goes whose table entry this is, units after the tile's start, or ~0 when the arena has no room
+// for it. Writes the entry, whose offset is not set yet. By one thread.
+KVZ_DEV uint64_t place_page(const EncodeParams& p, const Place& at, uint64_t after, uint32_t page, kvz_entry entry) {
+  const uint64_t offset = at.before + after, destination = at.record + p.header_units + offset;
+  const uint64_t limit =
+      p.stride_units == 0 || at.record + p.stride_units > p.arena_units ? p.arena_units : at.record + p.stride_units;
+  entry.offset = static_cast<uint32_t>(offset);
+  p.table[page] = entry;
+  if (destination + (static_cast<uint64_t>(entry.size) + 15) / 16 <= limit) return destination;
+  atomicMax(&p.counters->error, static_cast<uint32_t>(KVZ_OUT_OF_SPACE));
+  return ~0ull;
 }
 
 // Called by every thread of a CTA that has no page left. The last CTA clears what the launch has used and reports.
-KVZ_DEV void finish_encode(const EncodeParams& p, Shared& shared) {
+KVZ_DEV void finish_encode(const EncodeParams& p, uint32_t& last) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
-    shared.last = atomicAdd(&p.counters->done, 1u) + 1u == gridDim.x;
+    last = atomicAdd(&p.counters->done, 1u) + 1u == gridDim.x;
   }
   __syncthreads();
-  if (!shared.last) return;
-  const uint32_t pages = p.num_blocks * p.num_segments;
+  if (!last) return;
+  const uint32_t tiles = p.num_blocks * p.tiles;
   if (p.clear_states) {
-    for (uint32_t i = threadIdx.x; i < pages; i += blockDim.x) p.page_state[i] = 0;
-    for (uint32_t i = threadIdx.x; i < p.num_blocks; i += blockDim.x) p.block_state[i] = 0;
+    for (uint32_t i = threadIdx.x; i < tiles; i += blockDim.x) p.tile_state[i] = 0;
+    for (uint32_t i = threadIdx.x; i < p.num_blocks; i += blockDim.x) p.block_state[i] = p.block_sum[i] = 0;
   }
   if (threadIdx.x == 0) {
     const uint32_t error = atomicAdd(&p.counters->error, 0u);
@@ -676,15 +762,37 @@ KVZ_DEV uint32_t sum_words(const uint32_t* words, uint32_t count, uint32_t lane)
 // ---- fast path: encode
 // ------------------------------------------------------------------------------------------------
 
-// Shared memory of a page of n strips: extremes, then the segment, whose words follow the classes while the strips that
-// they replace lie a little further on: a segment that is worth writing never overtakes the strips.
-constexpr uint32_t fast_encode_bytes(uint32_t strips) {
-  return kSharedBytes + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
+// Shared memory of a page of n strips: partial results, states, then the segment, whose words follow the classes while
+// the strips that they replace lie a little further on: a segment that is worth writing never overtakes the strips.
+KVZ_HD constexpr uint32_t team_head_bytes(uint32_t strips) {
+  return (static_cast<uint32_t>(sizeof(TeamShared)) + strips * 8 + 15) / 16 * 16;
 }
-constexpr uint32_t kBehindPage = 48;  // that decoding may read behind a segment: padding, and words that no group has
-constexpr uint32_t fast_decode_bytes(uint32_t strips) {
-  return kSharedBytes + strips * (kStripClassBytes + kStripBytes) + kBehindPage;
+KVZ_HD constexpr uint32_t fast_encode_bytes(uint32_t strips) {
+  return team_head_bytes(strips) + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
 }
+KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, uint32_t strips) {
+  Team t;
+  const uint32_t warp = warp_of(threadIdx.x);
+  t.index = warp / p.team_warps;
+  t.warp = warp - t.index * p.team_warps;
+  t.warps = p.team_warps;
+  t.lane = lane_of(threadIdx.x);
+  t.thread = t.warp * kWarp + t.lane;
+  t.threads = t.warps * kWarp;
+  uint8_t* const start = memory + kTileSharedBytes + t.index * p.team_bytes;
+  t.shared = reinterpret_cast<TeamShared*>(start);
+  t.words = reinterpret_cast<uint32_t*>(t.shared + 1);
+  t.lossless_words = t.words + strips;
+  t.states = reinterpret_cast<uint32_t*>(start + team_head_bytes(strips));
+  t.out = start + team_head_bytes(strips) + strips * kStripStateBytes;
+  t.input = t.out + strips * kStripClassBytes;
+  return t;
+}
+
+// When decoding: segments, and behind them what may be read of words that no group has.
+constexpr uint32_t kBehindRoom = 32;
+constexpr uint32_t decode_room_bytes(uint32_t strips) { return strips * (kStripClassBytes + kStripBytes) + 16; }
+constexpr uint32_t fast_decode_bytes(uint32_t strips) { return kSharedBytes + decode_room_bytes(strips) + kBehindRoom; }
 
 // Word b of both groups to its place. A mask of bits is faster to test than a width to compare with: predicates come
 // seven at a time.
@@ -777,29 +885,37 @@ KVZ_DEV uint32_t words_before(const Prefix& p, uint32_t index, uint32_t lane) {
   return p.count <= kWarp ? __shfl_sync(kAllLanes, p.before, static_cast<int>(index)) : sum_words(p.words, index, lane);
 }
 
-// A page whose strips are in shared memory, in any coding and with any values. Returns its entry; what fits no coding
-// stays where it is. By every thread of the CTA.
+// What a team has decided, for the controller. Every thread of the CTA passes here once a tile.
+KVZ_DEV void announce(TileShared& shared, const Team& team, const kvz_entry& entry) {
+  if (team.thread == 0) shared.entries[team.index] = entry;
+  __syncthreads();
+}
+
+// A page whose strips are in shared memory, in any coding and with any values; what fits no coding
+// stays where it is. By every thread of the team.
 template <int DTYPE>
-KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
+KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
   using Tr = Traits<DTYPE>;
   constexpr uint32_t kInfinity2 = Tr::kInfinity * 0x00010001u;
   constexpr uint32_t kFractionBits = Tr::kFraction;
   constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
-  const uint32_t page = shared.page, block = shared.block, segment_index = shared.segment;
-  const kvz_segment segment = p.segments[segment_index];
-  const Strips strips = strips_of(segment, p.block_ids[block]);
-  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  TileShared& tile_shared = *reinterpret_cast<TileShared*>(memory);
+  const Tile& tile = tile_shared.tile;
+  const kvz_segment segment = tile.segments[warp_of(threadIdx.x) / p.team_warps];
+  const Strips strips = strips_of(segment, tile.block_id);
+  const uint32_t count = strips.count;
+  const Team team = team_of(p, memory, count);
+  const uint32_t thread = team.thread, lane = team.lane, warp = team.warp, warps = team.warps;
+  const uint32_t rounds = (count + warps - 1) / warps;
   const uint32_t groups = segment.tokens / 16 * strips.channels;
   const uint32_t raw_bytes = groups * 32;
+  TeamShared& shared = *team.shared;
   // Of each strip and lane: the state of its groups in the quantised candidate, and, shifted by 16, their classes and
   // bases in the lossless one.
-  uint32_t* const states = reinterpret_cast<uint32_t*>(memory + kSharedBytes);
-  uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
-  uint8_t* const input = out + count * kStripClassBytes;
+  uint32_t* const states = team.states;
+  uint8_t* const out = team.out;
+  const uint8_t* const input = team.input;
 
-  // Extremes of the groups and of the page; are all values equal?
   uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u, nonfinite = 0;
   for (uint32_t k = 0; k < rounds; ++k) {
     const uint32_t index = k * warps + warp;
@@ -851,7 +967,7 @@ KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
       shared.equal[warp] = equal;
     }
   }
-  __syncthreads();
+  sync_team(team);
 
   const uint32_t busy = warps < count ? warps : count;  // warps that have a strip
   const uint32_t slot = lane < busy ? lane : 0;
@@ -950,11 +1066,11 @@ KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
           }
         }
         const uint32_t words = __reduce_add_sync(kAllLanes, state_words(state));
-        if (lane == 0) shared.words[index] = words;
+        if (lane == 0) team.words[index] = words;
       }
-      __syncthreads();
+      sync_team(team);
       const uint32_t quantised =
-          (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(shared.words, count, lane);
+          (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(team.words, count, lane);
       if (quantised < size) {
         size = quantised;
         coding = static_cast<uint8_t>(lossy_coding);
@@ -985,10 +1101,10 @@ KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
         uint32_t& state = states[index * kWarp + lane];
         state = (bound > 0.0f ? state : 0u) | known << 16;
         words = __reduce_add_sync(kAllLanes, groups_at(strips, index, lane).inside ? words : 0u);
-        if (lane == 0) shared.lossless_words[index] = words;
+        if (lane == 0) team.lossless_words[index] = words;
       }
-      __syncthreads();
-      const uint32_t lossless = groups + 2 * sum_words(shared.lossless_words, count, lane);
+      sync_team(team);
+      const uint32_t lossless = groups + 2 * sum_words(team.lossless_words, count, lane);
       if (lossless < size) {
         reason = !lossy ? KVZ_AS_ASKED : bound > 0.0f ? KVZ_LOSSLESS_SMALLER : KVZ_BOUND_TOO_FINE;
         size = lossless;
@@ -998,14 +1114,14 @@ KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
     }
   }
   const uint32_t units = units_of(size);
-  if (thread == 0) publish_size(p, page, segment_index, units);
-  const kvz_entry entry =
-      make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason);
+  announce(
+      tile_shared, team,
+      make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason));
 
   if (coding >= KVZ_FIXED) {
     // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
     // strips.
-    const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? shared.lossless_words : shared.words;
+    const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? team.lossless_words : team.words;
     const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
     const bool few = count <= kWarp;
     const uint32_t held = few && lane < count ? strip_words[lane] : 0u;
@@ -1085,14 +1201,13 @@ KVZ_DEV_NOINLINE kvz_entry encode_any(const EncodeParams& p, uint8_t* memory) {
           transpose_16(a);
         }
       }
-      __syncthreads();
+      sync_team(team);
       if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
     }
     if (thread < units * 16 - size) out[size + thread] = 0;
   } else if (coding == KVZ_CONSTANT && thread < 4) {
     reinterpret_cast<uint32_t*>(out)[thread] = thread == 0 ? equal : 0u;
   }
-  return entry;
 }
 
 // ---- fast path: coders
@@ -1180,18 +1295,24 @@ struct FixedCoder {
     }
   }
   // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
-  KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
+  template <int LEVEL>
+  KVZ_DEV void store_level(uint16_t* to, const uint32_t (&a)[16]) const {
     uint16_t* const to1 = to + width0;
     const uint32_t have0 = (1u << width0) - 1u, have1 = (1u << width1) - 1u;
-    const uint32_t positive = level == 8 ? a[7] : level == 12 ? ~a[11] : a[15];
+    const uint32_t positive = LEVEL == 12 ? ~a[11] : a[LEVEL - 1];
 #pragma unroll
-    for (int b = 0; b < 8; ++b) store_pair(to, to1, have0, have1, b, b == 0 ? ~positive : ~(a[b - 1] ^ positive));
-    if (level == 8) return;
-#pragma unroll
-    for (int b = 8; b < 12; ++b) store_pair(to, to1, have0, have1, b, ~(a[b - 1] ^ positive));
-    if (level == 12) return;
-#pragma unroll
-    for (int b = 12; b < 14; ++b) store_pair(to, to1, have0, have1, b, ~(a[b - 1] ^ positive));
+    for (int b = 0; b < (LEVEL == 16 ? 14 : LEVEL); ++b) {
+      store_pair(to, to1, have0, have1, b, b == 0 ? ~positive : ~(a[b - 1] ^ positive));
+    }
+  }
+  KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
+    if (level == 8) {
+      store_level<8>(to, a);
+    } else if (level == 12) {
+      store_level<12>(to, a);
+    } else {
+      store_level<16>(to, a);
+    }
   }
 };
 
@@ -1272,8 +1393,10 @@ KVZ_DEV uint32_t load_classes(const uint8_t* out, uint32_t groups, uint32_t firs
 // Words of a page whose classes are in place, in place of the strips. Words follow the classes and reach only strips
 // that were packed before, or at the same time: those are in registers, once all warps have met.
 template <class Coder>
-KVZ_DEV void pack_page(Coder& coder, const Strips& strips, const Prefix& prefix, uint8_t* out, const uint8_t* input,
-                       uint32_t groups, uint32_t warp, uint32_t warps, uint32_t lane) {
+KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, const Prefix& prefix, uint32_t groups) {
+  uint8_t* const out = team.out;
+  const uint8_t* const input = team.input;
+  const uint32_t warp = team.warp, warps = team.warps, lane = team.lane;
   const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
   const uint32_t class_bytes = Coder::class_bytes(groups);
   const uint32_t strips_at = static_cast<uint32_t>(input - out);
@@ -1299,7 +1422,7 @@ KVZ_DEV void pack_page(Coder& coder, const Strips& strips, const Prefix& prefix,
       if (busy) coder.planes(c[j], column_of(input, index, lane), a);
       const uint32_t end = (class_bytes + 2 * words_before(prefix, next, lane) + 15) & ~15u;
       if (end > read_until) {
-        __syncthreads();
+        sync_team(team);
         read_until = strips_at + next * kStripBytes;
       }
       if (busy) {
@@ -1312,39 +1435,43 @@ KVZ_DEV void pack_page(Coder& coder, const Strips& strips, const Prefix& prefix,
 
 constexpr uint32_t kBatch = 4;  // strips of a warp whose extremes stay in registers
 
-// A page in the coding of a coder, or an entry of size 0 when it is one for encode_any, which finds the page as it was.
-// `Quantised`: FixedCoder, else LosslessCoder.
+// A page in the coding of a coder, or nothing, and false, when it is one for encode_any, which finds the page as it
+// was. `Quantised`: FixedCoder, else LosslessCoder.
 template <int DTYPE, bool QUANTISED>
-KVZ_DEV kvz_entry encode_page_of(const EncodeParams& p, Shared& shared, uint8_t* memory, const kvz_segment& segment,
-                                 const Strips& strips, uint32_t page, uint32_t segment_index) {
+KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz_segment& segment,
+                            const Strips& strips) {
   using Coder = std::conditional_t<QUANTISED, FixedCoder<DTYPE>, LosslessCoder<DTYPE>>;
   constexpr uint32_t kInfinity = Traits<DTYPE>::kInfinity, kInfinity2 = kInfinity * 0x00010001u;
   constexpr uint32_t kMask = QUANTISED ? 0xffffffffu : 0x7fff7fffu;
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
-  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  TeamShared& shared = *team.shared;
+  const uint32_t thread = team.thread, lane = team.lane, warp = team.warp, warps = team.warps;
+  const uint32_t count = strips.count;
   const uint32_t groups = segment.tokens / 16 * strips.channels, raw_bytes = groups * 32;
-  uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
-  const uint8_t* const input = out + count * kStripClassBytes;
-  kvz_entry none = {};
+  uint8_t* const out = team.out;
+  const uint8_t* const input = team.input;
 
-  uint32_t low[kBatch], high[kBatch];
+  // The least values of a warp's first strips stay in registers, the largest in team.states: there are not registers
+  // for both. Larger pages are looked at twice.
+  uint32_t low[kBatch] = {};
   uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u;
-  for (uint32_t k = 0; k < rounds; k += kBatch) {
+  const auto look_at = [&](uint32_t index, uint32_t& least, uint32_t& most) {
+    column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
+    if (!groups_at(strips, index, lane).inside) return;
+    page_low = min2<DTYPE>(page_low, least);
+    page_high = max2<DTYPE>(page_high, most);
+  };
 #pragma unroll
-    for (uint32_t j = 0; j < kBatch; ++j) {
-      const uint32_t index = (k + j) * warps + warp;
-      if (index >= count) break;
-      uint32_t l, h;
-      column_extremes<DTYPE>(column_of(input, index, lane), kMask, l, h);
-      if (groups_at(strips, index, lane).inside) {
-        page_low = min2<DTYPE>(page_low, l);
-        page_high = max2<DTYPE>(page_high, h);
-      }
-      if (k == 0) {
-        low[j] = l;
-        high[j] = h;
-      }
-    }
+  for (uint32_t j = 0; j < kBatch; ++j) {
+    const uint32_t index = j * warps + warp;
+    if (index >= count) break;
+    uint32_t most;
+    look_at(index, low[j], most);
+    team.states[index * kWarp + lane] = most;
+  }
+#pragma unroll 1
+  for (uint32_t index = kBatch * warps + warp; index < count; index += warps) {
+    uint32_t least, most;
+    look_at(index, least, most);
   }
   {
     const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
@@ -1356,11 +1483,11 @@ KVZ_DEV kvz_entry encode_page_of(const EncodeParams& p, Shared& shared, uint8_t*
       shared.high[warp] = most;
     }
   }
-  __syncthreads();
+  sync_team(team);
   const uint32_t slot = lane < warps && lane < count ? lane : 0;
   const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
   const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
-  if (low_key <= key_16(kInfinity | 0x8000u) || high_key >= key_16(kInfinity) || low_key == high_key) return none;
+  if (low_key <= key_16(kInfinity | 0x8000u) || high_key >= key_16(kInfinity) || low_key == high_key) return false;
 
   float bound = 0.0f, inverse = 0.0f;
   uint32_t param = 0;
@@ -1368,9 +1495,9 @@ KVZ_DEV kvz_entry encode_page_of(const EncodeParams& p, Shared& shared, uint8_t*
     const float page_least = widen<DTYPE>(value_of_key_16(low_key)),
                 page_most = widen<DTYPE>(value_of_key_16(high_key));
     bound = page_bound(segment.bound_kind, segment.bound, page_least, page_most);
-    if (!(bound > 0.0f)) return none;
+    if (!(bound > 0.0f)) return false;
     inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
-    if (!quantisable<DTYPE>(page_least, page_most, bound, inverse)) return none;
+    if (!quantisable<DTYPE>(page_least, page_most, bound, inverse)) return false;
   } else {
     param = exponent_of<DTYPE>(static_cast<uint32_t>(high_key));
   }
@@ -1382,94 +1509,148 @@ KVZ_DEV kvz_entry encode_page_of(const EncodeParams& p, Shared& shared, uint8_t*
     }
   }();
 
-  for (uint32_t k = 0; k < rounds; k += kBatch) {
-#pragma unroll
-    for (uint32_t j = 0; j < kBatch; ++j) {
-      const uint32_t index = (k + j) * warps + warp;
-      if (index >= count) break;
-      uint32_t l = low[j], h = high[j];
-      if (k != 0) column_extremes<DTYPE>(column_of(input, index, lane), kMask, l, h);
-      const Groups at = groups_at(strips, index, lane);
-      const uint32_t c = coder.classes(l, h);
-      uint32_t words = 0;
-      if (at.inside) {
-        store_classes<Coder>(out, groups, at.first, c);
-        words = coder.begin(c);
-      }
-      words = __reduce_add_sync(kAllLanes, words);
-      if (lane == 0) shared.words[index] = words;
+  const auto classify = [&](uint32_t index, uint32_t least, uint32_t most) {
+    const Groups at = groups_at(strips, index, lane);
+    const uint32_t c = coder.classes(least, most);
+    uint32_t words = 0;
+    if (at.inside) {
+      store_classes<Coder>(out, groups, at.first, c);
+      words = coder.begin(c);
     }
+    words = __reduce_add_sync(kAllLanes, words);
+    if (lane == 0) team.words[index] = words;
+  };
+#pragma unroll
+  for (uint32_t j = 0; j < kBatch; ++j) {
+    const uint32_t index = j * warps + warp;
+    if (index >= count) break;
+    classify(index, low[j], team.states[index * kWarp + lane]);
   }
-  __syncthreads();
-  const Prefix prefix = prefix_of(shared.words, count, lane);
+#pragma unroll 1
+  for (uint32_t index = kBatch * warps + warp; index < count; index += warps) {
+    uint32_t least, most;
+    column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
+    classify(index, least, most);
+  }
+  sync_team(team);
+  const Prefix prefix = prefix_of(team.words, count, lane);
   const uint32_t size = Coder::class_bytes(groups) + 2 * prefix.total;
   // A quantised candidate that is not small enough has a lossless one beside it.
   if (QUANTISED ? static_cast<uint64_t>(size) * 8 > static_cast<uint64_t>(raw_bytes) * 5 : size >= raw_bytes) {
-    return none;
+    return false;
   }
-  const uint32_t units = units_of(size);
-  if (thread == 0) publish_size(p, page, segment_index, units);
-  pack_page(coder, strips, prefix, out, input, groups, warp, warps, lane);
-  if (thread < units * 16 - size) out[size + thread] = 0;
-  return make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding), bound, param, KVZ_AS_ASKED);
+  announce(tile_shared, team,
+           make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding), bound, param, KVZ_AS_ASKED));
+  pack_page(coder, team, strips, prefix, groups);
+  if (thread < units_of(size) * 16 - size) out[size + thread] = 0;
+  return true;
+}
+
+// The next tile of this CTA. By one warp; the others see it after a barrier.
+KVZ_DEV void take_tile(const EncodeParams& p, Tile& tile, uint32_t lane) {
+  uint32_t index = 0;
+  if (lane == 0) index = atomicAdd(&p.counters->ticket, 1u);
+  index = __shfl_sync(kAllLanes, index, 0);
+  if (index >= p.num_blocks * p.tiles) {
+    if (lane == 0) tile.pages = 0;
+    return;
+  }
+  const uint32_t block = index / p.tiles, within = index - block * p.tiles, first = within * p.teams;
+  const uint32_t left = p.num_segments - first, pages = left < p.teams ? left : p.teams;
+  const uint64_t* const from = reinterpret_cast<const uint64_t*>(p.segments + first);
+  for (uint32_t i = lane; i < pages * (sizeof(kvz_segment) / 8); i += kWarp) {
+    reinterpret_cast<uint64_t*>(tile.segments)[i] = from[i];
+  }
+  if (lane == 0) {
+    tile.index = index;
+    tile.block = block;
+    tile.within = within;
+    tile.pages = pages;
+    tile.block_id = p.block_ids[block];
+  }
+}
+
+// What one warp does for the teams of a CTA.
+KVZ_DEV void control_encode(const EncodeParams& p, TileShared& shared, uint32_t lane) {
+  const Tile& tile = shared.tile;
+  while (true) {
+    // Not before the teams are ready for it: whoever has a later tile waits until this one has been looked at.
+    take_tile(p, shared.tile, lane);
+    __syncthreads();
+    if (tile.pages == 0) return;
+    __syncthreads();  // all teams have announced
+    const uint32_t pages = tile.pages, index = tile.index, block = tile.block, within = tile.within;
+    kvz_entry entry = {};
+    if (lane < pages) entry = shared.entries[lane];
+    const uint32_t units = units_of(entry.size), sum = inclusive_sum(units, lane);
+    const uint32_t total = __shfl_sync(kAllLanes, sum, 31);
+    if (lane == 0) publish_size(p, index, block, within, total);
+    const Place at = place(p, index, block, within, total, lane);
+    if (lane < pages) {
+      const uint32_t page = block * p.num_segments + within * p.teams + lane;
+      shared.destinations[lane] = place_page(p, at, sum - units, page, entry);
+    }
+    __syncthreads();
+  }
 }
 
 template <int DTYPE>
 KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
-  const uint32_t pages = p.num_blocks * p.num_segments;
-
-  if (thread == 0) take_page(p, shared, atomicAdd(&p.counters->ticket, 1u));
-  __syncthreads();
-
-  while (shared.page < pages) {
-    const uint32_t page = shared.page, block = shared.block, segment_index = shared.segment;
-    uint32_t ticket = 0;
-    if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
-    const kvz_segment segment = p.segments[segment_index];
-    const Strips strips = strips_of(segment, p.block_ids[block]);
-    const uint32_t count = strips.count;
-    uint8_t* const out = memory + kSharedBytes + count * kStripStateBytes;
-    uint8_t* const input = out + count * kStripClassBytes;
-
-    fetch_strips(strips, input, warp, warps, lane);
+  TileShared& shared = *reinterpret_cast<TileShared*>(memory);
+  const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
+  if (warp == p.teams * p.team_warps) {
+    control_encode(p, shared, lane);
+    finish_encode(p, shared.last);
+    return;
+  }
+  const Tile& tile = shared.tile;
+  while (true) {
+    __syncthreads();  // the controller has a tile
+    if (tile.pages == 0) break;
+    if (warp / p.team_warps >= tile.pages) {
+      __syncthreads();
+      __syncthreads();
+      continue;
+    }
+    const kvz_segment segment = tile.segments[warp / p.team_warps];
+    const Strips strips = strips_of(segment, tile.block_id);
+    const Team team = team_of(p, memory, strips.count);
+    fetch_strips(strips, team.input, team.warp, team.warps, lane);
     copy_async_wait();
     __syncwarp();
 
-    kvz_entry entry = {};
+    bool encoded = false;
     const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
     if (segment.coding == KVZ_FIXED && lossy) {
-      entry = encode_page_of<DTYPE, true>(p, shared, memory, segment, strips, page, segment_index);
+      encoded = encode_page_of<DTYPE, true>(shared, team, segment, strips);
     } else if (segment.coding != KVZ_RAW && !lossy) {
-      entry = encode_page_of<DTYPE, false>(p, shared, memory, segment, strips, page, segment_index);
+      encoded = encode_page_of<DTYPE, false>(shared, team, segment, strips);
     }
-    if (entry.size == 0) {
-      __syncthreads();  // some may still look at what the others left in `shared`
-      entry = encode_any<DTYPE>(p, memory);
+    if (!encoded) {
+      sync_team(team);  // some may still look at what the others left in shared memory
+      encode_any<DTYPE>(p, memory);
     }
+    __syncthreads();  // the controller knows where to
 
-    const uint32_t units = units_of(entry.size);
-    if (warp == 0) place(p, shared, page, block, segment_index, units, entry, lane);
-    if (thread == 0) take_page(p, shared, ticket);
-    __syncthreads();
-
-    if (shared.destination != ~0ull) {
-      uint4* const to = reinterpret_cast<uint4*>(p.arena) + shared.destination;
-      if (entry.coding == KVZ_RAW) {
+    const uint64_t destination = shared.destinations[team.index];
+    if (destination != ~0ull) {
+      const uint32_t units = units_of(shared.entries[team.index].size);
+      uint4* const to = reinterpret_cast<uint4*>(p.arena) + destination;
+      if (shared.entries[team.index].coding == KVZ_RAW) {
         const uint32_t chunks = strips.channels / 8;  // of a token
-        for (uint32_t i = thread; i < units; i += blockDim.x) {
+        for (uint32_t i = team.thread; i < units; i += team.threads) {
           const uint32_t token = i / chunks, chunk = i - token * chunks;
           const uint32_t index = token / 16 * strips.per_row + chunk / 8;
-          to[i] = *reinterpret_cast<const uint4*>(input + index * kStripBytes + token % 16 * 128 + chunk % 8 * 16);
+          to[i] = *reinterpret_cast<const uint4*>(team.input + index * kStripBytes + token % 16 * 128 + chunk % 8 * 16);
         }
       } else {
-        for (uint32_t i = thread; i < units; i += blockDim.x) to[i] = reinterpret_cast<const uint4*>(out)[i];
+        for (uint32_t i = team.thread; i < units; i += team.threads) {
+          to[i] = reinterpret_cast<const uint4*>(team.out)[i];
+        }
       }
     }
-    __syncthreads();
   }
-  finish_encode(p, shared);
+  finish_encode(p, shared.last);
 }
 
 // ---- validation
@@ -1523,9 +1704,18 @@ KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t 
   return lossless ? sign_mantissa + c : c;
 }
 
-// Does segment s of block b keep to the format? By one warp, the answer is the same in all lanes. Reads nothing outside
+// What a lane has seen of a segment that several look at.
+struct Look {
+  bool bad;        // it does not keep to the format
+  uint64_t size;   // the rest of its size, after the words that the classes imply: in the first lane
+  uint64_t words;  // of the lane's classes
+};
+
+// Does segment s of block b keep to the format? One of `width` lanes, a power of two, at least 8. Reads nothing outside
 // the payload, whatever its bytes are.
-KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, uint32_t s, uint32_t lane) {
+KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, uint32_t s, uint32_t lane,
+                             uint32_t width) {
+  const Look wrong = {true, 0, 0};
   const kvz_entry entry = p.table[page];
   const kvz_segment segment = p.segments[s];
   const uint64_t payload_bytes = p.payload_bytes[b];
@@ -1536,23 +1726,24 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
   }
   const uint64_t start = static_cast<uint64_t>(entry.offset) * 16;
   const uint64_t end = start + (static_cast<uint64_t>(entry.size) + 15) / 16 * 16;
-  if (entry.offset != expected || entry.size == 0 || end > payload_bytes) return false;
-  if (s + 1 == p.num_segments && end != payload_bytes) return false;
+  if (entry.offset != expected || entry.size == 0 || end > payload_bytes) return wrong;
+  if (s + 1 == p.num_segments && end != payload_bytes) return wrong;
   const Geometry g = geometry_of(segment, 0);
   const uint8_t* data = reinterpret_cast<const uint8_t*>(p.payloads[b]) + start;
   const uint32_t dtype = segment.dtype, coding = entry.coding;
   const uint64_t size = entry.size;
 
-  bool bad = false;
-  if (lane < end - start - size) bad = data[size + lane] != 0;  // padding
+  Look found = {};
+  bool& bad = found.bad;
+  for (uint64_t i = size + lane; i < end - start; i += width) bad = bad || data[i] != 0;  // padding
   if (coding == KVZ_RAW) {
     bad = bad || size != static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
   } else if (coding == KVZ_CONSTANT) {
-    if (size != KVZ_CONSTANT_BYTES) return false;
+    if (size != KVZ_CONSTANT_BYTES) return wrong;
     if (lane >= g.value_bytes && lane < KVZ_CONSTANT_BYTES) bad = bad || data[lane] != 0;
   } else {
-    if (coding > KVZ_LOSSLESS || dtype == KVZ_OPAQUE) return false;
-    if (coding != KVZ_LOSSLESS && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return false;
+    if (coding > KVZ_LOSSLESS || dtype == KVZ_OPAQUE) return wrong;
+    if (coding != KVZ_LOSSLESS && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return wrong;
     const bool bytes = byte_classes(dtype, coding), lossless = coding == KVZ_LOSSLESS;
     const uint32_t bits = dtype == KVZ_FP32 ? 32 : 16;
     const uint32_t mantissa = (dtype == KVZ_BF16   ? Traits<KVZ_BF16>::kFraction
@@ -1562,16 +1753,16 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
     const uint32_t widest = lossless ? (dtype == KVZ_FP16 ? 5u : 8u) : dtype == KVZ_FP32 ? 24u : 14u;
     const uint64_t class_bytes = class_array_bytes(dtype, coding, g.groups);
     const uint64_t prefix = lossless ? 2 * class_bytes : class_bytes;
-    if (prefix > size) return false;
+    if (prefix > size) return wrong;
     const uint32_t per_word = bytes ? 4 : 8, class_bits = 32 / per_word;
     const uint32_t* classes = reinterpret_cast<const uint32_t*>(data);
-    uint64_t words = 0;
+    uint64_t& words = found.words;
     const uint64_t whole = g.groups / per_word;  // words of classes without padding
     if (!bytes && !lossless) {
       // Every nibble is a class, 15 stands for 16 words: the usual case, 16 bytes at a time.
       const uint4* vectors = reinterpret_cast<const uint4*>(data);
       uint64_t done = whole / 4 * 4;
-      for (uint64_t i = lane; i < whole / 4; i += kWarp) {
+      for (uint64_t i = lane; i < whole / 4; i += width) {
         const uint4 v = vectors[i];
         uint32_t sum = 0;
         const uint32_t part[4] = {v.x, v.y, v.z, v.w};
@@ -1583,7 +1774,7 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
         }
         words += sum;
       }
-      for (uint64_t i = done + lane; i < whole; i += kWarp) {
+      for (uint64_t i = done + lane; i < whole; i += width) {
         const uint32_t x = classes[i];
         for (uint32_t j = 0; j < 8; ++j) {
           const uint32_t c = (x >> (4 * j)) & 15u;
@@ -1591,7 +1782,7 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
         }
       }
     } else {
-      for (uint64_t i = lane; i < whole; i += kWarp) {
+      for (uint64_t i = lane; i < whole; i += width) {
         const uint32_t x = classes[i];
         for (uint32_t j = 0; j < per_word; ++j) {
           const uint32_t n = words_of_class((x >> (class_bits * j)) & ((1u << class_bits) - 1u), bytes, lossless, bits,
@@ -1615,24 +1806,26 @@ KVZ_DEV bool segment_is_valid(const DecodeParams& p, uint32_t page, uint32_t b, 
       }
       if (lossless) bad = bad || (classes[class_bytes / 4 + whole] >> (4 * rest)) != 0;
     }
-#pragma unroll
-    for (uint32_t d = 16; d > 0; d /= 2) words += __shfl_xor_sync(kAllLanes, words, d);
-    bad = bad || prefix + 2 * words != size;
+    if (lane == 0) found.size = size - prefix;
   }
-  return !__any_sync(kAllLanes, bad);
+  return found;
 }
 
-KVZ_DEV void validate(const DecodeParams& p) {
-  const uint32_t lane = lane_of(threadIdx.x), warps = blockDim.x / kWarp;
-  const uint32_t pages = p.num_blocks * p.num_segments, step = gridDim.x * warps;
-  for (uint32_t page = blockIdx.x * warps + threadIdx.x / kWarp; page < pages; page += step) {
-    const uint32_t b = page / p.num_segments, s = page - b * p.num_segments;
-    const bool valid = segment_is_valid(p, page, b, s, lane);
-    if (!valid && lane == 0) {
-      p.bad[b] = 1;
-      p.counters->any_bad = 1;
-    }
-    if (pages - page <= step) break;  // no overflow of `page`
+// Pages of this many lanes each are validated by a warp at a time: few lanes for small pages.
+KVZ_DEV void validate_pages(const DecodeParams& p, uint32_t first, uint32_t lane) {
+  const uint32_t width = p.validate_lanes, part = lane & ~(width - 1), page = first + lane / width;
+  const bool exists = page < p.num_blocks * p.num_segments;
+  const uint32_t b = exists ? page / p.num_segments : 0, s = exists ? page - b * p.num_segments : 0;
+  Look found = {};
+  if (exists) found = look_at_segment(p, page, b, s, lane - part, width);
+  for (uint32_t d = width / 2; d > 0; d /= 2) {
+    found.words += __shfl_xor_sync(kAllLanes, found.words, static_cast<int>(d));
+  }
+  const bool bad = found.bad || (lane == part && 2 * found.words != found.size);
+  const uint32_t all = __ballot_sync(kAllLanes, bad) >> part;
+  if (exists && lane == part && (width == kWarp ? all : all & ((1u << width) - 1u)) != 0) {
+    p.bad[b] = 1;
+    p.counters->any_bad = 1;
   }
 }
 
@@ -1917,38 +2110,62 @@ constexpr float kLargestMediumBound = 1.2676506e30f;  // 2^100: no product of de
 template <int DTYPE>
 KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  uint8_t* const data = memory + kSharedBytes;
+  uint8_t* const room = memory + kSharedBytes;
   const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
   const uint32_t pages = p.num_blocks * p.num_segments;
 
-  for (uint32_t page = blockIdx.x; page < pages; page += gridDim.x) {
-    const uint32_t block = page / p.num_segments, segment_index = page - block * p.num_segments;
-    if (block_is_refused(p, block)) continue;
-    const kvz_entry entry = p.table[page];
-    const kvz_segment segment = p.segments[segment_index];
-    const uint8_t* const from =
-        reinterpret_cast<const uint8_t*>(p.payloads[block]) + static_cast<uint64_t>(entry.offset) * 16;
+  // A page is decoded while the bytes of the next one arrive, if there is room for both: one begins where shared memory
+  // does, the other ends where it ends. What is known of the page after that is loaded meanwhile.
+  struct Next {
+    kvz_entry entry;
+    uint64_t payload;
+    int64_t block_id;
+    uint32_t segment_index;
+    bool refused;
+  };
+  const auto look_up = [&](uint32_t page) {
+    Next n = {};
+    n.refused = page >= pages;
+    if (n.refused) return n;
+    const uint32_t block = page / p.num_segments;
+    n.segment_index = page - block * p.num_segments;
+    n.refused = block_is_refused(p, block);
+    n.entry = p.table[page];
+    n.payload = p.payloads[block];
+    n.block_id = p.block_ids[block];
+    return n;
+  };
+  const auto bytes_of = [](const Next& n) { return units_of(n.entry.size) * 16; };
+  // The sizes were validated, and never exceed the room; a table that changes in between must not either.
+  const auto has_words = [&](const Next& n) {
+    return !n.refused && n.entry.coding >= KVZ_FIXED && bytes_of(n) <= p.room_bytes;
+  };
+  const auto start_of = [](const Next& n) {
+    return reinterpret_cast<const uint8_t*>(n.payload) + static_cast<uint64_t>(n.entry.offset) * 16;
+  };
+  const auto fetch = [&](const Next& n, uint32_t to) {
+    const uint8_t* const from = start_of(n);
+    for (uint32_t i = thread * 16; i < bytes_of(n); i += blockDim.x * 16) copy_async_16(room + to + i, from + i);
+  };
+
+  const auto decode_page = [&](const Next& now, const uint8_t* data) {
+    const kvz_entry entry = now.entry;
+    const kvz_segment segment = p.segments[now.segment_index];
     const uint32_t coding = entry.coding;
     if (coding < KVZ_FIXED) {
-      const Geometry g = geometry_of(segment, p.block_ids[block]);
+      const Geometry g = geometry_of(segment, now.block_id);
       if (coding == KVZ_RAW) {
-        copy_page<true>(g, const_cast<uint8_t*>(from));
+        copy_page<true>(g, const_cast<uint8_t*>(start_of(now)));
       } else {
-        fill_page(g, *reinterpret_cast<const uint32_t*>(from));
+        fill_page(g, *reinterpret_cast<const uint32_t*>(start_of(now)));
       }
-      continue;
+      return;
     }
-    const Strips strips = strips_of(segment, p.block_ids[block]);
+    const Strips strips = strips_of(segment, now.block_id);
     const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
     const uint32_t groups = segment.tokens / 16 * strips.channels;
     const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
-    // The classes were validated, and what they imply never exceeds the space; a payload that changes in between must
-    // not either.
-    const uint32_t units = units_of(entry.size);
-    if (units * 16 > count * (kStripClassBytes + kStripBytes) + 16) continue;
-    for (uint32_t i = thread; i < units; i += blockDim.x) copy_async_16(data + i * 16, from + i * 16);
-    copy_async_wait();
-    __syncthreads();
+    if (class_bytes > bytes_of(now)) return;
 
     const uint32_t fixed_words = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
     // Classes of a lane's groups of a strip, and the widths that they stand for; 0 where there is no group.
@@ -2029,7 +2246,28 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
         }
       }
     }
+  };
+
+  const uint32_t step = gridDim.x;
+  Next now = look_up(blockIdx.x), next = look_up(blockIdx.x + step);
+  uint32_t at = 0;
+  if (has_words(now)) fetch(now, at);
+  for (uint32_t page = blockIdx.x; page < pages; page += step) {
+    const Next after = look_up(page + 2 * step);
+    const bool here = has_words(now), follows = has_words(next);
+    const bool together = follows && (here ? bytes_of(now) : 0) + bytes_of(next) <= p.room_bytes;
+    const uint32_t next_at = together && at == 0 ? p.room_bytes - bytes_of(next) : 0;
+    if (here) {
+      copy_async_wait();
+      __syncthreads();
+    }
+    if (together) fetch(next, next_at);
+    if (here || (!now.refused && now.entry.coding < KVZ_FIXED)) decode_page(now, room + at);
     __syncthreads();
+    if (follows && !together) fetch(next, next_at);
+    now = next;
+    next = after;
+    at = next_at;
   }
   finish_decode(p, shared);
 }

@@ -210,8 +210,11 @@ KVZ_DEV bool opaque_is_constant(const Geometry& g, Shared& shared) {
 KVZ_DEV uint8_t* claim_place(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
                              const kvz_entry& entry) {
   const uint32_t units = units_of(entry.size);
-  if (threadIdx.x == 0) publish_size(p, page, s, units);
-  if (threadIdx.x < kWarp) place(p, shared, page, b, s, units, entry, threadIdx.x);
+  if (threadIdx.x == 0) publish_size(p, page, b, s, units);
+  if (threadIdx.x < kWarp) {
+    const Place at = place(p, page, b, s, units, threadIdx.x);
+    if (threadIdx.x == 0) shared.destination = place_page(p, at, 0, page, entry);
+  }
   __syncthreads();
   return shared.destination == ~0ull ? nullptr : p.arena + shared.destination * 16;
 }
@@ -404,10 +407,10 @@ KVZ_DEV void encode_bytes(const EncodeParams& p, Shared& shared, uint32_t page, 
 KVZ_DEV void encode_general(const EncodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const uint32_t pages = p.num_blocks * p.num_segments;
-  if (threadIdx.x == 0) take_page(p, shared, atomicAdd(&p.counters->ticket, 1u));
+  if (threadIdx.x == 0) shared.page = atomicAdd(&p.counters->ticket, 1u);
   __syncthreads();
   while (shared.page < pages) {
-    const uint32_t page = shared.page, b = shared.block, s = shared.segment;
+    const uint32_t page = shared.page, b = page / p.num_segments, s = page - b * p.num_segments;
     const kvz_segment segment = p.segments[s];
     const Geometry g = geometry_of(segment, p.block_ids[b]);
     const bool asked = segment.coding == KVZ_RAW;
@@ -422,10 +425,10 @@ KVZ_DEV void encode_general(const EncodeParams& p, uint8_t* memory) {
       encode_page<KVZ_FP32>(p, shared, page, b, s, segment, g);
     }
     __syncthreads();
-    if (threadIdx.x == 0) take_page(p, shared, atomicAdd(&p.counters->ticket, 1u));
+    if (threadIdx.x == 0) shared.page = atomicAdd(&p.counters->ticket, 1u);
     __syncthreads();
   }
-  finish_encode(p, shared);
+  finish_encode(p, shared.last);
 }
 
 // ---- decode

@@ -199,7 +199,7 @@ def hostile(encoded: Encoded, rng: np.random.Generator) -> Encoded:
                     [0, int(entry["size"]) ^ 1, int(entry["size"]) + 16, 2**32 - 1, rng.integers(2**32)]
                 )
             elif damage == 2:
-                entry["coding"] = rng.integers(256) if rng.integers(2) else rng.integers(6)
+                entry["coding"] = rng.integers(256) & 0xCF if rng.integers(2) else rng.integers(6)
             elif damage == 3:
                 entry["bound"] = rng.choice([0, np.nan, np.inf, -1, 1e-30, 2.0**-96, 2.0**120, 3.0])
             elif damage == 4:
@@ -308,20 +308,21 @@ def test_arena_too_small(cuda: tuple[Any, Any]) -> None:
 
 
 def test_graph(cuda: tuple[Any, Any]) -> None:
-    """Encode and decode are captured once and replayed on other values."""
+    """Encode and decode, with checksums, are captured once and replayed on other values."""
     torch, driver = cuda
     specs = [Spec(BF16, 16, 3, 64), Spec(BF16, 16, 3, 64, bound=1e-2)]
     batch = Batch.random(torch, driver, specs, 50, seed=14)
     out = batch.like()
-    encode = GpuEncode(batch)
+    encode = GpuEncode(batch, checksums=True)
     encode.launch()
-    decode = GpuDecode(out, encode.result())
+    decode = GpuDecode(out, encode.result(), crc32c=np.zeros(50, np.uint32))
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     with torch.cuda.graph(graph, stream=stream):
         encode.launch()
         decode.payload_bytes.copy_(encode.payload_bytes.view(torch.uint8))
         decode.table.copy_(encode.table)
+        decode.crc32c.copy_(encode.crc32c.view(torch.uint8))
         decode.launch()
     for seed in (15, 16, 17):
         for memory, spec in zip(batch.memories, specs, strict=True):

@@ -10,6 +10,7 @@
 #include <random>
 
 #define KVZ_EMULATE 1
+#include "cuda_crc.inl"
 #include "cuda_general.inl"
 
 namespace {
@@ -186,6 +187,56 @@ Case make_case(bool fast) {
   } while (0)
 uint32_t g_case = 0;
 
+// CRC32C, a bit at a time.
+uint32_t crc_of(const uint8_t* bytes, uint64_t size) {
+  uint32_t crc = ~0u;
+  for (uint64_t i = 0; i < size; ++i) {
+    crc ^= bytes[i];
+    for (int k = 0; k < 8; ++k) crc = (crc >> 1) ^ ((0u - (crc & 1u)) & kPolynomial);
+  }
+  return ~crc;
+}
+
+// Checksums of payloads of odd sizes, those of several pieces among them.
+void run_checksums() {
+  const uint32_t count = 1 + below(4);
+  std::vector<uint64_t> offsets, sizes;
+  std::vector<uint32_t> expected, found(count), scratch(2 * count);
+  uint64_t total = 0, most = 0;
+  for (uint32_t b = 0; b < count; ++b) {
+    offsets.push_back(total + 16 * below(3));
+    sizes.push_back(16 * one_of<uint64_t>({0, 1, below(40), below(1024), 1024, below(5000)}));
+    total = offsets[b] + sizes[b];
+    most = std::max(most, sizes[b]);
+  }
+  std::vector<uint4> memory(total / 16 + 2);
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(memory.data());
+  for (uint64_t i = 0; i < memory.size() * 16; ++i) bytes[i] = static_cast<uint8_t>(g_random());
+  for (uint32_t b = 0; b < count; ++b) expected.push_back(crc_of(bytes + 16 + offsets[b], sizes[b]));
+  CrcParams p = {};
+  p.base = bytes;
+  p.offsets = offsets.data();
+  p.skip = 16;
+  p.end = memory.size() * 16;
+  p.payload_bytes = sizes.data();
+  p.crc32c = found.data();
+  p.scratch = scratch.data();
+  p.count = count;
+  p.most_pieces = static_cast<uint32_t>((most + kPieceBytes - 1) / kPieceBytes) + below(2);
+  if (p.most_pieces == 0) p.most_pieces = 1;
+  emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { checksum(p); });
+  CHECK(found == expected);
+  CHECK(std::count(scratch.begin(), scratch.end(), 0u) == 2 * count);
+  const uint32_t wrong = below(count);
+  expected[wrong] ^= 1u << below(32);
+  const std::vector<uint64_t> before = sizes;
+  p.expected = expected.data();
+  p.clear_size = sizes.data();
+  emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { checksum(p); });
+  for (uint32_t b = 0; b < count; ++b) CHECK(sizes[b] == (b == wrong ? 0 : before[b]));
+  CHECK(std::count(scratch.begin(), scratch.end(), 0u) == 2 * count);
+}
+
 uint32_t most_strips(const Case& c) {
   uint32_t most = 1;
   for (const kvz_segment& s : c.segments) most = std::max(most, s.tokens / 16 * ((s.heads * s.head_dim + 63) / 64));
@@ -211,7 +262,8 @@ void run_case(const Case& c) {
   std::vector<uint4> arena(arena_bytes / 16);
   memset(arena.data(), 0xee, arena_bytes);
   std::vector<kvz_entry> found(pages);
-  std::vector<uint64_t> found_bytes(c.blocks), offsets(c.blocks), block_state(c.blocks), page_state(pages);
+  std::vector<uint64_t> found_bytes(c.blocks), offsets(c.blocks), block_state(c.blocks), block_sum(c.blocks),
+      tile_state(pages);
   Counters counters = {};
   uint32_t status[2] = {77, 0};
   EncodeParams p = {};
@@ -224,7 +276,8 @@ void run_case(const Case& c) {
   p.status = status;
   p.counters = &counters;
   p.block_state = block_state.data();
-  p.page_state = page_state.data();
+  p.block_sum = block_sum.data();
+  p.tile_state = tile_state.data();
   p.arena_units = arena_bytes / 16;
   p.stride_units = stride / 16;
   p.header_units = (header + 15) / 16;
@@ -233,8 +286,14 @@ void run_case(const Case& c) {
   p.clear_states = 1;
   const uint32_t strips = most_strips(c), warps = 1 + below(std::min(4u, strips)), ctas = 1 + below(3);
   const int dtype = c.segments[0].dtype;
+  p.tiles = segments;
   if (c.fast) {
-    emulation::launch(ctas, warps * 32, fast_encode_bytes(strips), [&](uint8_t* shared) {
+    p.teams = 1 + below(std::min(segments, 3u));
+    p.team_warps = warps;
+    p.tiles = (segments + p.teams - 1) / p.teams;
+    p.team_bytes = fast_encode_bytes(strips);
+    const uint32_t threads = (p.teams * warps + 1) * 32;
+    emulation::launch(ctas, threads, kTileSharedBytes + p.teams * p.team_bytes, [&](uint8_t* shared) {
       dtype == KVZ_BF16 ? encode_fast<KVZ_BF16>(p, shared) : encode_fast<KVZ_FP16>(p, shared);
     });
   } else {
@@ -242,7 +301,8 @@ void run_case(const Case& c) {
   }
   CHECK(status[0] == KVZ_OK && status[1] == 1);
   CHECK(counters.ticket == 0 && counters.done == 0 && counters.error == 0);
-  for (uint64_t v : page_state) CHECK(v == 0);
+  for (uint64_t v : tile_state) CHECK(v == 0);
+  for (uint64_t v : block_sum) CHECK(v == 0);
   for (uint64_t v : block_state) CHECK(v == 0);
   uint64_t at = 0;
   for (uint32_t b = 0; b < c.blocks; ++b) {
@@ -337,12 +397,16 @@ void run_case(const Case& c) {
       if (reinterpret_cast<uint64_t>(gpu.memory[i].data()) % 16 != reinterpret_cast<uint64_t>(c.memory[i].data()) % 16)
         return;
     }
-    std::vector<uint32_t> verdict(c.blocks);
+    std::vector<uint32_t> verdict(c.blocks), crcs(c.blocks), scratch(2 * c.blocks);
+    const bool checksums = below(2);
     bool any_bad = false;
     for (uint32_t b = 0; b < c.blocks; ++b) {
+      crcs[b] = crc_of(reinterpret_cast<const uint8_t*>(payloads[b].get()), payload_bytes[b]);
+      if (round > 0 && below(4) == 0) crcs[b] ^= 1;
       const uint8_t* payload = reinterpret_cast<const uint8_t*>(payloads[b].get());
       verdict[b] = static_cast<uint32_t>(kvz_cpu_validate(cpu.segments.data(), segments, 1, &payload, &payload_bytes[b],
                                                           &entries[b * segments], 1, nullptr, nullptr));
+      if (checksums && crcs[b] != crc_of(payload, payload_bytes[b])) verdict[b] = KVZ_CORRUPT;
       any_bad = any_bad || verdict[b] != KVZ_OK;
     }
     const bool all_or_nothing = below(2);
@@ -365,7 +429,19 @@ void run_case(const Case& c) {
     d.num_segments = segments;
     d.num_blocks = c.blocks;
     d.all_or_nothing = all_or_nothing;
-    emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { validate(d); });
+    d.room_bytes = decode_room_bytes(strips);
+    d.validate_lanes = one_of({8u, 16u, 32u});
+    CrcParams k = {};
+    k.offsets = addresses.data();
+    k.end = ~0ull;
+    k.payload_bytes = payload_bytes.data();
+    k.expected = checksums ? crcs.data() : nullptr;
+    k.bad = bad.data();
+    k.any_bad = &counters.any_bad;
+    k.scratch = scratch.data();
+    k.count = c.blocks;
+    k.most_pieces = static_cast<uint32_t>((worst + worst / 8) / kPieceBytes) + 1;
+    emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { check(d, k); });
     if (c.fast) {
       emulation::launch(ctas, warps * 32, fast_decode_bytes(strips), [&](uint8_t* shared) {
         dtype == KVZ_BF16 ? decode_fast<KVZ_BF16>(d, shared) : decode_fast<KVZ_FP16>(d, shared);
@@ -400,6 +476,7 @@ int main(int argc, char** argv) {
   for (g_case = 0; g_case < cases; ++g_case) {
     g_random.seed(seed * 1000003 + g_case);
     run_case(make_case(g_case % 3 != 2));
+    if (g_case % 4 == 0) run_checksums();
   }
   printf("%u cases equal\n", cases);
   return 0;

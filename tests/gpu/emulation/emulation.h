@@ -45,6 +45,7 @@ struct Fibre {
   Index thread{}, block{}, block_size{}, grid_size{};
   Meeting* warp = nullptr;
   Meeting* cta = nullptr;
+  Meeting* named = nullptr;  // of the CTA, 16
   uint8_t* shared = nullptr;
   void* stack_pointer = nullptr;
   bool done = false;
@@ -97,15 +98,20 @@ inline const uint64_t* exchange(uint32_t operation, uint64_t value) {
   return m.value[generation & 1];
 }
 
-inline void barrier() {
-  Meeting& m = *current->cta;
+inline void meet(Meeting& m, uint32_t threads) {
   const uint32_t generation = m.generation;
-  if (++m.arrived == current->block_size.x) {
+  if (++m.arrived == threads) {
     m.arrived = 0;
     ++m.generation;
   } else {
     while (m.generation == generation) yield();
   }
+}
+
+inline void barrier() { meet(*current->cta, current->block_size.x); }
+inline void named_barrier(uint32_t name, uint32_t threads) {
+  if (name == 0 || name > 15 || threads % 32 != 0) fail("there is no such barrier");
+  meet(current->named[name], threads);
 }
 
 // Run `body` as a grid. All CTAs are resident and take turns.
@@ -115,7 +121,7 @@ inline void launch(uint32_t ctas, uint32_t threads, uint32_t shared_bytes, const
   const size_t total = static_cast<size_t>(ctas) * threads;
   while (stacks.size() < total) stacks.emplace_back(new uint8_t[kStack]);
   std::vector<Fibre> fibres(total);
-  std::vector<Meeting> warps(total / 32), barriers(ctas);
+  std::vector<Meeting> warps(total / 32), barriers(ctas), named(ctas * 16);
   std::vector<std::unique_ptr<uint4[]>> shared;
   kernel = &body;
   for (uint32_t c = 0; c < ctas; ++c) {
@@ -130,6 +136,7 @@ inline void launch(uint32_t ctas, uint32_t threads, uint32_t shared_bytes, const
       f.grid_size.x = ctas;
       f.warp = &warps[i / 32];
       f.cta = &barriers[c];
+      f.named = &named[c * 16];
       f.shared = reinterpret_cast<uint8_t*>(shared.back().get());
       uintptr_t top = reinterpret_cast<uintptr_t>(stacks[i].get() + kStack) & ~static_cast<uintptr_t>(15);
       void** frame =
@@ -248,6 +255,11 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t v) {
 inline uint32_t atomicXor(uint32_t* to, uint32_t v) {
   const uint32_t before = *to;
   *to ^= v;
+  return before;
+}
+inline uint32_t atomicExch(uint32_t* to, uint32_t v) {
+  const uint32_t before = *to;
+  *to = v;
   return before;
 }
 inline uint32_t atomicMax(uint32_t* to, uint32_t v) {
