@@ -37,4 +37,5 @@ fi
 
 cd "$root"
 [ "$#" -gt 0 ] || set -- tests/adapters
+export OMP_NUM_THREADS=1 # read when torch is loaded, so not by the tests themselves
 "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@"

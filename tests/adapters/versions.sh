@@ -21,6 +21,7 @@ else
   trap 'rm -rf "$files"' EXIT
 fi
 installed="$("$python" -c 'import importlib.util; print(importlib.util.find_spec("vllm").submodule_search_locations[0])')"
+export OMP_NUM_THREADS=1
 [ "$#" -gt 0 ] || set -- 0.25.1 0.26.0 0.29.0 0.33.0
 
 failed=0
