@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _stats() -> Any:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group().stats()
+    return get_kv_transfer_group().connector_worker.worker.engine.stats()
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ CHANGES: dict[str, Row] = {
     "kvzip-lossless": {"bound": "lossless"},
 }
 TIERS = {"native": ["native"], "kvzip": ["kvzip-3e-3", "kvzip", "kvzip-raw", "kvzip-lossless"]}
-ENGINES = ("kvzip-half", "native-half", "kvzip-fits", "native-fits")
+ENGINES = ("kvzip-half", "native-half", "native-fits", "kvzip-fits")
 
 GEOMETRIES: dict[str, Row] = {
     "llama-3.1-8b": {
@@ -249,8 +249,7 @@ class Engine:
         self.pages = RealPages(data, caches)
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        self.connector = get_kv_transfer_group()
-        self.worker = self.connector.connector_worker.worker
+        self.worker = get_kv_transfer_group().connector_worker.worker
         self.load_jobs: set[int] = set()
         self.load_seconds: list[float] = []
         self.loaded_blocks: list[int] = []
@@ -431,12 +430,12 @@ def measure(name: str, plan: Plan, results: Results, data: npt.NDArray[Any], fol
     budget_bytes = int(BUDGETS[budget] * plan.long_bytes)
     engine = Engine(plan, kind, budget_bytes, folder, data)
     results.note(PART, f"{name}: started in {engine.start_seconds:.1f} s, {engine.gpu_tokens} tokens on the GPU")
-    default = None if kind == "native" else engine.connector.configure()
+    default = None if kind == "native" else engine.worker.settings
     for tier in TIERS[kind]:
         bound: Any = ErrorBound.lossless()
         if default is not None:
             changes = {"codec": default.codec, "bound": default.bound, **CHANGES[tier]}
-            bound = engine.connector.configure(**changes).bounds
+            bound = engine.worker.configure(**changes).bounds
         base: Row = {"tier": tier, "budget": budget, "budget_gib": budget_bytes / GIB, "bound": str(bound)}
         base |= {"gpu_tokens": engine.gpu_tokens}
 
