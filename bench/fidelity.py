@@ -27,7 +27,6 @@ from kvzip.adapters.transformers import fidelity, schemes
 from kvzip.adapters.transformers.gradients import weigh
 from kvzip.adapters.transformers.models import load_model
 from kvzip.adapters.transformers.moments import calibrate
-
 from kvzip.backends.registry import get_codec
 from kvzip.benchmark import host_environment, write_json
 from kvzip.bounds import BoundPolicy

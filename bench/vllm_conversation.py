@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from fidelity import packaged_model
-from kvzip.adapters.transformers.models import LanguageModel, load_model
 from vllm_sessions import transfer_config
 
+from kvzip.adapters.transformers.models import LanguageModel, load_model
 from kvzip.benchmark import Row, host_environment, write_json
 
 HERE = Path(__file__).parent

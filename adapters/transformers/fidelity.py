@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from kvzip.adapters.transformers.models import LanguageModel, LayerKV, require
 from kvzip.adapters.transformers.schemes import Scheme
-
 from kvzip.errors import ConfigError
 
 #: Peers of the gate: a scheme of kvzip must not be worse than the better one of these.

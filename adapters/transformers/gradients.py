@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from kvzip.adapters.transformers.models import LanguageModel, require
 
+from kvzip.adapters.transformers.models import LanguageModel, require
 from kvzip.calibration import CalibrationTable
 from kvzip.errors import ConfigError
 

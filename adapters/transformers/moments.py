@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from kvzip.adapters.transformers.models import LanguageModel, require
 
+from kvzip.adapters.transformers.models import LanguageModel, require
 from kvzip.calibration import CalibrationTable
 from kvzip.errors import ConfigError
 

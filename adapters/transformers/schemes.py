@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvzip.adapters.transformers.models import LayerKV, require
-
 from kvzip.bounds import BoundPolicy
 from kvzip.calibration import CalibrationTable
 from kvzip.coding import max_record_bytes

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvzip.adapters.vllm.layout import Group, Page
-
 from kvzip.bounds import BoundPolicy
 from kvzip.errors import ConfigError
 from kvzip.types import ErrorBound, SegmentLayout

@@ -247,17 +247,23 @@ class RecordCatalog:
     def begin_load(self, keys: Iterable[bytes]) -> tuple[int, ...]:
         """Protect records until `end_load`; returns their numbers.
 
-        Raises:
-            KeyError: a key is not ready.
+        A key that is not ready, which a caller that looks first does not ask for, gets a number that no worker holds:
+        the load of that chunk fails there, and vLLM computes it.
         """
         asked = list(keys)
+        numbers = []
         for key in asked:
-            if self.state(key) is not State.READY:
-                raise KeyError(f"no record is ready under key {key!r}: look it up first")
-        for key in asked:
-            self._records[key].loads += 1
+            record = self._records.get(key)
+            if record is not None and record.ready:
+                record.loads += 1
+                numbers.append(record.number)
+            else:
+                self._loads_of_gone[key] += 1
+                numbers.append(self._next)
+                self._next += 1
+                self.counts.lost += 1
         self.touch(asked)
-        return tuple(self._records[key].number for key in asked)
+        return tuple(numbers)
 
     def end_load(self, keys: Iterable[bytes]) -> None:
         """Undo `begin_load`; the records may have left meanwhile."""

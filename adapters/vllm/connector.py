@@ -8,13 +8,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
 from kvzip.adapters.vllm import SPEC, SPEC_MODULE
 from kvzip.adapters.vllm.manager import KvzipOffloadingManager
 from kvzip.adapters.vllm.messages import KvzipWorkerMetadata
 from kvzip.adapters.vllm.spec import CONNECTED, KvzipOffloadingSpec
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
-
 from kvzip.errors import ConfigError
 
 _log = logging.getLogger("kvzip")

@@ -38,8 +38,9 @@ class KvzipWorkerExtension:
 
 def _connector() -> Any:
     """This worker's `KvzipConnector`, also inside vLLM's ``MultiConnector``."""
-    from kvzip.adapters.vllm.connector import KvzipConnector
     from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from kvzip.adapters.vllm.connector import KvzipConnector
 
     group = get_kv_transfer_group()
     for connector in (group, *getattr(group, "_connectors", ())):

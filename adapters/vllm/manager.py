@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.v1.kv_offload import base as vllm_base
+from vllm.v1.kv_offload.base import LoadStoreSpec, OffloadingEvent, OffloadingManager, PrepareStoreOutput
+
 from kvzip.adapters.vllm.catalog import RecordCatalog, State
 from kvzip.adapters.vllm.messages import RecordSpec, WorkerReport
 from kvzip.adapters.vllm.metrics import ManagerMetrics
-from vllm.v1.kv_offload import base as vllm_base
-from vllm.v1.kv_offload.base import LoadStoreSpec, OffloadingEvent, OffloadingManager, PrepareStoreOutput
 
 _RESULTS = getattr(vllm_base, "LookupResult", None)
 # vLLM up to 0.24 answers a lookup with True, False or None ("ask again").

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvzip.adapters.vllm.catalog import RecordCatalog
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata
 
+from kvzip.adapters.vllm.catalog import RecordCatalog
 from kvzip.engine import EngineStats
 
 _PREFIX = "vllm:kvzip_"

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec, OffloadingWorker
+
 from kvzip.adapters.vllm.bounds import Shard
 from kvzip.adapters.vllm.catalog import RecordCatalog
 from kvzip.adapters.vllm.layout import Group, group_view, layers_of
@@ -15,8 +17,6 @@ from kvzip.adapters.vllm.manager import KvzipOffloadingManager
 from kvzip.adapters.vllm.metrics import ManagerMetrics, definitions
 from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
-from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec, OffloadingWorker
-
 from kvzip.engine import SwapEngine
 from kvzip.integrity import Integrity
 from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory

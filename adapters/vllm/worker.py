@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
+
 from kvzip.adapters.vllm.bounds import Shard, group_bounds
 from kvzip.adapters.vllm.layout import Group
 from kvzip.adapters.vllm.messages import RecordSpec, WorkerReport
 from kvzip.adapters.vllm.metrics import worker_totals
 from kvzip.adapters.vllm.settings import CHANGEABLE, AdapterSettings
-from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
-
 from kvzip.bounds import BoundPolicy
 from kvzip.engine import SwapEngine
 from kvzip.errors import BlockNotFoundError, ConfigError, CorruptRecordError

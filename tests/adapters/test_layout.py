@@ -12,10 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the adapter's layouts are those of torch tensors")
 
+from kvzip import ErrorBound, SwapEngine  # noqa: E402
 from kvzip.adapters.vllm.bounds import Shard, group_bounds  # noqa: E402
 from kvzip.adapters.vllm.layout import LayerCache, group_view, layer_number, layers_of  # noqa: E402
-
-from kvzip import ErrorBound, SwapEngine  # noqa: E402
 from kvzip.types import DType  # noqa: E402
 
 BLOCKS, TOKENS, HEADS, DIM = 5, 16, 3, 8

@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("torch", reason="vLLM needs torch")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.v1.kv_offload import base as vllm_base
+
 from kvzip.adapters.vllm import metrics
 from kvzip.adapters.vllm.catalog import RecordCatalog
 from kvzip.adapters.vllm.manager import KvzipOffloadingManager
 from kvzip.adapters.vllm.messages import KvzipWorkerMetadata, OffloadingWorkerMetadata, RecordSpec, WorkerReport
 from kvzip.adapters.vllm.metrics import ManagerMetrics
-from vllm.v1.kv_offload import base as vllm_base
 
 WORST = 100
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from kvzip import BlockLayout, BlockView, CalibrationTable, CodecNotFoundError, ErrorBound
 from kvzip.adapters.vllm.bounds import Shard, group_bounds
 from kvzip.adapters.vllm.layout import Group, Page
 from kvzip.adapters.vllm.settings import AdapterSettings
-
-from kvzip import BlockLayout, BlockView, CalibrationTable, CodecNotFoundError, ErrorBound
 from kvzip.bounds import BoundPolicy
 from kvzip.errors import ConfigError
 

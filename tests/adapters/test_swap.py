@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the swap functions move torch tensors")
 
 from kvzip.adapters.vllm import swap  # noqa: E402
-
 from kvzip.errors import ConfigError, CorruptRecordError  # noqa: E402
 
 GPU = pytest.param(

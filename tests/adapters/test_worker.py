@@ -14,12 +14,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="vLLM needs torch")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from kvzip import BlockView, ErrorBound, HostPool, SwapEngine  # noqa: E402
 from kvzip.adapters.vllm.layout import Group, Page  # noqa: E402
 from kvzip.adapters.vllm.messages import RecordSpec  # noqa: E402
 from kvzip.adapters.vllm.settings import AdapterSettings  # noqa: E402
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker  # noqa: E402
-
-from kvzip import BlockView, ErrorBound, HostPool, SwapEngine  # noqa: E402
 from kvzip.errors import ConfigError  # noqa: E402
 from kvzip.integrity import Integrity  # noqa: E402
 

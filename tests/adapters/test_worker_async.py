@@ -17,12 +17,11 @@ from fake_cuda import FakeDriver, FakeTensor, cuda_error
 pytest.importorskip("torch", reason="vLLM needs torch")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from kvzip import BlockView, ErrorBound, HostPool, SwapEngine
 from kvzip.adapters.vllm.layout import Group, Page
 from kvzip.adapters.vllm.messages import RecordSpec
 from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
-
-from kvzip import BlockView, ErrorBound, HostPool, SwapEngine
 from kvzip.device import DeviceSwap
 from kvzip.memory import PageableMemory
 from kvzip.policy import LRU
