@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""Draws what bench/gpu_transport.py measured, from its JSON files alone.
+"""Draws what bench/gpu_transport.py and bench/vllm_sessions.py measured, from their JSON files alone.
 
-Run ``python bench/plot_gpu.py bench/results`` (needs matplotlib). Beside every ``<gpu>_transport.json`` and
-``<gpu>_interference.json`` in the folder it writes a PNG and an SVG of the same name.
+Run ``python bench/plot_gpu.py bench/results`` (needs matplotlib). Beside every ``<gpu>_transport.json``,
+``<gpu>_interference.json`` and ``<gpu>_vllm_sessions.json`` in the folder it writes a PNG and an SVG of the same name.
 """
 
 from __future__ import annotations
@@ -121,13 +121,36 @@ def interference(pyplot: Any, content: Row) -> Any:
     return figure
 
 
-PLOTS = {"transport": transport, "interference": interference}
+def vllm_sessions(pyplot: Any, content: Row) -> Any:
+    """Time to the first token of sessions that come back, a panel a load and host budget."""
+    rows = [r for r in content["rows"] if r["load"] == "round robin"]
+    loads = list(dict.fromkeys((r["sessions"], r["tokens"], r["budget_gib"]) for r in rows))
+    figure, panels = pyplot.subplots(
+        1, len(loads), figsize=(4.5 * len(loads), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, load in zip(panels[0], loads, strict=True):
+        own = [r for r in rows if (r["sessions"], r["tokens"], r["budget_gib"]) == load]
+        for at, row in enumerate(own):
+            panel.barh(at, row["ttft_return_ms"], color="black" if row["tier"] == "native" else "#ef6548")
+            text = f" {row['ttft_return_ms']:,.0f} ms, {row['cached_fraction']:.0%} cached"
+            panel.text(row["ttft_return_ms"], at, text, va="center", fontsize=8)
+        panel.axvline(max(r["ttft_cold_ms"] for r in own), color="gray", ls="--", lw=0.8)
+        panel.set_yticks(range(len(own)), [r["tier"] for r in own], fontsize=8)
+        panel.invert_yaxis()
+        panel.margins(x=0.5)
+        panel.set_title(f"{load[0]} x {load[1]:,} tokens, {load[2]:g} GiB", fontsize=10)
+        panel.set_xlabel("TTFT on return, ms (dashed: cold)")
+    figure.suptitle("Sessions that come back in vLLM: " + subtitle(content["environment"]), fontsize=11)
+    return figure
+
+
+PLOTS = {"transport": transport, "interference": interference, "vllm_sessions": vllm_sessions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="with <gpu>_transport.json, <gpu>_interference.json")
+    parser.add_argument("folder", type=Path, help="with <gpu>_transport.json and the like")
     options = parser.parse_args(argv)
     import matplotlib
 

@@ -153,6 +153,7 @@ def performance() -> str:
     sections = (
         *(cpu_section, pool_section, policy_section),
         *(transport_section, codec_section, compute_section, pinned_section),
+        *(sessions_section, conversation_section),
     )
     for make in sections:
         parts += make()
@@ -372,6 +373,96 @@ def pinned_section() -> list[str]:
             table(["after", "MiB"], [[r["what"], f"{r['device_bytes'] / 2**20:.0f}"] for r in data["memory_rows"]]),
         ]
     return parts
+
+
+def sessions_section() -> list[str]:
+    """Sessions that come back in vLLM."""
+    found = load("*_vllm_sessions.json")
+    if not found:
+        return []
+    name, data = found
+    e, rows = data["environment"], data["rows"]
+    parts = [
+        "## Sessions that come back in vLLM\n",
+        paragraph(
+            f"vLLM {e['vllm']}, geometry of {e['geometry']}, {e['weights']} weights, eager; {e['gpu']}, PCIe "
+            f"{e['pcie_link_gen_max']}.0 x{e['pcie_link_width_current']}, driver {e['driver_version']}. Values of the "
+            f"pages: {e['kv_values']}. `native` is vLLM's own CPU offloading, in the same run; `bench/vllm_sessions.py` "
+            f"says how each load is made ([{name}](../bench/results/{name})). Times are medians."
+        ),
+        plot(name),
+        "Sessions are asked for in turn, one at a time:\n",
+        table(
+            ["tier", "bound", "ratio", "sessions x tokens", "host GiB", "cold", "return", "p10 to p90", "cached"],
+            [
+                [
+                    *(r["tier"], r["bound"], f"{r['ratio']:.2f}", f"{r['sessions']} x {r['tokens']:,}"),
+                    *(f"{r['budget_gib']:g}", f"{r['ttft_cold_ms']:,.0f} ms", f"{r['ttft_return_ms']:,.0f} ms"),
+                    f"{r['ttft_return_p10_ms']:,.0f} to {r['ttft_return_p90_ms']:,.0f}",
+                    f"{r['cached_fraction']:.0%}",
+                ]
+                for r in rows
+                if r["load"] == "round robin"
+            ],
+        ),
+    ]
+    loops = [r for r in rows if r["load"] == "open loop"]
+    if loops:
+        about = loops[0]
+        parts += [
+            paragraph(
+                f"{about['sessions']} sessions of {about['tokens']:,} tokens, {about['arrivals_per_s']:g} requests a "
+                f"second for {about['window_seconds']:.0f} s whether or not the earlier ones are done, "
+                f"{about['budget_gib']:g} GiB of host memory:"
+            ),
+            table(
+                ["tier", "served a second", "TTFT p50", "TTFT p95", "not begun", "cached"],
+                [
+                    [
+                        *(r["tier"], f"{r['served_per_s']:.1f}", f"{r['ttft_p50_ms']:,.0f} ms"),
+                        *(f"{r['ttft_p95_ms']:,.0f} ms", f"{r['not_begun']} of {r['arrived']}"),
+                        f"{r['cached_fraction']:.0%}",
+                    ]
+                    for r in loops
+                ],
+            ),
+        ]
+    stores = [r for r in rows if r["load"] == "stores only"]
+    if stores:
+        about = stores[0]
+        parts += [
+            f"{about['sessions']} prompts of {about['tokens']:,} tokens at once that share nothing:\n",
+            table(["tier", "prompt tokens a second"], [[r["tier"], f"{r['tokens_per_s']:,.0f}"] for r in stores]),
+        ]
+    return parts
+
+
+def conversation_section() -> list[str]:
+    """Whether answers stay the same when a conversation comes back."""
+    found = load("vllm_conversation.json")
+    if not found:
+        return []
+    name, data = found
+    e = data["environment"]
+    return [
+        "## Conversations that come back in vLLM\n",
+        paragraph(
+            f"{data['model']} in vLLM {e['vllm']} on the CPU, {e['dtype']}: each turn's history comes from the tier, "
+            "and its greedy answer is compared with the one that was computed without a tier "
+            f"(`bench/vllm_conversation.py`, [{name}](../bench/results/{name})). Ratios are those of {e['dtype']}."
+        ),
+        table(
+            ["tier", "ratio", "cached", "same answers", "same tokens", "tokens before the first difference"],
+            [
+                [
+                    *(r["tier"], f"{r['ratio']:.2f}", f"{r['cached_fraction']:.0%}"),
+                    *(f"{r['same_turns']} of {r['turns']}", f"{r['same_tokens']} of {r['tokens']}"),
+                    f"{r['agreed_before']:.1f}",
+                ]
+                for r in data["rows"]
+            ],
+        ),
+    ]
 
 
 def fidelity() -> str:
