@@ -387,8 +387,8 @@ def sessions_section() -> list[str]:
         paragraph(
             f"vLLM {e['vllm']}, geometry of {e['geometry']}, {e['weights']} weights, eager; {e['gpu']}, PCIe "
             f"{e['pcie_link_gen_max']}.0 x{e['pcie_link_width_current']}, driver {e['driver_version']}. Values of the "
-            f"pages: {e['kv_values']}. `native` is vLLM's own CPU offloading, in the same run; `bench/vllm_sessions.py` "
-            f"says how each load is made ([{name}](../bench/results/{name})). Times are medians."
+            f"pages: {e['kv_values']}. `native` is vLLM's own CPU offloading, in the same run. How each load is made "
+            f"stands in `bench/vllm_sessions.py` ([{name}](../bench/results/{name})). Times are medians."
         ),
         plot(name),
         "Sessions are asked for in turn, one at a time:\n",
