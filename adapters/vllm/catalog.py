@@ -175,7 +175,8 @@ class RecordCatalog:
         """
         asked = list(keys)
         fresh = [key for key in dict.fromkeys(asked) if key not in self._records]
-        costs = [self.expected_bytes(self._group_of(key)) for key in fresh]
+        expected = {group: self.expected_bytes(group) for group in self._worst}
+        costs = [expected[self._group_of(key)] for key in fresh]
         if fresh:
             fresh, costs = _prefix(fresh, costs, self.capacity_bytes)
         victims = self._victims(sum(costs), set(asked)) if fresh else ()

@@ -18,6 +18,7 @@ from kvzip.adapters.vllm.metrics import ManagerMetrics, definitions
 from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from kvzip.engine import SwapEngine
+from kvzip.errors import ConfigError
 from kvzip.integrity import Integrity
 from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory
 from kvzip.policy import LRU
@@ -134,6 +135,12 @@ class KvzipOffloadingSpec(OffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         """The scheduler's side."""
         if self._manager is None:
+            largest = max(self.worst_bytes.values())
+            if self.pool_bytes < largest:
+                raise ConfigError(
+                    f"cpu_bytes_to_use {self.settings.cpu_bytes_to_use} for {self.workers} workers: a chunk may take "
+                    f"{largest} bytes on each; give at least {largest * self.workers}, or a smaller chunk"
+                )
             catalog = RecordCatalog(self.pool_bytes, self.workers, self.worst_bytes, _group_of, self.settings.policy)
             self._manager = KvzipOffloadingManager(
                 catalog,

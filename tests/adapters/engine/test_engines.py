@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_harness import BLOCK_TOKENS, LOTS, PROMPT_TOKENS, Answer, all_like, prompts, running, transfer_config
@@ -99,11 +100,12 @@ def test_the_spec_works_with_vllms_own_connector(llama: Path, asked: list[list[i
         assert engine.catalog.used_bytes[0] > engine.swap.stats().pool.extent_bytes_used, "the worst case is counted"
 
 
-def test_wrong_settings_are_refused_at_start_up(llama: Path) -> None:
-    with (
-        pytest.raises(Exception, match="did you mean 'bound'"),
-        running(llama, transfer_config(LOTS, buond=1e-3)),
-    ):
+@pytest.mark.parametrize(
+    ("budget", "settings", "words"),
+    [(LOTS, {"buond": 1e-3}, "did you mean 'bound'"), (2 << 20, {"blocks_per_chunk": 16}, "a chunk may take")],
+)
+def test_wrong_settings_are_refused_at_start_up(llama: Path, budget: int, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=words), running(llama, transfer_config(budget, **settings)):
         pass
 
 
