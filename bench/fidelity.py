@@ -27,7 +27,6 @@ from kvzip.adapters.transformers import fidelity, schemes
 from kvzip.adapters.transformers.gradients import weigh
 from kvzip.adapters.transformers.models import load_model
 from kvzip.adapters.transformers.moments import calibrate
-from kvzip.backends.registry import get_codec
 from kvzip.benchmark import host_environment, write_json
 from kvzip.bounds import BoundPolicy
 from kvzip.calibration import CalibrationTable
@@ -35,9 +34,11 @@ from kvzip.types import ErrorBound
 
 HERE = Path(__file__).parent
 TEXTS = [HERE / "texts" / f"{name}.txt" for name in ("prose", "code", "techdoc", "dialogue", "list")]
-SWEEP = ((0.2, 0.08), (0.3, 0.12), (0.4, 0.17), (0.5, 0.21), (0.6, 0.25))
-COARSER = ((0.5, 0.21), (0.6, 0.25), (0.7, 0.29))
-RECOMMENDED = ("default", "calibrated t=0.4 r=0.17 fixed", "calibrated t=0.4 r=0.17 rice")
+MODES = ("fixed", "rice")
+FINE = ((0.2, 0.08), (0.3, 0.12))
+SWEEP = ((0.4, 0.17), (0.5, 0.21), (0.6, 0.25))
+WEIGHED = ((0.5, 0.21), (0.6, 0.25), (0.65, 0.27), (0.7, 0.29))
+RECOMMENDED = ("default fixed", "default rice", "calibrated t=0.4 r=0.17 fixed", "calibrated t=0.4 r=0.17 rice")
 
 
 def packaged_model() -> str:
@@ -51,21 +52,18 @@ def packaged_model() -> str:
 def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[schemes.Scheme]:
     """Peers, then kvzip's: lossless, relative to the page, the default, by token, calibrated, weighed by gradients."""
     own = schemes.engine_scheme
-    rice = [mode for mode in get_codec("cuszp").modes if mode == "rice"]
+    near = BoundPolicy(ErrorBound.relative(1e-3), ErrorBound.token_rms(0.15))
     return [
         *schemes.peers(),
         own("lossless", ErrorBound.lossless()),
-        *(own(f"lossless {mode}", ErrorBound.lossless(), mode=mode) for mode in rice),
+        own("lossless rice", ErrorBound.lossless(), mode="rice"),
         *(own(f"relative {e:g}", ErrorBound.relative(e), protect=False) for e in (1e-3, 3e-3, 1e-2)),
-        own("default"),
-        *(own(f"default {mode}", mode=mode) for mode in rice),
-        *(
-            own(f"K relative {e:g}, V rms {r:g}", BoundPolicy(ErrorBound.relative(e), ErrorBound.token_rms(r)))
-            for e, r in ((1e-3, 0.1), (1e-3, 0.17), (2e-3, 0.12))
-        ),
-        *(schemes.calibrated(table, t, r, mode) for t, r in SWEEP for mode in ("fixed", *rice)),
-        *(schemes.calibrated(weighed, t, r, mode, name="weighed") for t, r in COARSER for mode in ("fixed", *rice)),
-        own("calibrated t=0.4 r=0.17 without the sink", table.policy(0.4, 0.17), protect=False),
+        *(own(f"default {mode}", mode=mode) for mode in MODES),
+        *(own(f"K relative 0.001, V rms 0.15 {mode}", near, mode=mode) for mode in MODES),
+        *(schemes.calibrated(table, t, r, "fixed") for t, r in FINE),
+        *(schemes.calibrated(table, t, r, mode) for t, r in SWEEP for mode in MODES),
+        *(schemes.calibrated(weighed, t, r, mode, name="weighed") for t, r in WEIGHED for mode in MODES),
+        own("calibrated t=0.4 r=0.17 fixed, sink not protected", table.policy(0.4, 0.17), mode="fixed", protect=False),
     ]
 
 
@@ -117,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     def progress(stage: str, done: int, total: int) -> None:
-        if sys.stderr.isatty() or done % 50 == 0:
+        if sys.stderr.isatty() or done % 10 == 0:
             print(f"{stage} {done}/{total}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
     model = load_model(options.model or packaged_model())
@@ -129,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only:
         chosen = [s for s in chosen if not s.own or options.only in s.name]
     texts = {path.stem: path.read_text(encoding="utf-8") for path in options.text[: 1 if options.quick else None]}
-    sizes: dict[str, Any] = {"prefix": 192, "continuation": 64, "needle_depths": (0.5,)} if options.quick else {}
-    result = fidelity.evaluate(model, texts, chosen, progress=progress, **sizes)
+    sizes: dict[str, Any] = {"prefix": 192, "continuation": 64} if options.quick else {}
+    result = fidelity.evaluate(model, texts, chosen, needle_depths=(0.3,), progress=progress, **sizes)
 
     environment = host_environment() | {name: version(name) for name in ("torch", "transformers")}
     environment |= {

@@ -30,6 +30,16 @@ WAYS = {
     "kvzip-1e-3": "kvzip, 1e-3 of each page's range",
     "kvzip-1e-2": "kvzip, 1e-2 of each page's range",
 }
+SHOWN = {
+    "fp8": "fp8 e4m3",
+    "int8": "int8 per token and head",
+    "KIVI-4": "KIVI, 4 bits",
+    "lossless rice": "kvzip, lossless, mode `rice`",
+    "default fixed": "kvzip, default bound",
+    "calibrated t=0.4 r=0.17 fixed": "kvzip, calibrated",
+    "calibrated t=0.4 r=0.17 rice": "kvzip, calibrated, mode `rice`",
+    "weighed t=0.6 r=0.25 rice": "kvzip, calibrated with gradients, t=0.6, mode `rice`",
+}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -113,6 +123,27 @@ def readme() -> str:
                 f"AVX-512, a virtual machine at a load average of {data['environment']['load_average_1min']:.1f}; by "
                 f"the clock one thread encoded {wall:.1f} GB/s in the first case "
                 f"([all figures](docs/performance.md), [conditions](bench/results/{name}))."
+            )
+        )
+    found = load("fidelity_smollm2.json")
+    if found:
+        name, data = found
+        by_name = {row["scheme"]: row for row in data["rows"]}
+        parts.append(
+            table(
+                ["keys and values of a prefix, swapped", "ratio", "mean KL", "same most likely token"],
+                [
+                    [label, f"{by_name[s]['ratio']:.2f}", f"{by_name[s]['kl']:.1e}", f"{by_name[s]['top1']:.1%}"]
+                    for s, label in SHOWN.items()
+                    if s in by_name
+                ],
+            )
+        )
+        parts.append(
+            paragraph(
+                f"SmolLM2-135M, {data['prefix']:,} swapped tokens of five texts, everything counted; `kvzip calibrate` "
+                "and `kvzip verify` do this for a model of your own ([fidelity](docs/fidelity.md), "
+                f"[conditions](bench/results/{name}))."
             )
         )
     gpu = load("*_transport.json")

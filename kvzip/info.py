@@ -15,7 +15,17 @@ from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import codec_names, get_codec
 from kvzip.record import FORMAT_VERSION
 
-_OPTIONAL = ("numpy", "crc32c", "torch", "triton", "nvidia-nvcomp-cu13", "vllm", "ml_dtypes", "prometheus_client")
+_OPTIONAL = (
+    "numpy",
+    "crc32c",
+    "torch",
+    "triton",
+    "nvidia-nvcomp-cu13",
+    "vllm",
+    "transformers",
+    "ml_dtypes",
+    "prometheus_client",
+)
 
 
 def system_info() -> dict[str, Any]:

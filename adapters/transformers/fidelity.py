@@ -209,7 +209,9 @@ def evaluate(
         nll.append(exact_nll)
         chosen = model.greedy(layers, last, greedy_tokens)
         likely = model.continue_from(layers, chosen).argmax(-1)
-        outcomes: dict[bytes, _Outcome] = {}  # two schemes that give the same values have the same effect
+        # Schemes that give the same values have the same effect, and those that give the exact ones have none.
+        nothing = _Outcome(np.zeros(continuation), same=1.0, dnll=0.0, greedy=1.0)
+        outcomes = {_digest(layers): nothing}
         for _, found, after, nbytes in swapped(layers):
             values = _digest(after)
             if values not in outcomes:
@@ -235,7 +237,7 @@ def evaluate(
                 return bool((model.continue_from(cache, asked)[-answer.shape[1] :].argmax(-1) == answer[0]).all())
 
             recalled.append(recalls(layers))
-            answers: dict[bytes, bool] = {}
+            answers = {_digest(layers): recalled[-1]}
             for _, found, after, _ in swapped(layers):
                 values = _digest(after)
                 if values not in answers:
