@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from kvzip import _native
 from kvzip.errors import BackendUnavailableError, CudaError
 
 if TYPE_CHECKING:
-    from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs
+    from kvzip.transport import Copy, CrcArgs, DecodeArgs, EncodeArgs, MoveArgs
 
 Words = npt.NDArray[np.uint64]
 
@@ -34,6 +35,12 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "kvz_cuda_encode": (_I32, [_P, _P]),
     "kvz_cuda_decode": (_I32, [_P, _P]),
     "kvz_cuda_crc32c": (_I32, [_P, _P]),
+    "kvz_cuda_store": (_I32, [_P, _P]),
+    "kvz_cuda_load": (_I32, [_P, _P]),
+    "kvz_cuda_encode_chunk": (_I32, [_P, _P]),
+    "kvz_cuda_decode_chunk": (_I32, [_P, _P]),
+    "kvz_cuda_copy_between": (_I32, [_P, _P, _P, _U64, _P, _P, _P]),
+    "kvz_cuda_mapped_copy": (_I32, [_P, _P, _U64, _P]),
     "kvz_cuda_last_error": (_I32, [_P, _U64]),
     "kvz_cuda_available": (_I32, [_PI32]),
     "kvz_cuda_device_info": (_I32, [_I32, _P]),
@@ -58,6 +65,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "kvz_cuda_event_record": (_I32, [_P, _P]),
     "kvz_cuda_event_query": (_I32, [_P, _PI32]),
     "kvz_cuda_event_synchronize": (_I32, [_P]),
+    "kvz_cuda_event_wait": (_I32, [_P, _U64, _U64, _PI32]),
     "kvz_cuda_event_elapsed": (_I32, [_P, _P, ctypes.POINTER(ctypes.c_float)]),
 }
 
@@ -126,6 +134,85 @@ class _CrcArgs(ctypes.Structure):
         ("check", _U32),
         ("max_ctas", _U32),
         ("reserved", _U32),
+    )
+
+
+class _Run(ctypes.Structure):
+    """``kvz_run``."""
+
+    _fields_ = (("start", _U64), ("address", _U64), ("bytes", _U64))
+
+
+class _MoveArgs(ctypes.Structure):
+    """``kvz_cuda_move_args``."""
+
+    _fields_ = (
+        ("arena", _P),
+        ("record_offsets", _P),
+        ("payload_bytes", _P),
+        ("checked_bytes", _P),
+        ("crc32c", _P),
+        ("scratch", _P),
+        ("runs", _P),
+        ("run", _Run),
+        ("beside_to", _P),
+        ("beside_from", _P),
+        ("max_payload_bytes", _U64),
+        ("beside_bytes", _U32),
+        ("num_runs", _U32),
+        ("num_blocks", _U32),
+        ("header_bytes", _U32),
+        ("max_ctas", _U32),
+        ("most_pieces", _U32),
+    )
+
+
+class _StoreArgs(ctypes.Structure):
+    """``kvz_cuda_store_args``."""
+
+    _fields_ = (
+        ("encode", _EncodeArgs),
+        ("move", _MoveArgs),
+        ("after", _P),
+        ("order", _P),
+        ("done", _P),
+        ("device", _I32),
+        ("reserved", _I32),
+    )
+
+
+class _LoadArgs(ctypes.Structure):
+    """``kvz_cuda_load_args``."""
+
+    _fields_ = (("decode", _DecodeArgs), *_StoreArgs._fields_[1:])
+
+
+_COPY_FIELDS = tuple(
+    (f"{what}_{part}", _U64 if part == "bytes" else _P)
+    for what in ("inputs", "results")
+    for part in ("to", "from", "bytes")
+)
+
+
+class _EncodeChunkArgs(ctypes.Structure):
+    """``kvz_cuda_encode_chunk_args``."""
+
+    _fields_ = (("encode", _EncodeArgs), *_COPY_FIELDS, ("done", _P))
+
+
+class _DecodeChunkArgs(ctypes.Structure):
+    """``kvz_cuda_decode_chunk_args``."""
+
+    _fields_ = (
+        ("decode", _DecodeArgs),
+        *_COPY_FIELDS[:3],
+        ("to", _P),
+        ("from", _P),
+        ("bytes", _P),
+        ("count", _U64),
+        ("copies", _P),
+        ("copied", _P),
+        ("done", _P),
     )
 
 
@@ -361,6 +448,13 @@ class CudaDriver:
         )
         self._check(status, f"copying {len(nbytes)} pieces")
 
+    def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy between device memory and mapped host memory by a small kernel, in stream order.
+
+        Addresses and size are multiples of 16.
+        """
+        self._check(self._library.kvz_cuda_mapped_copy(to, source, nbytes, stream), f"copying {nbytes} bytes")
+
     # ---- streams and events
 
     def stream_create(self, priority: int = 0) -> int:
@@ -405,6 +499,18 @@ class CudaDriver:
         """Wait for an event. Blocks the host."""
         self._check(self._library.kvz_cuda_event_synchronize(event), "waiting for an event")
 
+    def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool:
+        """Wait for an event for a time: spin at first, then look now and then. Blocks the host.
+
+        Returns:
+            Whether the work that it stands for is done.
+        """
+        done = _I32()
+        self._check(
+            self._library.kvz_cuda_event_wait(event, spin_us, timeout_us, ctypes.byref(done)), "waiting for an event"
+        )
+        return bool(done.value)
+
     def event_elapsed_seconds(self, start: int, stop: int) -> float:
         """Time between two events that were made with timing."""
         milliseconds = ctypes.c_float()
@@ -434,27 +540,7 @@ class CudaDriver:
             record_stride: bytes from one record to the next in the arena; 0 packs them.
             strips_per_warp: tuning; 0 = automatic.
         """
-        native = _EncodeArgs(
-            segments=args.segments.ctypes.data,
-            device_segments=args.device_segments,
-            block_ids=args.block_ids,
-            arena=args.arena,
-            arena_bytes=args.arena_bytes,
-            record_stride=record_stride,
-            table=args.table,
-            payload_bytes=args.payload_bytes,
-            record_offsets=args.record_offsets,
-            status=args.status,
-            workspace=args.workspace,
-            workspace_bytes=args.workspace_bytes,
-            num_segments=len(args.segments),
-            num_blocks=args.num_blocks,
-            header_bytes=args.header_bytes,
-            max_ctas=args.max_ctas,
-            strips_per_warp=strips_per_warp,
-            reserved=0,
-            crc32c=args.crc32c,
-        )
+        native = _encode_args(args, record_stride=record_stride, strips_per_warp=strips_per_warp)
         self._check(self._library.kvz_cuda_encode(ctypes.byref(native), stream), "encoding on the GPU")
 
     def decode(self, args: DecodeArgs, stream: int, *, all_or_nothing: bool = False, strips_per_warp: int = 0) -> None:
@@ -466,24 +552,7 @@ class CudaDriver:
             all_or_nothing: one corrupt block keeps every block of the batch from being written.
             strips_per_warp: tuning; 0 = automatic.
         """
-        native = _DecodeArgs(
-            segments=args.segments.ctypes.data,
-            device_segments=args.device_segments,
-            block_ids=args.block_ids,
-            payloads=args.payloads,
-            payload_bytes=args.payload_bytes,
-            table=args.table,
-            block_status=args.block_status,
-            workspace=args.workspace,
-            workspace_bytes=args.workspace_bytes,
-            num_segments=len(args.segments),
-            num_blocks=args.num_blocks,
-            all_or_nothing=int(all_or_nothing),
-            max_ctas=args.max_ctas,
-            strips_per_warp=strips_per_warp,
-            reserved=0,
-            crc32c=args.crc32c,
-        )
+        native = _decode_args(args, all_or_nothing=all_or_nothing, strips_per_warp=strips_per_warp)
         self._check(self._library.kvz_cuda_decode(ctypes.byref(native), stream), "decoding on the GPU")
 
     def crc32c(self, args: CrcArgs, stream: int) -> None:
@@ -502,6 +571,151 @@ class CudaDriver:
             reserved=0,
         )
         self._check(self._library.kvz_cuda_crc32c(ctypes.byref(native), stream), "checksumming on the GPU")
+
+    # ---- chunks of large transfers
+
+    def encode_call(
+        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int
+    ) -> Callable[[], None]:
+        """Bind ``kvz_cuda_encode_chunk``: each call queues it."""
+        native = _EncodeChunkArgs(_encode_args(encode), *inputs, *results, done)
+        function, reference = self._library.kvz_cuda_encode_chunk, ctypes.byref(native)
+
+        def call(keep: object = encode) -> None:  # which has the segments that the native arguments point to
+            status = function(reference, stream)
+            if status:
+                self._check(status, "encoding on the GPU")
+
+        return call
+
+    def decode_call(
+        self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, copies: int, stream: int
+    ) -> Callable[[Sequence[Copy]], None]:
+        """Bind ``kvz_cuda_decode_chunk``: each call queues it for these copies of records."""
+        native = _DecodeChunkArgs(_decode_args(decode), *inputs, copies=copies, copied=copied, done=done)
+        function, reference = self._library.kvz_cuda_decode_chunk, ctypes.byref(native)
+
+        def call(pieces: Sequence[Copy], keep: object = decode) -> None:
+            arrays = [_words(column) for column in zip(*pieces, strict=True)]
+            native.to, origin, native.bytes = map(ctypes.addressof, arrays)
+            setattr(native, "from", origin)
+            native.count = len(pieces)
+            status = function(reference, stream)
+            if status:
+                self._check(status, "decoding on the GPU")
+
+        return call
+
+    def copy_between(self, pieces: Sequence[Copy], after: int, done: int, stream: int) -> None:
+        """Copies behind an event, in stream order; another event is recorded behind them."""
+        arrays = [_words(column) for column in zip(*pieces, strict=True)]
+        to, source, nbytes = map(ctypes.addressof, arrays)
+        status = self._library.kvz_cuda_copy_between(to, source, nbytes, len(pieces), after, done, stream)
+        self._check(status, f"copying {len(pieces)} pieces")
+
+    # ---- whole transfers
+
+    def store_call(self, encode: EncodeArgs, move: MoveArgs, order: int, device: int, stream: int) -> _SwapCall:
+        """Bind a store (``kvz_cuda_store``); see `kvzip.transport.SwapCall`."""
+        native = _StoreArgs(encode=_encode_args(encode), move=_move_args(move), order=order, device=device)
+        return _SwapCall(self, self._library.kvz_cuda_store, native, stream, "storing from the GPU", encode)
+
+    def load_call(self, decode: DecodeArgs, move: MoveArgs, order: int, device: int, stream: int) -> _SwapCall:
+        """Bind a load (``kvz_cuda_load``); see `kvzip.transport.SwapCall`."""
+        native = _LoadArgs(decode=_decode_args(decode), move=_move_args(move), order=order, device=device)
+        return _SwapCall(self, self._library.kvz_cuda_load, native, stream, "loading to the GPU", decode)
+
+
+def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
+    return (_U64 * len(values))(*values)
+
+
+class _SwapCall:
+    """`kvzip.transport.SwapCall`: the native arguments are made once."""
+
+    def __init__(
+        self, driver: CudaDriver, function: Any, native: _StoreArgs | _LoadArgs, stream: int, what: str, keep: object
+    ) -> None:
+        self._driver = driver
+        self._function = function
+        self._native = native
+        self._move = native.move
+        self._run = self._move.run
+        self._reference = ctypes.byref(native)
+        self._stream = stream
+        self._what = what
+        self._keep = keep  # the segments that the native arguments point to
+
+    def __call__(self, after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
+        native, run = self._native, self._run
+        native.after, native.done = after, done
+        self._move.num_runs, run.address, run.bytes = num_runs, address, nbytes
+        status = self._function(self._reference, self._stream)
+        if status:
+            self._driver._check(status, self._what)
+
+
+def _encode_args(args: EncodeArgs, *, record_stride: int = 0, strips_per_warp: int = 0) -> _EncodeArgs:
+    return _EncodeArgs(
+        segments=args.segments.ctypes.data,
+        device_segments=args.device_segments,
+        block_ids=args.block_ids,
+        arena=args.arena,
+        arena_bytes=args.arena_bytes,
+        record_stride=record_stride,
+        table=args.table,
+        payload_bytes=args.payload_bytes,
+        record_offsets=args.record_offsets,
+        status=args.status,
+        workspace=args.workspace,
+        workspace_bytes=args.workspace_bytes,
+        num_segments=len(args.segments),
+        num_blocks=args.num_blocks,
+        header_bytes=args.header_bytes,
+        max_ctas=args.max_ctas,
+        strips_per_warp=strips_per_warp,
+        reserved=0,
+        crc32c=args.crc32c,
+    )
+
+
+def _decode_args(args: DecodeArgs, *, all_or_nothing: bool = False, strips_per_warp: int = 0) -> _DecodeArgs:
+    return _DecodeArgs(
+        segments=args.segments.ctypes.data,
+        device_segments=args.device_segments,
+        block_ids=args.block_ids,
+        payloads=args.payloads,
+        payload_bytes=args.payload_bytes,
+        table=args.table,
+        block_status=args.block_status,
+        workspace=args.workspace,
+        workspace_bytes=args.workspace_bytes,
+        num_segments=len(args.segments),
+        num_blocks=args.num_blocks,
+        all_or_nothing=int(all_or_nothing),
+        max_ctas=args.max_ctas,
+        strips_per_warp=strips_per_warp,
+        reserved=0,
+        crc32c=args.crc32c,
+    )
+
+
+def _move_args(args: MoveArgs) -> _MoveArgs:
+    return _MoveArgs(
+        arena=args.arena,
+        record_offsets=args.record_offsets,
+        payload_bytes=args.payload_bytes,
+        checked_bytes=args.checked_bytes,
+        crc32c=args.crc32c,
+        scratch=args.scratch,
+        runs=args.runs,
+        beside_to=args.beside_to,
+        beside_from=args.beside_from,
+        max_payload_bytes=args.max_payload_bytes,
+        beside_bytes=args.beside_bytes,
+        num_blocks=args.num_blocks,
+        header_bytes=args.header_bytes,
+    )
 
 
 _NO_DEVICE = 100  # cudaErrorNoDevice

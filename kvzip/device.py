@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""Stores and loads of blocks that lie on a GPU: one worker thread for each direction drives the staged pipelines.
+"""Stores and loads of blocks that lie on a GPU.
 
-The caller's thread records an event on its stream and goes on. Codecs that the pipelines do not know (a third party's)
-work too, by way of host memory: slower, and counted as what they are.
+Small ones are queued whole by the caller's thread (`kvzip.small`) and completed by whoever asks for their end, or by a
+thread that looks after those that nobody asks for. For the others one worker thread for each direction drives the
+staged pipelines (`kvzip.transport`); the caller's thread records an event on its stream and goes on. Codecs that the
+pipelines do not know (a third party's) work too, by way of host memory: slower, and counted as what they are.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -27,10 +30,10 @@ from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import coding_of
 from kvzip.bounds import PageBounds, summary, table_id
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
-from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError, TransferError
+from kvzip.errors import CorruptRecordError, CudaError, NativeError
 from kvzip.index import Contents, Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
-from kvzip.pool import HostPool
+from kvzip.pool import HostPool, Room
 from kvzip.record import (
     ENTRY_DTYPE,
     Coding,
@@ -40,8 +43,9 @@ from kvzip.record import (
     header_nbytes,
     pack_headers,
 )
-from kvzip.transfer import Transfer, TransferResult
-from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Runs, Sources, Staging
+from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
+from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult, transfer_error
+from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Records, Run, Staging
 from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound, empty_view
 
 _log = logging.getLogger("kvzip")
@@ -51,6 +55,8 @@ _LOSSLESS = ErrorBound.lossless()
 _GPU_MODES = ("fixed", "plain", "outlier")
 _GPU_BOUND_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)
 _GPU_LAST_CODING = Coding.LOSSLESS
+_NATIVE = ("cuszp", "raw")  # codecs whose pages the pipelines encode
+_CODING_AT, _REASON_AT = 12, 15  # in an entry of a segment table (docs/reference/format.md)
 
 
 class HostPaths(Protocol):
@@ -89,6 +95,26 @@ class HostPaths(Protocol):
         ...
 
 
+@dataclass(eq=False, slots=True)
+class _SmallStore:
+    keys: Sequence[bytes]
+    blocks: BlockView
+    plan: Plan
+    room: Room
+    ticket: Ticket
+    evicted: int
+    started: float
+
+
+@dataclass(eq=False, slots=True)
+class _SmallLoad:
+    keys: Sequence[bytes]
+    entries: Sequence[Entry]
+    out: BlockView
+    ticket: Ticket
+    started: float
+
+
 @dataclass(frozen=True)
 class _Job:
     run: Callable[[], TransferResult]
@@ -104,8 +130,10 @@ class _Worker:
         self._start = start
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._submitted = self._ended = 0
 
     def submit(self, job: _Job) -> None:
+        self._submitted += 1
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()
@@ -117,19 +145,75 @@ class _Worker:
             try:
                 job.transfer._finish(job.run())
             except BaseException as error:
-                _log.warning("a %s failed: %s", job.what, str(error))
-                if not isinstance(error, KvzipError):
-                    wrapped = TransferError(f"a {job.what} failed: {type(error).__name__}: {error}")
-                    wrapped.__cause__ = error
-                    error = wrapped
-                job.transfer._fail(error)
-                del error
+                job.transfer._fail(transfer_error(job.what, error))
+            finally:
+                self._ended += 1
             del job  # a transfer must not live on until the next one comes
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job has not ended."""
+        return self._submitted != self._ended
 
     def close(self) -> None:
         """Let the jobs that were submitted end, then the thread. Blocks the host."""
         if self._thread is not None:
             self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class _Reaper:
+    """Completes the small transfers that nobody asks for; a thread, started with the first one.
+
+    It looks every two milliseconds while there are any, and sleeps after a while without.
+    """
+
+    EVERY_SECONDS = 2e-3
+    IDLE_LOOKS = 100
+
+    def __init__(self, name: str, start: Callable[[], None], queues: Sequence[TransferQueue]) -> None:
+        self._name = name
+        self._start = start
+        self._queues = queues
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._parked = True
+        self._halt = False
+        self._thread: threading.Thread | None = None
+
+    def notice(self) -> None:
+        """A transfer was queued."""
+        if self._parked:
+            with self._lock:
+                self._parked = False
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                    self._thread.start()
+                self._wake.set()
+
+    def _loop(self) -> None:
+        self._start()
+        idle = 0
+        while not self._halt:
+            if idle < self.IDLE_LOOKS:
+                time.sleep(self.EVERY_SECONDS)
+            else:
+                self._wake.clear()
+                self._parked = True  # who queues one from here on wakes this thread
+                if not any(map(len, self._queues)) and not self._halt:
+                    self._wake.wait()
+                self._parked = False
+                idle = 0
+            idle = 0 if any(map(len, self._queues)) else idle + 1
+            for pending in self._queues:
+                pending.poll()
+
+    def close(self) -> None:
+        """End the thread. Blocks the host."""
+        self._halt = True
+        self._wake.set()
+        if self._thread is not None:
             self._thread.join()
             self._thread = None
 
@@ -167,12 +251,21 @@ class DeviceSwap:
         self._pool = pool
         self._store_lock = store_lock
         self._host = host
+        self._closed = False
 
         def start() -> None:
             self._driver.set_device(device)
 
         self._out = _Worker(f"kvzip-out-{device}", start)
         self._into = _Worker(f"kvzip-in-{device}", start)
+        # Small transfers need a pool that kernels can address, in extents that match the arena's.
+        self._small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
+        self._packed = pool.extent_bytes == RECORD_ALIGNMENT
+        self._small_out = TransferQueue(self._driver, "store")
+        self._small_into = TransferQueue(self._driver, "load")
+        self._stores: SmallStores | None = None  # made at their first use, under the lock of their queue
+        self._loads: SmallLoads | None = None
+        self._reaper = _Reaper(f"kvzip-small-{device}", start, (self._small_out, self._small_into))
 
     # ---- what the engine calls, in the caller's thread
 
@@ -185,14 +278,19 @@ class DeviceSwap:
     def store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
         """Queue a store. The pages must stay as they are until the transfer is done."""
         started = time.perf_counter()
+        if len(parts) == 1 and not measure_error and parts[0].blocks.nbytes <= self._small_bytes and self._packed:
+            small = self._store_small(parts[0], codec, stream, started)
+            if small is not None:
+                return small
         after = self._mark(stream)
         transfer = Transfer(self._driver, self._device)
 
         def run() -> TransferResult:
             try:
-                with self._store_lock:
+                with self._host.counting_failures("store"), self._store_lock:
+                    self._small_out.drain()
                     self._index.check_open()
-                    native = codec.name in ("cuszp", "raw")
+                    native = codec.name in _NATIVE
                     if not native or not all(encodes_on_gpu(codec, part.request) for part in parts):
                         self._driver.event_synchronize(after)
                         if native:
@@ -214,8 +312,10 @@ class DeviceSwap:
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
         started = time.perf_counter()
-        transfer = Transfer(self._driver, self._device)
         try:
+            if out.nbytes <= self._small_bytes and (small := self._load_small(keys, entries, out, stream, started)):
+                return small
+            transfer = Transfer(self._driver, self._device)
             after = self._mark(stream)
         except BaseException:
             self._index.end_load(entries)
@@ -223,7 +323,9 @@ class DeviceSwap:
 
         def run() -> TransferResult:
             try:
-                self._load(keys, entries, out, after, transfer)
+                self._small_into.drain()
+                with self._host.counting_failures("load"):
+                    self._load(keys, entries, out, after, transfer)
             finally:
                 self._index.end_load(entries)
                 self._driver.event_destroy(after)
@@ -237,9 +339,20 @@ class DeviceSwap:
         return transfer
 
     def close(self) -> None:
-        """Let everything that was queued end, and free the device's memory. Blocks the host."""
+        """Let everything that was queued end, and free the device's memory. Blocks the host. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         self._out.close()
         self._into.close()
+        for pending in (self._small_out, self._small_into):
+            pending.drain()
+        self._reaper.close()
+        self._driver.set_device(self._device)
+        for small in (self._stores, self._loads):
+            if small is not None:
+                small.close()
+        self._stores = self._loads = None
         self._transport.close()
 
     def _mark(self, stream: object) -> int:
@@ -249,6 +362,205 @@ class DeviceSwap:
         event = self._driver.event_create()
         self._driver.event_record(event, handle)
         return event
+
+    # ---- small transfers, in the caller's thread
+
+    def _small_stores(self) -> SmallStores:
+        if self._stores is None:
+            made = self._transport
+            self._stores = SmallStores(self._device, self._driver, made.staging, made.resource)
+        return self._stores
+
+    def _small_loads(self) -> SmallLoads:
+        if self._loads is None:
+            made = self._transport
+            self._loads = SmallLoads(self._device, self._driver, made.staging, made.resource)
+        return self._loads
+
+    def _store_small(self, part: Part, codec: Codec, stream: object, started: float) -> Transfer | None:
+        """Queue a small store; None where a worker must do it: to wait, to keep the order, or to find out sizes."""
+        queue, index, keys, blocks, count = self._small_out, self._index, part.keys, part.blocks, len(part.keys)
+        pages = len(blocks.layout.segments)
+        if self._out.busy or not count or codec.name not in _NATIVE or not SmallStores.fits(pages, count):
+            return None
+        after = stream_handle(stream, self._device)
+        if not self._store_lock.acquire(blocking=False):
+            return None
+        room: Room | None = None
+        try:
+            index.check_open()
+            with queue.lock:
+                small = self._small_stores()
+                plan = small.plan_for(blocks, codec, part.request)
+                if plan is None:
+                    plan = self._new_plan(part, codec)
+                if plan is None:
+                    return None
+                evicted = -index.evicted
+                room = index.take_ahead(count * plan.record_bytes, keys)
+                if room is None:
+                    return None
+                evicted += index.evicted
+                ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
+                if ticket is not None:
+                    transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
+                    work = _SmallStore(keys, blocks, plan, room, ticket, evicted, started)
+                    queue.add(transfer, partial(self._land_store, work))
+                    room = None
+                    self._reaper.notice()
+                    return transfer
+        except NativeError as error:  # the long way stores raw what cannot be encoded, and reports what is broken
+            _log.info("a small store goes the long way: %s", str(error))
+        finally:
+            self._store_lock.release()
+            if room is not None:
+                room.close()
+        return None
+
+    def _new_plan(self, part: Part, codec: Codec) -> Plan | None:
+        request, layout = part.request, part.blocks.layout
+        if not encodes_on_gpu(codec, request):
+            return None
+        coding = coding_of(request) if codec.name == "cuszp" else Coding.RAW
+        plan = self._small_stores().new_plan(part.blocks, codec, request, coding)
+        if plan is not None:
+            contents = contents_of(layout, codec.name, table_id(request.bound, len(layout.segments)))
+            plan.context = (contents, _header_maker(layout, codec, request, request.reason))
+        return plan
+
+    def _land_store(self, work: _SmallStore, error: Exception | None) -> TransferResult:
+        ticket, room, index = work.ticket, work.room, self._index
+        assert self._stores is not None
+        try:
+            if error is not None:
+                raise error
+            status, sizes, crcs, rows = ticket.arrays
+            if status[0]:
+                _native.check(int(status[0]), "encoding on the GPU")
+            contents, header_of = work.plan.context
+            count, joined = len(work.keys), rows.tobytes()
+            size = len(joined) // count
+            tables = [joined[at : at + size] for at in range(0, len(joined), size)]
+            entries = index.enter(room, sizes.tolist(), crcs.tolist(), tables, [contents] * count, header_of)
+            index.publish(dict(zip(work.keys, entries, strict=True)))
+        except BaseException:
+            with self._host.counting_failures("store"):
+                raise
+        finally:
+            room.close()
+            self._stores.end(ticket)
+        result = TransferResult(
+            count,
+            work.blocks.nbytes,
+            sum(entry.allocation.nbytes for entry in entries),
+            time.perf_counter() - work.started,
+            work.evicted,
+            fallback_reasons(np.frombuffer(joined, ENTRY_DTYPE))
+            if any(joined[_REASON_AT :: ENTRY_DTYPE.itemsize])
+            else {},
+        )
+        self._host.count_store(result)
+        return result
+
+    def _room_runs(self, room: Room) -> list[Run]:
+        """Runs of a room, by their place in an arena that is copied there."""
+        base, at, runs = self._pool.address, 0, []
+        for offset, nbytes in room.runs:
+            runs.append((at, base + offset, nbytes))
+            at += nbytes
+        return runs
+
+    def _load_small(
+        self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object, started: float
+    ) -> Transfer | None:
+        """Queue a small load; None where a worker must do it."""
+        queue, count = self._small_into, len(keys)
+        if self._into.busy or not count or not SmallLoads.fits(len(out.layout.segments), count):
+            return None
+        contents = entries[0].contents
+        if contents.codec not in _NATIVE or any(entry.contents is not contents for entry in entries):
+            return None
+        if not all(decodes_on_gpu(entries)):
+            return None
+        after = stream_handle(stream, self._device)
+        view = out.with_groups(check_geometry(contents.geometry, out.layout))
+        records = self._records(entries)
+        try:
+            with queue.lock:
+                small = self._small_loads()
+                plan = small.plan_for(view, contents)
+                if plan is None:
+                    return None
+                ticket = small.load(plan, view.block_ids, records, after)
+                if ticket is not None:
+                    transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
+                    queue.add(transfer, partial(self._land_load, _SmallLoad(keys, entries, out, ticket, started)))
+                    self._reaper.notice()
+                    return transfer
+        except NativeError as error:
+            _log.info("a small load goes the long way: %s", str(error))
+        return None
+
+    def _records(self, entries: Sequence[Entry], first: int = 0, last: int | None = None) -> Records:
+        """Records of blocks first to last - 1: where they lie and where they go in an arena."""
+        chunk = entries[first:last]
+        base, piece, packed, at = self._pool.address, self._pool.piece_bytes, self._packed, 0
+        header = chunk[0].contents.header_bytes
+        runs: list[Run] = []
+        offsets, payload_bytes = [], []
+        start, address, length = 0, 0, 0  # of a run that may still grow
+        for entry in chunk:
+            allocation = entry.allocation
+            offsets.append(at)
+            payload_bytes.append(allocation.nbytes - header)
+            place = at
+            for offset, nbytes in allocation.runs:
+                if packed:  # whole extents, so that neighbours are one run
+                    nbytes = -(-nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+                joins = address + length == base + offset and start + length == place
+                if joins and length and not (piece and offset % piece == 0):  # no copy may cross a registration
+                    length += nbytes
+                else:
+                    if length:
+                        runs.append((start, address, length))
+                    start, address, length = place, base + offset, nbytes
+                place += nbytes
+            at += -(-allocation.nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        runs.append((start, address, length))
+        crcs = [entry.payload_crc32c for entry in chunk]
+        return Records(runs, at, header, offsets, payload_bytes, crcs, b"".join([entry.table for entry in chunk]))
+
+    def _land_load(self, work: _SmallLoad, error: Exception | None) -> TransferResult:
+        assert self._loads is not None
+        try:
+            if error is not None:
+                raise error
+            statuses = work.ticket.arrays[0].tobytes()
+            if any(statuses):
+                raise self._damaged(work.keys, np.flatnonzero(np.frombuffer(statuses, np.uint32)).tolist())
+        except BaseException:
+            with self._host.counting_failures("load"):
+                raise
+        finally:
+            self._index.end_load(work.entries)
+            self._loads.end(work.ticket)
+        result = TransferResult(
+            len(work.keys),
+            work.out.nbytes,
+            sum(entry.allocation.nbytes for entry in work.entries),
+            time.perf_counter() - work.started,
+        )
+        self._host.count_load(result)
+        return result
+
+    def _damaged(self, keys: Sequence[bytes], bad: Sequence[int]) -> CorruptRecordError:
+        """Count damaged records and make the error that names them."""
+        self._host.count_corrupt(len(bad))
+        return CorruptRecordError(
+            f"{len(bad)} of {len(keys)} records are damaged (the first under key {keys[min(bad)]!r}); their pages "
+            "are as they were, the other blocks were loaded: discard these records",
+            blocks=tuple(sorted(bad)),
+        )
 
     # ---- stores, in the worker
 
@@ -298,46 +610,62 @@ class DeviceSwap:
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys)
         fresh: list[Entry] = []
-        tables = []
-        record_bytes = violations = 0
+        fallbacks: Counter[str] = Counter()
+        record_bytes = pages = violations = 0
         max_error = 0.0
         evicted_before = index.evicted
 
-        def admit(contents: Contents, chunk: EncodedChunk) -> list[Runs]:
-            entries = index.admit(
+        rooms: list[Room] = []
+
+        def enter(part: Part, contents: Contents, chunk: EncodedChunk) -> list[Entry]:
+            count, joined = len(chunk.tables), chunk.tables.tobytes()
+            size = len(joined) // count
+            entries = index.enter(
+                rooms.pop(),
                 chunk.payload_bytes.tolist(),
                 chunk.payload_crc32c.tolist(),
-                [table.tobytes() for table in chunk.tables],
-                [contents] * len(chunk.tables),
-                keys,
+                [joined[at : at + size] for at in range(0, len(joined), size)],
+                [contents] * count,
+                _header_maker(layout, codec, part.request, reason),
             )
             fresh.extend(entries)
-            return self._runs(entries)
+            return entries
+
+        def place(part: Part, contents: Contents, chunk: EncodedChunk) -> list[Run]:
+            extent = pool.extent_bytes
+            extents = (chunk.payload_bytes.astype(np.int64) + (header + extent - 1)) // extent
+            rooms.append(index.take(int(extents.sum()) * extent, keys))
+            if self._packed:  # as the arena: the records are copied before anything is known of them
+                return self._room_runs(rooms[-1])
+            return self._entry_runs(enter(part, contents, chunk), chunk.offsets.tolist())
+
+        def copying(part: Part, contents: Contents, chunk: EncodedChunk) -> None:
+            nonlocal record_bytes, pages
+            if rooms:
+                enter(part, contents, chunk)
+            pages += chunk.tables.size
+            if any(chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize]):
+                fallbacks.update(fallback_reasons(chunk.tables))
+            record_bytes += int(chunk.payload_bytes.sum()) + len(chunk.tables) * header
 
         def landed(part: Part, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
-            nonlocal record_bytes, violations, max_error
+            nonlocal violations, max_error
+            if original is None:
+                return
             first = before + chunk.first
             entries = fresh[first : first + len(chunk.tables)]
-            request = part.request
-            mode = request.mode if request.mode in codec.modes else "none"
-            header_of = partial(_header_of, layout, mode=mode, bound=request.bound, reason=reason)
-            if original is None:
-                for entry in entries:
-                    entry.header = header_of
-            else:
-                measured = measure_errors(
-                    original[original.block_ids[chunk.first : chunk.first + len(entries)]],
-                    codec,
-                    request.bound,
-                    [pool.read(e.allocation)[header:] for e in entries],
-                    list(chunk.tables),
-                )
-                max_error = max(max_error, *(error for error, _ in measured))
-                violations += sum(bad for _, bad in measured)
-                for entry, (error, _) in zip(entries, measured, strict=True):
-                    entry.header = partial(header_of, max_errors=np.array([error]))
-            record_bytes += sum(entry.allocation.nbytes for entry in entries)
-            tables.append(chunk.tables)
+            measured = measure_errors(
+                original[original.block_ids[chunk.first : chunk.first + len(entries)]],
+                codec,
+                part.request.bound,
+                [pool.read(e.allocation)[header:] for e in entries],
+                list(chunk.tables),
+            )
+            max_error = max(max_error, *(error for error, _ in measured))
+            violations += sum(bad for _, bad in measured)
+            header_of = _header_maker(layout, codec, part.request, reason)
+            for entry, (error, _) in zip(entries, measured, strict=True):
+                entry.header = partial(header_of, max_errors=np.array([error]))
 
         try:
             for number, (part, coding) in enumerate(zip(parts, codings, strict=True)):
@@ -349,41 +677,38 @@ class DeviceSwap:
                     bound,
                     coding,
                     after,
-                    partial(admit, contents),
+                    partial(place, part, contents),
                     partial(landed, part, original, len(fresh)),
-                    self._joins,
+                    partial(copying, part, contents),
                     transfer._mark_queued if number == len(parts) - 1 else (lambda stream: None),
                 )
             index.publish(dict(zip(keys, fresh, strict=True)))
         except BaseException:
+            for room in rooms:
+                room.close()
             index.cancel(fresh, keys)
             raise
-        fallbacks = fallback_reasons(tables)
         if reason is not Reason.AS_ASKED:
-            fallbacks = {reason.name.lower(): sum(t.size for t in tables)}
+            fallbacks = Counter({reason.name.lower(): pages})
         return TransferResult(
             blocks=len(keys),
             raw_bytes=sum(part.blocks.nbytes for part in parts),
             record_bytes=record_bytes,
             seconds=0.0,
             evicted=index.evicted - evicted_before,
-            fallbacks=fallbacks,
+            fallbacks=dict(fallbacks),
             max_error=max_error if measure_error else None,
             violations=violations if measure_error else None,
         )
 
-    def _runs(self, entries: Sequence[Entry]) -> list[Runs]:
-        """Host addresses of records. Whole extents where they match the arena's: then neighbours are one copy."""
-        base, extent = self._pool.address, self._pool.extent_bytes
-        if extent != RECORD_ALIGNMENT:
-            return [[(base + offset, nbytes) for offset, nbytes in e.allocation.runs] for e in entries]
-        return [
-            [(base + offset, -(-nbytes // extent) * extent) for offset, nbytes in e.allocation.runs] for e in entries
-        ]
-
-    def _joins(self, address: int) -> bool:
-        piece = self._pool.piece_bytes
-        return piece == 0 or (address - self._pool.address) % piece != 0
+    def _entry_runs(self, entries: Sequence[Entry], offsets: Sequence[int]) -> list[Run]:
+        """Host memory of records that begin at these offsets of an arena."""
+        runs = []
+        for entry, at in zip(entries, offsets, strict=True):
+            for offset, nbytes in entry.allocation.runs:
+                runs.append((at, self._pool.address + offset, nbytes))
+                at += nbytes
+        return runs
 
     def _to_host(self, blocks: BlockView, after: int) -> BlockView:
         """A copy of blocks in host memory, through the same pipeline."""
@@ -391,10 +716,10 @@ class DeviceSwap:
         header = header_nbytes(blocks.layout)
         buffers: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
 
-        def admit(chunk: EncodedChunk) -> list[Runs]:
+        def place(chunk: EncodedChunk) -> list[Run]:
             fresh = [np.empty(header + int(n), np.uint8) for n in chunk.payload_bytes]
             buffers.extend(fresh)
-            return [[(_address(b), b.size)] for b in fresh]
+            return [(at, _address(b), b.size) for b, at in zip(fresh, chunk.offsets.tolist(), strict=True)]
 
         def landed(chunk: EncodedChunk) -> None:
             last = chunk.first + len(chunk.tables)
@@ -405,7 +730,7 @@ class DeviceSwap:
                 chunk.tables,
             )
 
-        self._transport.out.run(blocks, _LOSSLESS, Coding.RAW, after, admit, landed)
+        self._transport.out.run(blocks, _LOSSLESS, Coding.RAW, after, place, landed)
         return copy
 
     # ---- loads, in the worker
@@ -413,6 +738,16 @@ class DeviceSwap:
     def _load(
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
+        first = entries[0].contents if entries else None
+        if first is not None and first.codec in _NATIVE and all(e.contents is first and e.on_gpu for e in entries):
+            # As a rule all are alike: the link has work before the records are looked at one by one.
+            layout = check_geometry(first.geometry, out.layout)
+            statuses = self._transport.into.run(
+                out.with_groups(layout), partial(self._records, entries), after, transfer._mark_queued
+            )
+            if statuses.any():
+                raise self._damaged(keys, np.flatnonzero(statuses).tolist())
+            return
         groups: dict[tuple[str, BlockLayout], list[int]] = {}
         alike: dict[tuple[int, bool], list[int]] = {}
         for i, (entry, gpu) in enumerate(zip(entries, decodes_on_gpu(entries), strict=True)):
@@ -438,33 +773,13 @@ class DeviceSwap:
             view = out[out.block_ids[members]].with_groups(layout)
             statuses = self._transport.into.run(
                 view,
-                partial(self._sources, [entries[i] for i in members]),
+                partial(self._records, [entries[i] for i in members]),
                 after,
                 transfer._mark_queued if number == len(native) - 1 else (lambda stream: None),
-                self._joins,
             )
             bad += [members[i] for i in np.flatnonzero(statuses)]
         if bad:
-            self._host.count_corrupt(len(bad))
-            raise CorruptRecordError(
-                f"{len(bad)} of {len(keys)} records are damaged (the first under key {keys[min(bad)]!r}); their pages "
-                "are as they were, the other blocks were loaded: discard these records",
-                blocks=tuple(sorted(bad)),
-            )
-
-    def _sources(self, entries: Sequence[Entry], first: int, last: int) -> Sources:
-        """Records of blocks first to last - 1."""
-        chunk = entries[first:last]
-        record_bytes = np.array([entry.allocation.nbytes for entry in chunk], np.int64)
-        header = chunk[0].contents.header_bytes
-        return Sources(
-            self._runs(chunk),
-            record_bytes,
-            header,
-            (record_bytes - header).astype(np.uint64),
-            np.array([entry.payload_crc32c for entry in chunk], np.uint32),
-            np.frombuffer(b"".join([entry.table for entry in chunk]), ENTRY_DTYPE).reshape(len(chunk), -1),
-        )
+            raise self._damaged(keys, bad)
 
     def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:
         """Copy host blocks into device blocks, through the same pipeline."""
@@ -472,14 +787,26 @@ class DeviceSwap:
         payloads = np.empty((len(pages), _native.max_payload_bytes(segments)), np.uint8)
         tables, sizes = _native.cpu_encode(segments, pages.block_ids, payloads)
         rows = [payloads[i, : int(n)] for i, n in enumerate(sizes)]
-        crcs = np.array([crc32c(row) for row in rows], np.uint32)
+        crcs = [crc32c(row) for row in rows]
 
-        def sources(first: int, last: int) -> Sources:
-            part = slice(first, last)
-            runs = [[(_address(row), row.size)] for row in rows[part]]
-            return Sources(runs, sizes[part].astype(np.int64), 0, sizes[part], crcs[part], tables[part])
+        def records(first: int, last: int) -> Records:
+            chunk, runs, at = rows[first:last], [], 0
+            for row in chunk:
+                runs.append((at, _address(row), row.size))
+                at += -(-row.size // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+            lengths = [row.size for row in chunk]
+            return Records(
+                runs, at, 0, [run[0] for run in runs], lengths, crcs[first:last], tables[first:last].tobytes()
+            )
 
-        self._transport.into.run(out, sources, after, lambda stream: None)
+        self._transport.into.run(out, records, after, lambda stream: None)
+
+
+def _header_maker(
+    layout: BlockLayout, codec: Codec, request: EncodeRequest, reason: Reason
+) -> partial[npt.NDArray[np.uint8]]:
+    mode = request.mode if request.mode in codec.modes else "none"
+    return partial(_header_of, layout, mode=mode, bound=request.bound, reason=reason)
 
 
 def _header_of(
@@ -518,8 +845,10 @@ def encodes_on_gpu(codec: Codec, request: EncodeRequest) -> bool:
 
 def decodes_on_gpu(entries: Sequence[Entry]) -> list[bool]:
     """For each record whether the CUDA codec has all its codings; of any other codec's records it says nothing."""
-    codings = [np.frombuffer(entry.table, ENTRY_DTYPE)["coding"].max() for entry in entries]
-    return [bool(coding <= _GPU_LAST_CODING) for coding in codings]
+    for entry in entries:
+        if entry.on_gpu is None:
+            entry.on_gpu = max(entry.table[_CODING_AT :: ENTRY_DTYPE.itemsize]) <= _GPU_LAST_CODING
+    return [bool(entry.on_gpu) for entry in entries]
 
 
 def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:

@@ -385,7 +385,7 @@ class SwapEngine:
         names = _check_keys(keys, out, repeats=True)
         if not out.writable:
             raise LayoutError("the blocks to load into are read-only: pass writable tensors")
-        if len(np.unique(out.block_ids)) != len(out):
+        if len(set(out.block_ids.tolist())) != len(out):
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         try:
             entries = self._index.begin_load(names)
@@ -684,7 +684,7 @@ def _key_list(keys: object) -> list[bytes]:
     if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
         raise ConfigError(f"keys is the single key {keys!r}: give a list of keys")
     names: list[bytes] = list(keys)
-    for name in names:
+    for name in names if set(map(type, names)) != {bytes} else ():
         if not isinstance(name, bytes):
             raise ConfigError(f"key {name!r} is of type {type(name).__name__}: keys are bytes")
     return names

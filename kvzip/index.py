@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
 from kvzip.policy import EvictionPolicy
-from kvzip.pool import Allocation, HostPool
+from kvzip.pool import Allocation, HostPool, Room
 from kvzip.record import Geometry, geometry_of, header_nbytes
 from kvzip.types import BlockLayout
 
@@ -71,6 +71,7 @@ class Entry:
         contents: what it holds.
         table: its segment table, as it stands in the record.
         payload_crc32c: checksum of its payload.
+        on_gpu: whether the GPU has all codings of the record; None = nobody has looked.
         header: makes the record's header while that is not in the pool yet: a load on a GPU does not need it, and
             making it at every store would cost more than the link takes for the record.
     """
@@ -84,6 +85,7 @@ class Entry:
     dropped: bool = False  # out of the index, or about to be; freed when the last load ends
     freed: bool = False
     header: Callable[[Entry], npt.NDArray[np.uint8]] | None = None
+    on_gpu: bool | None = None
 
     @property
     def protected(self) -> bool:
@@ -156,6 +158,77 @@ class RecordIndex:
             free=room,
         )
 
+    def take(self, nbytes: int, keys: Sequence[bytes], *, replacing: bool = False) -> Room:
+        """Take this many bytes of the pool for a store of `keys`, evicting as needed.
+
+        Waits for loads that hold bytes which may leave.
+
+        Args:
+            nbytes: the sum of `HostPool.round_up` of the records.
+            keys: all keys of the store; their records are not evicted.
+            replacing: the records that the store replaces may be freed now: `publish` follows under the same lock.
+
+        Raises:
+            PoolExhaustedError: they do not fit, however much may leave; nothing has left.
+        """
+        with self.lock:
+            while True:
+                if nbytes > self.pool.free_bytes:
+                    # Nothing leaves before it is certain that enough may.
+                    if not self._freed.wait_for(
+                        lambda: nbytes <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
+                    ):
+                        raise self.refuse(nbytes, len(keys), keys)
+                    self._make_room(nbytes, keys, replacing)
+                try:
+                    return self.pool.take(nbytes)
+                except PoolExhaustedError:  # another engine on this pool was faster: look again
+                    if nbytes > self.room(keys, replacing=replacing):
+                        raise
+
+    def take_ahead(self, nbytes: int, keys: Sequence[bytes]) -> Room | None:
+        """Take the worst case of a small store of `keys`, whose sizes are not known yet; None if that asks too much.
+
+        What leaves for it leaves at most the pool's headroom free: the bytes that are left over stay free, and the next
+        store needs to evict so much less.
+        """
+        with self.lock:
+            if nbytes > self.pool.free_bytes:
+                if nbytes > self.pool.headroom_bytes or nbytes > self.room(keys):
+                    return None
+                self._make_room(nbytes, keys, replacing=False)
+            try:
+                return self.pool.take(nbytes)
+            except PoolExhaustedError:  # another engine on this pool was faster
+                return None
+
+    def enter(
+        self,
+        room: Room,
+        payload_bytes: Sequence[int],
+        payload_crc32c: Sequence[int],
+        tables: Sequence[bytes],
+        contents: Sequence[Contents],
+        header: Callable[[Entry], npt.NDArray[np.uint8]] | None = None,
+    ) -> list[Entry]:
+        """Divide a room among records. They are not visible before `publish`.
+
+        Args:
+            room: from `take`; what is left of it returns to the pool.
+            payload_bytes: size of each record's payload.
+            payload_crc32c: its checksum.
+            tables: its segment table, as it stands in the record.
+            contents: what else is known of it.
+            header: what makes the headers of records that a GPU made; None when they are written at once.
+        """
+        allocations = room.divide([c.header_bytes + n for c, n in zip(contents, payload_bytes, strict=True)])
+        entries = list(map(Entry, allocations, contents, tables, payload_crc32c))
+        for entry in entries:
+            entry.pins.entry = entry
+            if header is not None:
+                entry.header, entry.on_gpu = header, True
+        return entries
+
     def admit(
         self,
         payload_bytes: Sequence[int],
@@ -166,40 +239,17 @@ class RecordIndex:
         *,
         replacing: bool = False,
     ) -> list[Entry]:
-        """Allocate records for these payloads, evicting as needed. They are not visible before `publish`.
-
-        Args:
-            payload_bytes: size of each record's payload.
-            payload_crc32c: its checksum.
-            tables: its segment table, as it stands in the record.
-            contents: what else is known of it.
-            keys: all keys of the store that they belong to; their records are not evicted.
-            replacing: the records that the store replaces may be freed now: `publish` follows under the same lock.
+        """`take` and `enter` in one step.
 
         Raises:
             PoolExhaustedError: they do not fit, however much may leave; nothing has left.
         """
-        record_bytes = [c.header_bytes + n for c, n in zip(contents, payload_bytes, strict=True)]
-        with self.lock:
-            needed = sum(map(self.pool.round_up, record_bytes))
-            while True:
-                if needed > self.pool.free_bytes:
-                    # Nothing leaves before it is certain that enough may.
-                    if not self._freed.wait_for(
-                        lambda: needed <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
-                    ):
-                        raise self.refuse(needed, len(record_bytes), keys)
-                    self._make_room(needed, keys, replacing)
-                try:
-                    allocations = self.pool.allocate_many(record_bytes)
-                    break
-                except PoolExhaustedError:  # another engine on this pool was faster: look again
-                    if needed > self.room(keys, replacing=replacing):
-                        raise
-            return [
-                Entry(allocation, known, table, crc)
-                for allocation, known, table, crc in zip(allocations, contents, tables, payload_crc32c, strict=True)
-            ]
+        if not payload_bytes:
+            return []
+        round_up = self.pool.round_up
+        needed = sum(round_up(c.header_bytes + n) for c, n in zip(contents, payload_bytes, strict=True))
+        room = self.take(needed, keys, replacing=replacing)
+        return self.enter(room, payload_bytes, payload_crc32c, tables, contents)
 
     def _make_room(self, needed: int, keys: Sequence[bytes], replacing: bool) -> None:
         """Free bytes for a store of `keys`: what it replaces first, then the coldest."""
@@ -219,19 +269,33 @@ class RecordIndex:
     def publish(self, fresh: Mapping[bytes, Entry]) -> None:
         """Make new records visible, in place of those that they replace."""
         with self.lock:
+            held, insert = self._entries, self._policy.insert
+            if not held.keys().isdisjoint(fresh):
+                for key, entry in fresh.items():
+                    if key in held:
+                        pins = entry.pins = held[key].pins
+                        self._remove(key, evicted=False)
+                        pins.entry = entry
+            held.update(fresh)
+            raw_bytes = record_bytes = leavable = 0
             for key, entry in fresh.items():
-                if key in self._entries:
-                    entry.pins = self._entries[key].pins
-                    self._remove(key, evicted=False)
-                self._entries[key] = entry
-                entry.pins.entry = entry
-                self._count(entry, 1)
-                self._policy.insert(key, entry.allocation.nbytes)
+                allocation = entry.allocation
+                raw_bytes += entry.contents.raw_bytes
+                record_bytes += allocation.nbytes
+                if entry.pins.count:
+                    self._pinned += 1
+                else:
+                    leavable += allocation.extent_nbytes
+                insert(key, allocation.nbytes)
+            self._raw_bytes += raw_bytes
+            self._record_bytes += record_bytes
+            self._leavable += leavable
 
     def cancel(self, entries: Iterable[Entry], keys: Sequence[bytes] = ()) -> None:
         """Take back what `admit` gave to a store of `keys` that failed."""
         with self.lock:
             for entry in entries:
+                entry.pins.entry = None
                 self.pool.free(entry.allocation)
             for key in keys:  # only when others took from the same pool in the meantime
                 old = self._entries.get(key)
@@ -251,9 +315,15 @@ class RecordIndex:
         with self.lock:
             self.check_open()
             entries = self.find(keys)
-            for key, entry in zip(keys, entries, strict=True):
-                self._protect(entry, loads=1)
-                self._policy.touch(key)
+            touch = self._policy.touch
+            leavable = 0
+            for entry in entries:
+                if entry.loads == 0 and entry.pins.count == 0:
+                    leavable += entry.allocation.extent_nbytes
+                entry.loads += 1
+            self._leavable -= leavable
+            for key in keys:
+                touch(key)
             self._loads += 1
             return entries
 
@@ -261,8 +331,12 @@ class RecordIndex:
         """Undo `begin_load`."""
         with self.lock:
             for entry in entries:
-                self._protect(entry, loads=-1)
-                self._release(entry)
+                entry.loads -= 1
+                if entry.loads == 0:
+                    if entry.dropped:
+                        self._release(entry)
+                    elif entry.pins.count == 0:
+                        self._leavable += entry.allocation.extent_nbytes
             self._loads -= 1
             self._freed.notify_all()
 
@@ -275,14 +349,15 @@ class RecordIndex:
             BlockNotFoundError: a key is not held.
         """
         with self.lock:
-            missing = tuple(key for key in keys if key not in self._entries)
-            if missing:
+            try:
+                return [self._entries[key] for key in keys]
+            except KeyError:
+                missing = tuple(key for key in keys if key not in self._entries)
                 raise BlockNotFoundError(
                     f"{len(missing)} of {len(keys)} keys are not held (the first is {missing[0]!r}): "
                     "check with contains()",
                     keys=missing,
-                )
-            return [self._entries[key] for key in keys]
+                ) from None
 
     def __contains__(self, key: bytes) -> bool:
         with self.lock:
@@ -319,7 +394,7 @@ class RecordIndex:
         with self.lock:
             entries = self.find(keys)
             for entry in entries:
-                self._protect(entry, pins=1)
+                self._pin(entry, 1)
             return [entry.pins for entry in entries]
 
     def unpin(self, held: Iterable[Pins]) -> None:
@@ -327,7 +402,7 @@ class RecordIndex:
         with self.lock:
             for pins in held:
                 if pins.entry is not None:
-                    self._protect(pins.entry, pins=-1)
+                    self._pin(pins.entry, -1)
                 else:
                     pins.count -= 1
             self._freed.notify_all()
@@ -360,11 +435,10 @@ class RecordIndex:
         self._pinned += sign * (entry.pins.count > 0)
         self._leavable += sign * (0 if entry.protected else entry.allocation.extent_nbytes)
 
-    def _protect(self, entry: Entry, *, loads: int = 0, pins: int = 0) -> None:
-        """Change what protects an entry, which may have left the index."""
+    def _pin(self, entry: Entry, change: int) -> None:
+        """Change the pins of an entry, which may have left the index."""
         was_protected, was_pinned = entry.protected, entry.pins.count > 0
-        entry.loads += loads
-        entry.pins.count += pins
+        entry.pins.count += change
         if entry.pins.entry is entry:
             self._pinned += (entry.pins.count > 0) - was_pinned
             if entry.protected != was_protected:

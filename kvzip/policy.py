@@ -63,7 +63,6 @@ class LRU:
     def insert(self, key: bytes, nbytes: int) -> None:
         """Make ``key`` the hottest."""
         self._order[key] = None
-        self._order.move_to_end(key)
 
     def touch(self, key: bytes) -> None:
         """Make ``key`` the hottest."""

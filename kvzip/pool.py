@@ -38,23 +38,24 @@ import numpy.typing as npt
 from kvzip.errors import ConfigError, PoolExhaustedError
 from kvzip.memory import MemoryResource, PageableMemory
 
-__all__ = ["Allocation", "HostPool", "PoolStats", "Reservation"]
+__all__ = ["Allocation", "HostPool", "PoolStats", "Reservation", "Room"]
 
 Bytes = npt.NDArray[np.uint8]
 
 _MIN_EXTENT_BYTES = 16  # records are aligned to this (docs/reference/format.md)
 _MAX_EXTENT_BYTES = 2 << 20  # divides every Region.piece_bytes
+_TOP_BYTES = 4 << 20  # small rooms are cut from a run of this size, one behind the other
 _START_BITS = 48  # a free run is kept as (length << 48 | start), so that integer order is (length, address)
 _START_MASK = (1 << _START_BITS) - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Allocation:
-    """Where the bytes of one record lie in a pool. Made by the pool only; two allocations are never equal.
+    """Where the bytes of one record lie in a pool. Made by the pool only, and never changed; two are never equal.
 
     Attributes:
-        runs: ``((offset_bytes, nbytes), ...)`` within the pool, in the order of the record's bytes, the longest
-            first. Their bytes add up to `nbytes`; every offset is a multiple of the pool's extent.
+        runs: ``((offset_bytes, nbytes), ...)`` within the pool, in the order of the record's bytes. Their bytes add up
+            to `nbytes`; every offset is a multiple of the pool's extent.
         nbytes: payload bytes, as asked for.
         extent_nbytes: bytes of the budget that it takes: `nbytes` rounded up to extents.
     """
@@ -172,6 +173,42 @@ class Reservation:
         return f"Reservation({self.remaining_bytes} bytes left{', closed' if self._closed else ''})"
 
 
+class Room:
+    """Extents of a pool with their places, to be divided among records when their sizes are known.
+
+    Bytes can be copied there before. A `Reservation` has no places; an `Allocation` has its size. Made by
+    `HostPool.take`; ends with `divide` or `close`. Thread-safe.
+
+    Attributes:
+        runs: ``((offset_bytes, nbytes), ...)`` within the pool, whole extents, the longest first.
+        nbytes: their bytes.
+    """
+
+    __slots__ = ("_pool", "_taken", "nbytes", "runs")
+
+    def __init__(self, pool: HostPool, taken: list[tuple[int, int]], extents: int) -> None:
+        extent = pool.extent_bytes
+        self._pool = pool
+        self._taken: list[tuple[int, int]] | None = taken  # guarded by the pool's lock
+        self.runs = tuple([(start * extent, length * extent) for start, length in taken])
+        self.nbytes = extents * extent
+
+    def divide(self, sizes: Sequence[int]) -> list[Allocation]:
+        """Make allocations of it, one behind the other in the order of `runs`; what is left returns to the pool.
+
+        Args:
+            sizes: payload bytes of each, at least 1. Each takes whole extents.
+
+        Raises:
+            ConfigError: they do not fit, or the room was divided or closed before. Nothing was changed.
+        """
+        return self._pool._divide_room(self, sizes)
+
+    def close(self) -> None:
+        """Return it to the pool undivided. Has no effect after `divide`, or when the pool is closed."""
+        self._pool._close_room(self)
+
+
 class HostPool:
     """Holds records of any size in one region of host memory; see the module's text for the design.
 
@@ -226,7 +263,9 @@ class HostPool:
         self._free = _FreeRuns(extents, self._region.piece_bytes // extent)
         self._live: set[Allocation] = set()
         self._token = object()  # says whose an allocation is, without a reference cycle
-        self._reserved = 0  # extents, as _used and _peak_occupied
+        self._rooms: set[Room] = set()
+        self._top = (0, 0)  # start and length of a free run that small rooms are cut from; outside of _free
+        self._reserved = 0  # extents, rooms included, as _used and _peak_occupied
         self._used = 0
         self._payload = 0
         self._runs = 0
@@ -339,30 +378,39 @@ class HostPool:
             return []
         _positive(min(sizes), "nbytes")
         extent = self._extent
-        extents = [-(-nbytes // extent) for nbytes in sizes]
+        extents = sum(-(-nbytes // extent) for nbytes in sizes)
         with self._lock:
             self._memory()
-            self._reserve(sum(extents) * extent)
-            taken = self._free.take(sum(extents))
-            taken.reverse()
-            start, length = taken.pop()
-            made = []
-            for nbytes, needed in zip(sizes, extents, strict=True):
-                if needed <= length:  # as a rule: one run holds them all
-                    made.append(Allocation(((start * extent, nbytes),), nbytes, needed * extent, self._token))
-                else:
-                    parts = []
-                    while needed > length:
-                        if length:
-                            parts.append((start, length))
-                            needed -= length
-                        start, length = taken.pop()
-                    parts.append((start, needed))
-                    parts.sort(key=lambda run: -run[1])
-                    made.append(self._allocation(nbytes, parts))
-                start, length = start + needed, length - needed
+            self._reserve(extents * extent)
+            self._settle()
+            made, _ = self._cut(self._free.take(extents), sizes)
             self._enter(made)
             return made
+
+    def take(self, nbytes: SupportsIndex) -> Room:
+        """Take ``nbytes`` bytes with their places, rounded up to extents; counted as reserved until it is divided.
+
+        Args:
+            nbytes: at least 1. For several records: the sum of `round_up` of each.
+
+        Raises:
+            PoolExhaustedError: fewer bytes are free. Nothing was changed.
+            ConfigError: ``nbytes`` is not positive, or the pool is closed.
+        """
+        wanted = _positive(nbytes, "nbytes")
+        with self._lock:
+            self._memory()
+            extents = self._reserve(wanted)
+            start, length = self._top
+            if length < extents:
+                self._settle()
+                start, length = self._free.take_run(extents, _TOP_BYTES // self._extent)
+            if length:
+                self._top = (start + extents, length - extents)
+            taken = [(start, extents)] if length else self._free.take(extents)
+            room = Room(self, taken, extents)
+            self._rooms.add(room)
+            return room
 
     def free(self, allocation: Allocation) -> None:
         """Return an allocation's extents to the pool. The caller sees to it that no copy of it is under way.
@@ -370,12 +418,13 @@ class HostPool:
         Raises:
             ConfigError: it was freed before or belongs to another pool, or the pool is closed. Nothing was changed.
         """
+        extent = self._extent
         with self._lock:
             self._check_live(allocation)
             self._live.remove(allocation)
             for offset, nbytes in allocation.runs:
-                self._free.release(offset // self._extent, -(-nbytes // self._extent))
-            self._used -= allocation.extent_nbytes // self._extent
+                self._free.release(offset // extent, -(-nbytes // extent))
+            self._used -= allocation.extent_nbytes // extent
             self._payload -= allocation.nbytes
             self._runs -= len(allocation.runs)
 
@@ -444,6 +493,7 @@ class HostPool:
         """
         with self._lock:
             self._memory()
+            self._settle()
             return PoolStats(
                 capacity_bytes=self.capacity_bytes,
                 extent_bytes=self._extent,
@@ -478,12 +528,14 @@ class HostPool:
         """
         with self._lock:
             self._memory()
+            self._settle()
             free = sorted(self._free)
             taken = [
                 (offset // self._extent, -(-nbytes // self._extent)) for a in self._live for offset, nbytes in a.runs
             ]
+            rooms = [run for room in self._rooms for run in room._taken or ()]
             position = 0
-            for start, length in sorted(free + taken):
+            for start, length in sorted(free + taken + rooms):
                 _require(length > 0, f"the run at extent {start} is empty")
                 _require(start >= position, f"the run at extent {start} overlaps the one before it")
                 _require(start == position, f"extents {position} to {start} are neither free nor allocated")
@@ -493,7 +545,6 @@ class HostPool:
             for allocation in self._live:
                 sizes = [nbytes for _, nbytes in allocation.runs]
                 _require(sum(sizes) == allocation.nbytes, f"the runs of {allocation} do not add up")
-                _require(sizes == sorted(sizes, reverse=True), f"the runs of {allocation} are not the longest first")
                 _require(all(n % self._extent == 0 for n in sizes[:-1]), f"a run of {allocation} ends within an extent")
                 _require(
                     self.round_up(allocation.nbytes) == allocation.extent_nbytes, f"{allocation} is not rounded up"
@@ -501,8 +552,9 @@ class HostPool:
             _require(self._payload == sum(a.nbytes for a in self._live), "payload_bytes is wrong")
             _require(self._used == sum(length for _, length in taken), "extent_bytes_used is wrong")
             _require(self._runs == len(taken), "runs is wrong")
-            _require(0 <= self._reserved <= self._extents - self._used, "more is reserved than there is")
-            _require(self._free.extents == self._extents - self._used, "the free extents do not add up")
+            in_rooms = sum(length for _, length in rooms)
+            _require(in_rooms <= self._reserved <= self._extents - self._used, "more is reserved than there is")
+            _require(self._free.extents == self._extents - self._used - in_rooms, "the free extents do not add up")
 
     def close(self) -> None:
         """Give the memory back, whatever is still allocated. Any further use is an error.
@@ -513,6 +565,7 @@ class HostPool:
         with self._lock:
             self._bytes = None
             self._live.clear()
+            self._rooms.clear()
         self._region.close()
 
     def __enter__(self) -> HostPool:
@@ -525,7 +578,8 @@ class HostPool:
         state = "closed" if self.closed else f"{self.free_bytes} free"
         return f"HostPool({self.capacity_bytes} bytes, {state}, {'pinned' if self.pinned else 'pageable'})"
 
-    # Everything below expects the lock to be held, but _commit and _close_reservation, which take it.
+    # Everything below expects the lock to be held, but _commit, _close_reservation, _divide_room and _close_room, which
+    # take it.
 
     def _free_bytes(self) -> int:
         return (self._extents - self._used - self._reserved) * self._extent
@@ -545,7 +599,8 @@ class HostPool:
 
     def _reserve(self, nbytes: int) -> int:
         extents = -(-nbytes // self._extent)
-        if extents > self._extents - self._used - self._reserved:
+        occupied = self._used + self._reserved + extents
+        if occupied > self._extents:
             self._total_refusals += 1
             free = self._free_bytes()
             raise PoolExhaustedError(
@@ -555,12 +610,13 @@ class HostPool:
                 free=free,
             )
         self._reserved += extents
-        if self._used + self._reserved > self._peak_occupied:
-            self._peak_occupied = self._used + self._reserved
+        if occupied > self._peak_occupied:
+            self._peak_occupied = occupied
         return extents
 
     def _place(self, nbytes: int, extents: int) -> Allocation:
         """Allocate extents that are reserved, which cannot fail: free runs hold all that is reserved, and more."""
+        self._settle()
         allocation = self._allocation(nbytes, self._free.take(extents))
         self._enter([allocation])
         return allocation
@@ -574,11 +630,81 @@ class HostPool:
         runs.append((start * extent, nbytes - before))
         return Allocation(tuple(runs), nbytes, -(-nbytes // extent) * extent, self._token)
 
+    def _cut(
+        self, taken: list[tuple[int, int]], sizes: Sequence[int]
+    ) -> tuple[list[Allocation], list[tuple[int, int]]]:
+        """Allocations one behind the other in runs of extents, which hold them; and what is left of the runs."""
+        extent, token = self._extent, self._token
+        taken = taken[::-1]
+        start, length = taken.pop()
+        made = []
+        for nbytes in sizes:
+            needed = -(-nbytes // extent)
+            if needed <= length:  # as a rule: one run holds them all
+                made.append(Allocation(((start * extent, nbytes),), nbytes, needed * extent, token))
+            else:
+                parts = []
+                while needed > length:
+                    if length:
+                        parts.append((start, length))
+                        needed -= length
+                    start, length = taken.pop()
+                parts.append((start, needed))
+                made.append(self._allocation(nbytes, parts))
+            start, length = start + needed, length - needed
+        if length:
+            taken.append((start, length))
+        return made, taken
+
+    def _divide_room(self, room: Room, sizes: Sequence[int]) -> list[Allocation]:
+        extent, needed = self._extent, 0
+        for nbytes in sizes:
+            if nbytes < 1:
+                _positive(nbytes, "nbytes")
+            needed -= -nbytes // extent
+        needed *= extent
+        with self._lock:
+            self._memory()
+            if room._taken is None:
+                raise ConfigError("this room was divided or closed before: take another")
+            if needed > room.nbytes:
+                raise ConfigError(f"{needed} bytes do not fit into a room of {room.nbytes} bytes: take more")
+            made, left = self._cut(room._taken, sizes)
+            self._enter(made)
+            self._return_room(room, left)
+            return made
+
+    def _close_room(self, room: Room) -> None:
+        with self._lock:
+            if room._taken is not None and self._bytes is not None:
+                self._return_room(room, room._taken)
+
+    def _return_room(self, room: Room, left: list[tuple[int, int]]) -> None:
+        room._taken = None
+        self._rooms.remove(room)
+        for start, length in left:
+            self._reserved -= length
+            top, rest = self._top
+            if rest and start + length == top:
+                self._top = (start, length + rest)
+            else:
+                self._free.release(start, length)
+
+    def _settle(self) -> None:
+        """Put the run that small rooms are cut from back among the others."""
+        start, length = self._top
+        if length:
+            self._top = (0, 0)
+            self._free.release(start, length)
+
     def _enter(self, made: list[Allocation]) -> None:
         """Account for allocations of reserved extents."""
-        extents = sum(a.extent_nbytes for a in made) // self._extent
-        nbytes = sum(a.nbytes for a in made)
-        runs = sum(len(a.runs) for a in made)
+        extent_bytes = nbytes = runs = 0
+        for allocation in made:
+            extent_bytes += allocation.extent_nbytes
+            nbytes += allocation.nbytes
+            runs += len(allocation.runs)
+        extents = extent_bytes // self._extent
         self._live.update(made)
         self._reserved -= extents
         self._used += extents
@@ -657,29 +783,43 @@ class _FreeRuns:
             if key is None:  # no run is long enough: use the longest up
                 key = self._classes[self._occupied.bit_length() - 1][-1]
             start, length = key & _START_MASK, key >> _START_BITS
-            self._remove(start, length)
-            if length >= extents:
-                if length > extents:
-                    self._add(start + extents, length - extents)
+            if length > extents:
+                self._change(start, length, start + extents, length - extents)
                 taken.append((start, extents))
                 return taken
+            self._remove(start, length)
             taken.append((start, length))
+            if length == extents:
+                return taken
             extents -= length
+
+    def take_run(self, extents: int, wanted: int) -> tuple[int, int]:
+        """Take a run of ``wanted`` extents, if ``extents`` are not more; (0, 0) where no run is so long."""
+        key = self._best_fit(wanted) if extents <= wanted else None
+        if key is None:
+            return 0, 0
+        start, length = key & _START_MASK, key >> _START_BITS
+        if length > wanted:
+            self._change(start, length, start + wanted, length - wanted)
+        else:
+            self._remove(start, length)
+        return start, wanted
 
     def release(self, start: int, length: int) -> None:
         """Give a run back, and merge it with its free neighbours."""
-        end = start + length
-        if not (self._piece and start % self._piece == 0):
-            before = self._start_of.get(start)
-            if before is not None:
-                self._remove(before, start - before)
-                start = before
-        if not (self._piece and end % self._piece == 0):
-            after = self._length_at.get(end)
-            if after is not None:
-                self._remove(end, after)
-                end += after
-        self._add(start, end - start)
+        end, piece = start + length, self._piece
+        before = None if piece and start % piece == 0 else self._start_of.get(start)
+        after = None if piece and end % piece == 0 else self._length_at.get(end)
+        if after is not None:
+            if before is None:
+                self._change(end, after, start, length + after)
+                return
+            self._remove(end, after)
+            length += after
+        if before is not None:
+            self._change(before, start - before, before, start - before + length)
+        else:
+            self._add(start, length)
 
     def check(self) -> None:
         """Verify the index against itself (`HostPool.check`)."""
@@ -723,6 +863,21 @@ class _FreeRuns:
         insort(self._classes[number], length << _START_BITS | start)
         self._occupied |= 1 << number
         self.extents += length
+
+    def _change(self, start: int, length: int, new_start: int, new_length: int) -> None:
+        """Move a bound of a free run: cheap as long as the run stays alone in its size class."""
+        number = _size_class(length)
+        members = self._classes[number]
+        if len(members) != 1 or number != _size_class(new_length):
+            self._remove(start, length)
+            self._add(new_start, new_length)
+            return
+        members[0] = new_length << _START_BITS | new_start
+        del self._length_at[start]
+        del self._start_of[start + length]
+        self._length_at[new_start] = new_length
+        self._start_of[new_start + new_length] = new_start
+        self.extents += new_length - length
 
     def _remove(self, start: int, length: int) -> None:
         del self._length_at[start]

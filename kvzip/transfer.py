@@ -5,13 +5,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvzip.errors import KvzipError, TransferError
 from kvzip.interop.torch import stream_handle
+
+_log = logging.getLogger("kvzip")
+
+_SPIN_US = 200  # that a wait for a small transfer spins: most have ended by then
+_PATIENCE_SECONDS = 1.0  # between looks at the interpreter's signals
 
 
 class StreamDriver(Protocol):
@@ -22,6 +29,7 @@ class StreamDriver(Protocol):
     def event_create(self, *, timing: bool = False) -> int: ...  # noqa: D102
     def event_destroy(self, event: int) -> None: ...  # noqa: D102
     def event_record(self, event: int, stream: int) -> None: ...  # noqa: D102
+    def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -150,3 +158,156 @@ class Transfer:
         if self._event and self._driver is not None:
             with contextlib.suppress(KvzipError):  # at the interpreter's end the device may be gone already
                 self._driver.event_destroy(self._event)
+
+
+Land = Callable[[Exception | None], TransferResult]
+
+
+class QueuedTransfer(Transfer):
+    """A transfer whose work was queued whole on the device: whoever asks for its end completes it on the host.
+
+    Args:
+        queue: where it stands.
+        driver: device functions.
+        device: index of the GPU.
+        event: recorded behind the work.
+        give_event: takes the event back when nobody can wait for it any more.
+    """
+
+    def __init__(
+        self, queue: TransferQueue, driver: StreamDriver, device: int, event: int, give_event: Callable[[int], None]
+    ) -> None:
+        # Without the events of the base class, which cost more than a small copy: the queue's lock does.
+        self._queue = queue
+        self._driver = driver
+        self._device = device
+        self._event = event
+        self._give_event = give_event
+        self._ended = False
+        self._result = None
+        self._error = None
+
+    def done(self) -> bool:
+        """Whether the transfer has ended, well or not. Never blocks."""
+        return self._ended or self._queue.complete(self, 0, wait=False)
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """See `Transfer.wait`."""
+        if not self._ended and not self._queue.complete(self, timeout_seconds):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait_stream(self, stream: object = None) -> None:
+        """See `Transfer.wait_stream`. Does not block the host."""
+        assert self._driver is not None
+        self._driver.set_device(self._device)
+        self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
+
+    def _finish(self, result: TransferResult) -> None:
+        self._result = result
+        self._ended = True
+
+    def _fail(self, error: KvzipError) -> None:
+        self._error = error
+        self._ended = True
+
+    def __del__(self) -> None:
+        event, self._event = getattr(self, "_event", 0), 0
+        if event:
+            with contextlib.suppress(KvzipError):  # at the interpreter's end the device may be gone already
+                self._give_event(event)
+
+
+class TransferQueue:
+    """Transfers of one stream that the host has not completed yet, in their order. Thread-safe.
+
+    Args:
+        driver: device functions.
+        what: what they are called in messages.
+    """
+
+    def __init__(self, driver: StreamDriver, what: str) -> None:
+        self.lock = threading.Lock()
+        self._driver = driver
+        self._what = what
+        self._pending: deque[tuple[QueuedTransfer, Land]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def add(self, transfer: QueuedTransfer, land: Land) -> None:
+        """Add a transfer that was just queued; `lock` is held since before that.
+
+        Args:
+            transfer: the transfer.
+            land: completes it on the host, once its event has passed; with an error it cleans up and raises it.
+        """
+        self._pending.append((transfer, land))
+
+    def complete(self, transfer: QueuedTransfer, timeout_seconds: float | None = None, *, wait: bool = True) -> bool:
+        """Wait for a transfer, and complete all up to it: later ones may replace the records of earlier ones.
+
+        Args:
+            transfer: one of this queue.
+            timeout_seconds: give up after this long; None waits for ever.
+            wait: False: give up at once where the host would have to wait.
+
+        Returns:
+            Whether it has ended.
+        """
+        error: Exception | None = None
+        try:
+            if not self._wait(transfer._event, timeout_seconds if wait else 0):
+                return False
+        except Exception as caught:  # the device is at fault, and with it all that is queued
+            error = caught
+        if not self.lock.acquire(blocking=wait):
+            return transfer._ended
+        try:
+            while not transfer._ended:
+                self._land(*self._pending.popleft(), error)
+        finally:
+            self.lock.release()
+        return True
+
+    def poll(self) -> None:
+        """Complete what has ended on the device. Does not wait for it."""
+        with contextlib.suppress(IndexError):  # somebody else was faster
+            while self._pending:
+                if not self.complete(self._pending[0][0], 0, wait=False):
+                    return
+
+    def drain(self) -> None:
+        """Complete everything. Blocks the host."""
+        with contextlib.suppress(IndexError):
+            while self._pending:
+                self.complete(self._pending[-1][0])
+
+    def _wait(self, event: int, timeout_seconds: float | None) -> bool:
+        if timeout_seconds is not None and timeout_seconds <= _PATIENCE_SECONDS:
+            return self._driver.event_wait(event, _SPIN_US, int(max(0.0, timeout_seconds) * 1e6))
+        left = float("inf") if timeout_seconds is None else timeout_seconds
+        while left > 0:
+            part = min(left, _PATIENCE_SECONDS)
+            if self._driver.event_wait(event, _SPIN_US, int(part * 1e6)):
+                return True
+            left -= part
+        return False
+
+    def _land(self, transfer: QueuedTransfer, land: Land, error: Exception | None) -> None:
+        try:
+            transfer._finish(land(error))
+        except BaseException as caught:
+            transfer._fail(transfer_error(self._what, caught))
+
+
+def transfer_error(what: str, error: BaseException) -> KvzipError:
+    """What a transfer raises for an error, which is logged."""
+    _log.warning("a %s failed: %s", what, str(error))
+    if isinstance(error, KvzipError):
+        return error
+    wrapped = TransferError(f"a {what} failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -7,7 +7,8 @@ staging arena -> decode kernel. The work is cut into chunks; each direction owns
 and a pair of streams, so that the kernel of one chunk runs while the copy engine moves another. A slot that is still
 in use holds the next chunk back: staging memory is bounded.
 
-Sizes and statuses are written by the kernels to mapped host memory: a copy would queue behind the chunk before.
+Tables go to mapped host memory, and block numbers come from there, by small kernels: a copy would queue behind the
+chunk before, or behind what the other direction moves.
 
 Everything here runs in the thread that calls it, blocks that thread where the docstring says so, and touches no state
 of the caller's streams: ordering against them is by events.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,14 +28,18 @@ import numpy.typing as npt
 from kvzip import _native
 from kvzip.bounds import PageBounds
 from kvzip.memory import MemoryResource, PinnedMemory, Region
-from kvzip.record import ENTRY_DTYPE, header_nbytes
+from kvzip.record import ENTRY_DTYPE, Coding, header_nbytes
 from kvzip.types import BlockLayout, BlockView
 
 RECORD_ALIGNMENT = 256  # bytes: records begin at multiples of it in the arena (csrc/cuszp/kvz.h)
 
 Words = npt.NDArray[np.uint64]
-Runs = Sequence[tuple[int, int]]  # (host address, bytes), in the order of a record's bytes
-Joins = Callable[[int], bool]
+Run = tuple[int, int, int]  # (place in the arena, host address, bytes)
+Copy = tuple[int, int, int]  # (to, from, bytes)
+
+MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
+SPIN_US = 50  # that a wait for the device spins, before it only looks now and then
+_PATIENCE_US = 1_000_000  # between looks at the interpreter's signals
 
 
 class Driver(Protocol):
@@ -47,18 +53,34 @@ class Driver(Protocol):
     def free(self, address: int) -> None: ...  # noqa: D102
     def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
-    def copy_batch(self, to: Words, source: Words, nbytes: Words, stream: int) -> None: ...  # noqa: D102
+    def copy_between(self, pieces: Sequence[Copy], after: int, done: int, stream: int) -> None: ...  # noqa: D102
+    def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
     def stream_create(self, priority: int = 0) -> int: ...  # noqa: D102
     def stream_destroy(self, stream: int) -> None: ...  # noqa: D102
     def stream_wait_event(self, stream: int, event: int) -> None: ...  # noqa: D102
+    def stream_synchronize(self, stream: int) -> None: ...  # noqa: D102
     def event_create(self, *, timing: bool = False) -> int: ...  # noqa: D102
     def event_destroy(self, event: int) -> None: ...  # noqa: D102
     def event_record(self, event: int, stream: int) -> None: ...  # noqa: D102
     def event_synchronize(self, event: int) -> None: ...  # noqa: D102
+    def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool: ...  # noqa: D102
     def workspace_bytes(self, num_segments: int, num_blocks: int) -> int: ...  # noqa: D102
-    def encode(self, args: EncodeArgs, stream: int) -> None: ...  # noqa: D102
-    def decode(self, args: DecodeArgs, stream: int) -> None: ...  # noqa: D102
-    def crc32c(self, args: CrcArgs, stream: int) -> None: ...  # noqa: D102
+
+    def encode_call(  # noqa: D102
+        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int
+    ) -> Callable[[], None]: ...
+
+    def decode_call(  # noqa: D102
+        self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, copies: int, stream: int
+    ) -> Callable[[Sequence[Copy]], None]: ...
+
+    def store_call(  # noqa: D102
+        self, encode: EncodeArgs, move: MoveArgs, order: int, device: int, stream: int
+    ) -> SwapCall: ...
+
+    def load_call(  # noqa: D102
+        self, decode: DecodeArgs, move: MoveArgs, order: int, device: int, stream: int
+    ) -> SwapCall: ...
 
 
 @dataclass(frozen=True)
@@ -123,84 +145,160 @@ class CrcArgs:
 
 
 @dataclass(frozen=True)
+class MoveArgs:
+    """What carries records between an arena and mapped host memory (see ``kvz_cuda_move_args``)."""
+
+    arena: int
+    record_offsets: int
+    payload_bytes: int
+    checked_bytes: int
+    crc32c: int
+    scratch: int
+    runs: int
+    beside_to: int
+    beside_from: int
+    beside_bytes: int
+    max_payload_bytes: int
+    num_blocks: int
+    header_bytes: int
+
+
+class SwapCall(Protocol):
+    """A whole transfer, bound to its memory: each call queues it on its stream behind the work of another.
+
+    Args:
+        after: stream whose queued work comes before.
+        done: event that is recorded behind everything.
+        num_runs: runs of host memory; more than one stand where `MoveArgs.runs` says.
+        address: where the only run lies.
+        nbytes: its size.
+    """
+
+    def __call__(self, after: int, done: int, num_runs: int, address: int, nbytes: int) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
 class EncodedChunk:
     """What an encoder said about a chunk of blocks, in host memory.
 
     Attributes:
         first: position of the chunk's first block in the batch.
+        offsets: where each record begins in the arena, one behind the other at multiples of `RECORD_ALIGNMENT`.
         tables: segment tables, shape ``[blocks, pages]``.
         payload_bytes: sizes of the payloads, shape ``[blocks]``.
         payload_crc32c: their checksums, shape ``[blocks]``.
     """
 
     first: int
+    offsets: Words
     tables: npt.NDArray[Any]
     payload_bytes: Words
     payload_crc32c: npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Records of a chunk of blocks in host memory, and what their headers say.
+class Records:
+    """Records in host memory, as they come to lie in an arena: one behind the other, aligned.
 
     Attributes:
-        runs: where each record lies.
-        record_bytes: bytes of each, header included, shape ``[blocks]``.
+        runs: host memory that holds them, by its place in the arena.
+        arena_bytes: bytes of the arena that they take.
         header_bytes: bytes before each payload.
-        payload_bytes: sizes of the payloads, shape ``[blocks]``; 0 makes the decoder refuse a block.
-        payload_crc32c: their checksums, shape ``[blocks]``.
-        tables: segment tables, shape ``[blocks, pages]``.
+        offsets: where each begins in the arena, multiples of `RECORD_ALIGNMENT`.
+        payload_bytes: size of each payload.
+        payload_crc32c: its checksum.
+        tables: all segment tables, joined.
     """
 
-    runs: Sequence[Runs]
-    record_bytes: npt.NDArray[np.int64]
+    runs: list[Run]
+    arena_bytes: int
     header_bytes: int
-    payload_bytes: Words
-    payload_crc32c: npt.NDArray[np.uint32]
-    tables: npt.NDArray[Any]
+    offsets: list[int]
+    payload_bytes: list[int]
+    payload_crc32c: list[int]
+    tables: bytes
+
+
+class DeviceMemory:
+    """Named pieces of device memory: they grow, never shrink.
+
+    Args:
+        driver: device functions.
+        stream: stream whose order the first use of new memory follows.
+    """
+
+    ZEROED = ("workspace", "crc_scratch")
+
+    def __init__(self, driver: Driver, stream: int) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._taken: dict[str, tuple[int, int]] = {}
+
+    def fits(self, **nbytes: int) -> bool:
+        """Whether every piece is large enough."""
+        return all(wanted <= self.size(name) for name, wanted in nbytes.items())
+
+    def fit(self, **nbytes: int) -> None:
+        """Grow the pieces that are too small. They must not be in use."""
+        for name, wanted in nbytes.items():
+            if wanted <= self.size(name):
+                continue
+            self._driver.free(self.address(name))
+            self._taken[name] = (0, 0)
+            self._taken[name] = (self._driver.malloc(wanted), wanted)
+            if name in self.ZEROED:
+                self._driver.memset(self.address(name), 0, wanted, self._stream)
+
+    def address(self, name: str) -> int:
+        """Address of a piece; 0 before it was needed."""
+        return self._taken.get(name, (0, 0))[0]
+
+    def size(self, name: str) -> int:
+        """Bytes of it."""
+        return self._taken.get(name, (0, 0))[1]
+
+    def close(self) -> None:
+        """Free everything; it must not be in use."""
+        for address, _ in self._taken.values():
+            self._driver.free(address)
+        self._taken.clear()
 
 
 class _Slot:
-    """Staging of one chunk: arena and workspace in device memory, tables in pinned host memory, two events."""
+    """Staging of one chunk: device memory, tables in pinned host memory, two events."""
 
     def __init__(self, driver: Driver, resource: MemoryResource, stream: int) -> None:
         self._driver = driver
         self._resource = resource
-        self._stream = stream
-        self.arena = self.arena_bytes = 0
-        self.workspace = self.workspace_bytes = 0
-        self.crc_scratch = self._crc_bytes = 0
-        self.device_meta = self._meta_bytes = 0
+        self.memory = DeviceMemory(driver, stream)
         self._region: Region | None = None
         self.kernel_done = driver.event_create()
         self.copy_done = driver.event_create()
         self.busy = False
+        self.bound: dict[tuple[int, ...], Any] = {}  # calls that know the slot's addresses
 
     def fit(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> None:
         """Grow what is too small for a chunk. The slot must not be in use."""
-        driver = self._driver
-        workspace_bytes, crc_bytes = driver.workspace_bytes(pages, blocks), 8 * blocks
-        if arena_bytes > self.arena_bytes:
-            driver.free(self.arena)
-            self.arena, self.arena_bytes = 0, 0
-            self.arena, self.arena_bytes = driver.malloc(arena_bytes), arena_bytes
-        if workspace_bytes > self.workspace_bytes:
-            driver.free(self.workspace)
-            self.workspace, self.workspace_bytes = 0, 0
-            self.workspace, self.workspace_bytes = driver.malloc(workspace_bytes), workspace_bytes
-            driver.memset(self.workspace, 0, workspace_bytes, self._stream)
-        if crc_bytes > self._crc_bytes:
-            driver.free(self.crc_scratch)
-            self.crc_scratch, self._crc_bytes = 0, 0
-            self.crc_scratch, self._crc_bytes = driver.malloc(crc_bytes), crc_bytes
-            driver.memset(self.crc_scratch, 0, crc_bytes, self._stream)
-        if meta_bytes > self._meta_bytes:
-            driver.free(self.device_meta)
-            self.device_meta, self._meta_bytes = 0, 0
+        needed = {"arena": arena_bytes, "workspace": self._driver.workspace_bytes(pages, blocks), "meta": meta_bytes}
+        if not self.memory.fits(**needed):
+            self.bound.clear()
+            self.memory.fit(**needed)
+        if self._region is None or meta_bytes > self._region.nbytes:
+            self.bound.clear()
             if self._region is not None:
                 self._region.close()
+                self._region = None
             self._region = self._resource.allocate(meta_bytes)
-            self.device_meta, self._meta_bytes = driver.malloc(meta_bytes), meta_bytes
+
+    @property
+    def arena(self) -> int:
+        """Address of the arena."""
+        return self.memory.address("arena")
+
+    @property
+    def device_meta(self) -> int:
+        """Address of the tables in device memory."""
+        return self.memory.address("meta")
 
     @property
     def host_meta(self) -> npt.NDArray[np.uint8]:
@@ -210,20 +308,19 @@ class _Slot:
 
     @property
     def host_meta_address(self) -> int:
-        """Their address; mapped, so that kernels can write to it."""
+        """Their address; mapped, so that kernels can read and write there."""
         assert self._region is not None
         return self._region.address
 
     def close(self) -> None:
         for event in (self.kernel_done, self.copy_done):
             self._driver.event_destroy(event)
-        for address in (self.arena, self.workspace, self.crc_scratch, self.device_meta):
-            self._driver.free(address)
+        self.memory.close()
         if self._region is not None:
             self._region.close()
 
 
-class _Fields:
+class Fields:
     """Lays arrays out one after another in a slot's tables, each at a multiple of 16 bytes."""
 
     def __init__(self, **fields: tuple[np.dtype[Any], int]) -> None:
@@ -233,39 +330,51 @@ class _Fields:
             self._at[name] = (self.nbytes, dtype, count)
             self.nbytes += -(-dtype.itemsize * count // 16) * 16
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the arrays."""
+        return list(self._at)
+
     def array(self, memory: npt.NDArray[np.uint8], name: str) -> npt.NDArray[Any]:
+        """A view of one array in the memory that holds them all."""
         at, dtype, count = self._at[name]
         return memory[at : at + dtype.itemsize * count].view(dtype)
 
     def address(self, base: int, name: str) -> int:
-        return base + self._at[name][0]
+        """Its address, when they begin at `base`."""
+        return base + self.offset(name)
+
+    def offset(self, name: str) -> int:
+        """Bytes before it."""
+        return self._at[name][0]
 
 
-_U8, _U32, _U64, _I64 = (np.dtype(t) for t in (np.uint8, np.uint32, np.uint64, np.int64))
+_U32, _U64, _I64 = (np.dtype(t) for t in (np.uint32, np.uint64, np.int64))
 
 
 @lru_cache(maxsize=64)
-def _encode_fields(pages: int, blocks: int) -> _Fields:
-    """What the host gives to an encoder (up to the block ids), and what comes back."""
-    return _Fields(
+def _encode_fields(pages: int, blocks: int) -> Fields:
+    """What the host gives to an encoder (up to the status), and what comes back (from the status on)."""
+    return Fields(
         segments=(_native.SEGMENT_DTYPE, pages),
         block_ids=(_I64, blocks),
+        status=(_U32, 4),
         table=(ENTRY_DTYPE, blocks * pages),
         payload_bytes=(_U64, blocks),
         record_offsets=(_U64, blocks),
         payload_crc32c=(_U32, blocks),
-        status=(_U32, 4),
     )
 
 
 @lru_cache(maxsize=64)
-def _decode_fields(pages: int, blocks: int) -> _Fields:
-    """What the host gives to a decoder (up to the tables), and what comes back."""
-    return _Fields(
+def _decode_fields(pages: int, blocks: int) -> Fields:
+    """What the host gives to a decoder (up to the tables), and what comes back.
+
+    The words are numbers of the blocks, addresses of the payloads, and their sizes.
+    """
+    return Fields(
         segments=(_native.SEGMENT_DTYPE, pages),
-        block_ids=(_I64, blocks),
-        payloads=(_U64, blocks),
-        payload_bytes=(_U64, blocks),
+        words=(_U64, 3 * blocks),
         payload_crc32c=(_U32, blocks),
         table=(ENTRY_DTYPE, blocks * pages),
         block_status=(_U32, blocks),
@@ -273,35 +382,109 @@ def _decode_fields(pages: int, blocks: int) -> _Fields:
 
 
 @dataclass(frozen=True)
+class _EncodeCall:
+    """A chunk's launch, bound to a slot, and the slot's tables."""
+
+    launch: Callable[[], None]
+    segments: npt.NDArray[Any]
+    block_ids: npt.NDArray[np.int64]
+    status: npt.NDArray[np.uint32]
+    table: npt.NDArray[Any]
+    payload_bytes: Words
+    record_offsets: Words
+    payload_crc32c: npt.NDArray[np.uint32]
+
+    def chunk(self, first: int) -> EncodedChunk:
+        """What the encoder said. Copies, as the slot is used again."""
+        if self.status[0]:
+            _native.check(int(self.status[0]), "encoding on the GPU")
+        return EncodedChunk(
+            first, self.record_offsets.copy(), self.table.copy(), self.payload_bytes.copy(), self.payload_crc32c.copy()
+        )
+
+
+@dataclass(frozen=True)
+class _DecodeCall:
+    """As `_EncodeCall`; launched with the copies of the records."""
+
+    launch: Callable[[Sequence[Copy]], None]
+    segments: npt.NDArray[Any]
+    words: npt.NDArray[np.uint64]
+    payload_crc32c: npt.NDArray[np.uint32]
+    table: npt.NDArray[np.uint8]
+    block_status: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
 class Staging:
-    """Bounds of a pipeline's memory and of its use of the GPU.
+    """Bounds of a transfer's memory and of its use of the GPU.
 
     Attributes:
         chunk_bytes: raw bytes of one chunk. A block that is larger is a chunk by itself.
         slots: chunks in flight, for each direction.
         max_ctas: most thread blocks of a codec kernel at a time; 0 = as many as fit. Fewer leave more of the GPU to the
             model.
+        small_bytes: most raw bytes of a transfer that is queued whole in the caller's thread, without a worker and
+            without the copy engine; 0 = none.
+        priority: of the streams; -1 lets the kernels begin before those of streams of priority 0 that wait.
     """
 
     chunk_bytes: int = 64 << 20
     slots: int = 3
     max_ctas: int = 0
+    small_bytes: int = 8 << 20
+    priority: int = -1
+
+
+def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[tuple[int, int]]:
+    """Cut a batch into chunks: a short one first, so that the link need not wait, then longer ones.
+
+    Args:
+        blocks: blocks of the batch.
+        largest: most blocks of a chunk.
+        short_end: also end with a short one: what follows its copy is not hidden behind another.
+    """
+    sizes: list[int] = []
+    step, left = max(1, largest // 4), blocks
+    while left:
+        sizes.append(min(step, left))
+        left -= sizes[-1]
+        step = min(largest, step * 2)
+    short = max(1, largest // 8)
+    if short_end and sizes and sizes[-1] > short:
+        sizes[-1:] = [sizes[-1] - short, short]
+    ends = list(accumulate(sizes))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 class _Pipeline:
-    """What both directions share: slots in turn, two streams, chunks."""
+    """What both directions share: slots in turn, two streams."""
 
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         self._driver = driver
         self._staging = staging
-        self._kernels = driver.stream_create()
-        self._copies = driver.stream_create()
+        self._kernels = driver.stream_create(staging.priority)
+        self._copies = driver.stream_create(staging.priority)
         self._slots = [_Slot(driver, resource, self._kernels) for _ in range(staging.slots)]
         self._turn = 0
+        self._known: dict[tuple[Any, ...], tuple[tuple[object, ...], npt.NDArray[Any]]] = {}
 
-    def _chunks(self, blocks: int, layout: BlockLayout) -> Iterator[tuple[int, int]]:
-        step = max(1, self._staging.chunk_bytes // layout.nbytes)
-        return ((first, min(first + step, blocks)) for first in range(0, blocks, step))
+    def _segments(self, blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]) -> npt.NDArray[Any]:
+        """Descriptors of the pages; kept, as a swap asks for the same ones again and again."""
+        keep = (blocks.addresses, blocks.layout, blocks.bounds, bound)
+        key = (*map(id, keep), str(coding))
+        if key not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = (keep, _native.segments_array(blocks, bound, coding))
+        return self._known[key][1]
+
+    def _chunks(self, blocks: int, layout: BlockLayout, *, short_end: bool = False) -> list[tuple[int, int]]:
+        return chunk_bounds(blocks, max(1, self._staging.chunk_bytes // layout.nbytes), short_end=short_end)
+
+    def _wait(self, event: int) -> None:
+        while not self._driver.event_wait(event, SPIN_US, _PATIENCE_US):
+            pass
 
     def _next_slot(self) -> _Slot:
         slot = self._slots[self._turn]
@@ -339,10 +522,10 @@ class EncodePipeline(_Pipeline):
         """
         header = header_nbytes(blocks.layout)
         chunks = [np.zeros(0, np.uint64)]
-        for slot, fields, first, last in self._encode(blocks, bound, coding, after):
-            self._driver.event_synchronize(slot.kernel_done)
+        for slot, call, _ in self._encode(blocks, bound, coding, after):
+            self._wait(slot.kernel_done)
             slot.busy = False
-            chunks.append(fields.array(slot.host_meta, "payload_bytes")[: last - first] + np.uint64(header))
+            chunks.append(call.payload_bytes + np.uint64(header))
         return np.concatenate(chunks)
 
     def run(
@@ -351,9 +534,9 @@ class EncodePipeline(_Pipeline):
         bound: PageBounds,
         coding: int | Sequence[int],
         after: int,
-        admit: Callable[[EncodedChunk], Sequence[Runs]],
+        place: Callable[[EncodedChunk], Sequence[Run]],
         landed: Callable[[EncodedChunk], None],
-        joins: Joins = lambda address: True,
+        copying: Callable[[EncodedChunk], None] = lambda chunk: None,
         queued: Callable[[int], None] = lambda stream: None,
     ) -> None:
         """Encode blocks and copy their records to host memory. Blocks the host.
@@ -363,26 +546,26 @@ class EncodePipeline(_Pipeline):
             bound: error bound, or a tuple of one a page.
             coding: coding wanted, or one a page.
             after: event that the pages are ready at.
-            admit: called once a chunk is encoded; says where each record goes (room for header and payload). What is
-                copied there has an undefined header.
-            landed: called once a chunk's records are in host memory, in the order of the chunks; writes the headers.
-            joins: whether one copy may cross this host address (see `kvzip.memory.Region.piece_bytes`).
+            place: called once a chunk is encoded; says which bytes of the arena go where. The link may be idle until it
+                returns. The header of a record is undefined there.
+            landed: called once a chunk's records are in host memory, in the order of the chunks.
+            copying: called while a chunk's copy is under way.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last page was read.
 
         Raises:
             CudaError: the device failed; chunks that had landed did.
-            Exception: what `admit` and `landed` raise; the device is idle then.
+            Exception: what the callbacks raise; the device is idle then.
         """
         waiting: list[tuple[_Slot, EncodedChunk]] = []
         try:
-            for slot, fields, first, last in self._encode(blocks, bound, coding, after, waiting, landed, queued):
-                self._driver.event_synchronize(slot.kernel_done)
-                chunk = _read_chunk(slot, fields, first, last, len(blocks.layout.segments))
-                offsets = fields.array(slot.host_meta, "record_offsets")[: last - first]
-                targets = admit(chunk)
-                self._copy_out(slot, offsets, targets, joins)
+            for slot, call, first in self._encode(blocks, bound, coding, after, waiting, landed, queued):
+                self._wait(slot.kernel_done)
+                chunk, arena = call.chunk(first), slot.arena
+                pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
+                self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
                 waiting.append((slot, chunk))
+                copying(chunk)
             while waiting:
                 self._land(waiting, landed)
         finally:
@@ -390,7 +573,7 @@ class EncodePipeline(_Pipeline):
 
     def _land(self, waiting: list[tuple[_Slot, EncodedChunk]], landed: Callable[[EncodedChunk], None]) -> None:
         slot, chunk = waiting.pop(0)
-        self._driver.event_synchronize(slot.copy_done)
+        self._wait(slot.copy_done)
         slot.busy = False
         landed(chunk)
 
@@ -403,12 +586,12 @@ class EncodePipeline(_Pipeline):
         waiting: list[tuple[_Slot, EncodedChunk]] | None = None,
         landed: Callable[[EncodedChunk], None] = lambda chunk: None,
         queued: Callable[[int], None] = lambda stream: None,
-    ) -> Iterator[tuple[_Slot, _Fields, int, int]]:
+    ) -> Iterator[tuple[_Slot, _EncodeCall, int]]:
         """Launch the chunks, one ahead of the one that is handed out."""
-        segments = _native.segments_array(blocks, bound, coding)
-        worst = blocks.layout.padded_nbytes
+        segments = self._segments(blocks, bound, coding)
+        worst, header = blocks.layout.padded_nbytes, header_nbytes(blocks.layout)
         self._driver.stream_wait_event(self._kernels, after)
-        ahead: list[tuple[_Slot, _Fields, int, int]] = []
+        ahead: list[tuple[_Slot, _EncodeCall, int]] = []
         for first, last in self._chunks(len(blocks), blocks.layout):
             slot = self._next_slot()
             while slot.busy:
@@ -416,100 +599,54 @@ class EncodePipeline(_Pipeline):
                     self._land(waiting, landed)
                 else:
                     yield ahead.pop(0)
-            ahead.append((slot, self._launch(slot, segments, worst, blocks, first, last), first, last))
+            call = self._call(slot, len(segments), last - first, header, worst)
+            call.segments[:] = segments
+            call.block_ids[:] = blocks.block_ids[first:last]
+            slot.busy = True
+            call.launch()
+            ahead.append((slot, call, first))
             if len(ahead) > 1:
                 yield ahead.pop(0)
         queued(self._kernels)
         yield from ahead
 
-    def _launch(
-        self, slot: _Slot, segments: npt.NDArray[Any], worst: int, blocks: BlockView, first: int, last: int
-    ) -> _Fields:
-        driver, count, pages = self._driver, last - first, len(segments)
-        header = header_nbytes(blocks.layout)
+    def _call(self, slot: _Slot, pages: int, count: int, header: int, worst: int) -> _EncodeCall:
+        key = (pages, count, header, worst)
+        found: _EncodeCall | None = slot.bound.get(key)
+        if found is not None:
+            return found
         fields = _encode_fields(pages, count)
-        arena = count * (-(-(header + worst) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT)
-        slot.fit(arena, fields.nbytes, pages, count)
-        host = slot.host_meta
-        fields.array(host, "segments")[:] = segments
-        fields.array(host, "block_ids")[:] = blocks.block_ids[first:last]
-        fields.array(host, "status")[:] = 0
-        inputs = fields.address(0, "table")
-        driver.copy(slot.device_meta, slot.host_meta_address, inputs, self._kernels)
-        driver.encode(
+        slot.fit(count * (-(-(header + worst) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT), fields.nbytes, pages, count)
+        host, host_at, device_at, memory = slot.host_meta, slot.host_meta_address, slot.device_meta, slot.memory
+        arrays = {name: fields.array(host, name) for name in fields.names}
+        arrays["table"] = arrays["table"].reshape(count, pages)
+        arrays["status"][:] = 0
+        results = fields.offset("status")
+        launch = self._driver.encode_call(
             EncodeArgs(
-                segments=segments,
-                device_segments=fields.address(slot.device_meta, "segments"),
-                block_ids=fields.address(slot.device_meta, "block_ids"),
+                segments=arrays["segments"],
+                device_segments=fields.address(device_at, "segments"),
+                block_ids=fields.address(device_at, "block_ids"),
                 num_blocks=count,
                 arena=slot.arena,
-                arena_bytes=slot.arena_bytes,
+                arena_bytes=memory.size("arena"),
                 header_bytes=header,
-                table=fields.address(slot.host_meta_address, "table"),
-                payload_bytes=fields.address(slot.host_meta_address, "payload_bytes"),
-                record_offsets=fields.address(slot.host_meta_address, "record_offsets"),
-                status=fields.address(slot.host_meta_address, "status"),
-                workspace=slot.workspace,
-                workspace_bytes=slot.workspace_bytes,
+                table=fields.address(device_at, "table"),
+                payload_bytes=fields.address(device_at, "payload_bytes"),
+                record_offsets=fields.address(device_at, "record_offsets"),
+                status=fields.address(device_at, "status"),
+                workspace=memory.address("workspace"),
+                workspace_bytes=memory.size("workspace"),
                 max_ctas=self._staging.max_ctas,
+                crc32c=fields.address(device_at, "payload_crc32c"),
             ),
+            (device_at, host_at, results),
+            (host_at + results, device_at + results, fields.nbytes - results),
+            slot.kernel_done,
             self._kernels,
         )
-        driver.crc32c(
-            CrcArgs(
-                base=slot.arena,
-                offsets=fields.address(slot.host_meta_address, "record_offsets"),
-                skip=header,
-                payload_bytes=fields.address(slot.host_meta_address, "payload_bytes"),
-                crc32c=fields.address(slot.host_meta_address, "payload_crc32c"),
-                scratch=slot.crc_scratch,
-                max_payload_bytes=worst,
-                count=count,
-                check=False,
-                max_ctas=self._staging.max_ctas,
-            ),
-            self._kernels,
-        )
-        driver.event_record(slot.kernel_done, self._kernels)
-        driver.event_record(slot.copy_done, self._kernels)
-        slot.busy = True
-        return fields
-
-    def _copy_out(self, slot: _Slot, offsets: Words, targets: Sequence[Runs], joins: Joins) -> None:
-        to: list[int] = []
-        source: list[int] = []
-        nbytes: list[int] = []
-        for offset, runs in zip(offsets.tolist(), targets, strict=True):
-            at = slot.arena + offset
-            for address, length in runs:
-                if nbytes and to[-1] + nbytes[-1] == address and source[-1] + nbytes[-1] == at and joins(address):
-                    nbytes[-1] += length
-                else:
-                    to.append(address)
-                    source.append(at)
-                    nbytes.append(length)
-                at += length
-        self._driver.stream_wait_event(self._copies, slot.kernel_done)
-        _copy(self._driver, to, source, nbytes, self._copies)
-        self._driver.event_record(slot.copy_done, self._copies)
-
-
-def _copy(driver: Driver, to: list[int], source: list[int], nbytes: list[int], stream: int) -> None:
-    if len(to) == 1:
-        driver.copy(to[0], source[0], nbytes[0], stream)
-    elif to:
-        driver.copy_batch(np.array(to, np.uint64), np.array(source, np.uint64), np.array(nbytes, np.uint64), stream)
-
-
-def _read_chunk(slot: _Slot, fields: _Fields, first: int, last: int, pages: int) -> EncodedChunk:
-    host = slot.host_meta
-    _native.check(int(fields.array(host, "status")[0]), "encoding on the GPU")
-    return EncodedChunk(
-        first=first,
-        tables=fields.array(host, "table").reshape(last - first, pages).copy(),
-        payload_bytes=fields.array(host, "payload_bytes").copy(),
-        payload_crc32c=fields.array(host, "payload_crc32c").copy(),
-    )
+        made = slot.bound[key] = _EncodeCall(launch=launch, **arrays)
+        return made
 
 
 class DecodePipeline(_Pipeline):
@@ -518,20 +655,18 @@ class DecodePipeline(_Pipeline):
     def run(
         self,
         blocks: BlockView,
-        sources: Callable[[int, int], Sources],
+        records: Callable[[int, int], Records],
         after: int,
         queued: Callable[[int], None],
-        joins: Joins = lambda address: True,
     ) -> npt.NDArray[np.uint32]:
         """Copy records to the device and decode them into blocks. Blocks the host until the device has finished.
 
         Args:
             blocks: where the values go.
-            sources: the records of blocks first to last - 1; called chunk by chunk, while the chunk before is moving.
+            records: the records of blocks first to last - 1; called chunk by chunk, while the chunk before is moving.
             after: event after which the pages may be written.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last value was written.
-            joins: whether one copy may cross this host address.
 
         Returns:
             A native status a block, shape ``[blocks]``: 0, or that a record is damaged (its pages were not written).
@@ -539,25 +674,33 @@ class DecodePipeline(_Pipeline):
         Raises:
             CudaError: the device failed.
         """
-        driver = self._driver
         statuses = np.zeros(len(blocks), np.uint32)
-        pending: list[tuple[_Slot, _Fields, int, int]] = []
+        pending: list[tuple[_Slot, _DecodeCall, int, int]] = []
 
         def collect() -> None:
-            slot, fields, first, last = pending.pop(0)
-            driver.event_synchronize(slot.kernel_done)
+            slot, call, first, last = pending.pop(0)
+            self._wait(slot.kernel_done)
             slot.busy = False
-            statuses[first:last] = fields.array(slot.host_meta, "block_status")
+            statuses[first:last] = call.block_status
 
         try:
-            segments = _native.segments_array(blocks)
-            driver.stream_wait_event(self._kernels, after)
-            for first, last in self._chunks(len(blocks), blocks.layout):
+            segments = self._segments(blocks, None, Coding.RAW)
+            self._driver.stream_wait_event(self._kernels, after)
+            for first, last in self._chunks(len(blocks), blocks.layout, short_end=True):
+                chunk = records(first, last)
                 slot = self._next_slot()
                 while slot.busy and pending:
                     collect()
-                chunk = sources(first, last)
-                pending.append((slot, self._launch(slot, segments, blocks, chunk, first, last, joins), first, last))
+                call = self._call(slot, len(segments), last - first, chunk.arena_bytes)
+                base, arena = slot.arena + chunk.header_bytes, slot.arena
+                ids = blocks.block_ids[first:last].tolist()
+                call.segments[:] = segments
+                call.words[:] = [*ids, *[base + offset for offset in chunk.offsets], *chunk.payload_bytes]
+                call.payload_crc32c[:] = chunk.payload_crc32c
+                call.table.data[:] = chunk.tables
+                slot.busy = True
+                call.launch([(arena + at, address, nbytes) for at, address, nbytes in chunk.runs])
+                pending.append((slot, call, first, last))
             queued(self._kernels)
             while pending:
                 collect()
@@ -565,83 +708,40 @@ class DecodePipeline(_Pipeline):
             self.drain()
         return statuses
 
-    def _launch(
-        self,
-        slot: _Slot,
-        segments: npt.NDArray[Any],
-        blocks: BlockView,
-        chunk: Sources,
-        first: int,
-        last: int,
-        joins: Joins,
-    ) -> _Fields:
-        driver, count, pages = self._driver, last - first, len(segments)
+    def _call(self, slot: _Slot, pages: int, count: int, arena_bytes: int) -> _DecodeCall:
         fields = _decode_fields(pages, count)
-        spans = -(-chunk.record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-        starts = (np.cumsum(spans) - spans).astype(np.uint64)
-        slot.fit(int(spans.sum()), fields.nbytes, pages, count)
-        host = slot.host_meta
-        fields.array(host, "segments")[:] = segments
-        fields.array(host, "block_ids")[:] = blocks.block_ids[first:last]
-        fields.array(host, "payloads")[:] = starts + np.uint64(slot.arena + chunk.header_bytes)
-        fields.array(host, "payload_bytes")[:] = chunk.payload_bytes
-        fields.array(host, "payload_crc32c")[:] = chunk.payload_crc32c
-        fields.array(host, "table")[:] = chunk.tables.ravel()
-        inputs = fields.address(0, "block_status")
-        driver.copy(slot.device_meta, slot.host_meta_address, inputs, self._copies)
-        self._copy_in(slot, starts, chunk, joins)
-        driver.event_record(slot.copy_done, self._copies)
-        driver.stream_wait_event(self._kernels, slot.copy_done)
-        driver.crc32c(  # a payload that is damaged gets the size 0, which the decoder refuses
-            CrcArgs(
-                base=0,
-                offsets=fields.address(slot.device_meta, "payloads"),
-                skip=0,
-                payload_bytes=fields.address(slot.device_meta, "payload_bytes"),
-                crc32c=fields.address(slot.device_meta, "payload_crc32c"),
-                scratch=slot.crc_scratch,
-                max_payload_bytes=int(chunk.payload_bytes.max()),
-                count=count,
-                check=True,
-                max_ctas=self._staging.max_ctas,
-            ),
-            self._kernels,
-        )
-        driver.decode(
+        slot.fit(arena_bytes, fields.nbytes, pages, count)
+        key = (pages, count)
+        found: _DecodeCall | None = slot.bound.get(key)
+        if found is not None:
+            return found
+        host, host_at, device_at = slot.host_meta, slot.host_meta_address, slot.device_meta
+        arrays = {name: fields.array(host, name) for name in fields.names}
+        arrays["table"] = arrays["table"].view(np.uint8)
+        words = fields.address(device_at, "words")
+        launch = self._driver.decode_call(
             DecodeArgs(
-                segments=segments,
-                device_segments=fields.address(slot.device_meta, "segments"),
-                block_ids=fields.address(slot.device_meta, "block_ids"),
+                segments=arrays["segments"],
+                device_segments=fields.address(device_at, "segments"),
+                block_ids=words,
                 num_blocks=count,
-                payloads=fields.address(slot.device_meta, "payloads"),
-                payload_bytes=fields.address(slot.device_meta, "payload_bytes"),
-                table=fields.address(slot.device_meta, "table"),
-                block_status=fields.address(slot.host_meta_address, "block_status"),
-                workspace=slot.workspace,
-                workspace_bytes=slot.workspace_bytes,
+                payloads=words + 8 * count,
+                payload_bytes=words + 16 * count,
+                table=fields.address(device_at, "table"),
+                block_status=fields.address(host_at, "block_status"),
+                workspace=slot.memory.address("workspace"),
+                workspace_bytes=slot.memory.size("workspace"),
                 max_ctas=self._staging.max_ctas,
+                crc32c=fields.address(device_at, "payload_crc32c"),
             ),
+            (device_at, host_at, fields.offset("block_status")),
+            slot.copy_done,
+            slot.kernel_done,
+            self._copies,
             self._kernels,
         )
-        driver.event_record(slot.kernel_done, self._kernels)
-        slot.busy = True
-        return fields
-
-    def _copy_in(self, slot: _Slot, starts: Words, chunk: Sources, joins: Joins) -> None:
-        to: list[int] = []
-        origin: list[int] = []
-        nbytes: list[int] = []
-        for start, runs in zip(starts.tolist(), chunk.runs, strict=True):
-            at = slot.arena + start
-            for address, length in runs:
-                if nbytes and origin[-1] + nbytes[-1] == address and to[-1] + nbytes[-1] == at and joins(address):
-                    nbytes[-1] += length
-                else:
-                    to.append(at)
-                    origin.append(address)
-                    nbytes.append(length)
-                at += length
-        _copy(self._driver, to, origin, nbytes, self._copies)
+        made = slot.bound[key] = _DecodeCall(launch=launch, **arrays)
+        return made
 
 
 class CudaTransport:
@@ -672,9 +772,10 @@ class CudaTransport:
         self.device = device
         self.driver: Driver = driver
         driver.set_device(device)
-        memory: MemoryResource = PinnedMemory() if resource is None else resource
-        self.out = EncodePipeline(driver, staging or Staging(), memory)
-        self.into = DecodePipeline(driver, staging or Staging(), memory)
+        self.staging = staging or Staging()
+        self.resource: MemoryResource = PinnedMemory() if resource is None else resource
+        self.out = EncodePipeline(driver, self.staging, self.resource)
+        self.into = DecodePipeline(driver, self.staging, self.resource)
 
     def close(self) -> None:
         """Wait for the device and free everything. Blocks the host."""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import enum
 import hashlib
@@ -519,7 +518,17 @@ class BlockView:
         LayoutError: tensors, layout and block numbers do not fit together.
     """
 
-    __slots__ = ("_memory", "addresses", "block_ids", "bounds", "device", "layout", "num_blocks", "tensors")
+    __slots__ = (
+        "_memory",
+        "addresses",
+        "block_ids",
+        "bounds",
+        "device",
+        "layout",
+        "num_blocks",
+        "tensors",
+        "writable",
+    )
 
     def __init__(
         self,
@@ -556,6 +565,11 @@ class BlockView:
             np.array([m.address for m in self._memory], np.uint64),
             np.array([m.strides_bytes[0] for m in self._memory], np.int64),
         )
+        #: Whether every tensor may be written to, and no two values share their memory.
+        self.writable = all(
+            m.writable and all(stride or size == 1 for size, stride in zip(m.shape, m.strides_bytes, strict=True))
+            for m in self._memory
+        )
         if block_ids is None:
             block_ids = np.arange(self.num_blocks, dtype=np.int64)
         self.block_ids = self._check_ids(block_ids)
@@ -568,8 +582,9 @@ class BlockView:
             raise LayoutError(f"block numbers of shape {given.shape}: give a flat list")
         ids = given.astype(np.int64)  # a copy: what was checked here must not change
         ids.flags.writeable = False
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.num_blocks):
-            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        known = ids.tolist() if ids.size <= 64 else (ids.min(), ids.max())  # few: faster without NumPy
+        if ids.size and (min(known) < 0 or max(known) >= self.num_blocks):
+            bad = int(min(known)) if min(known) < 0 else int(max(known))
             raise LayoutError(f"block number {bad}: the tensors have blocks 0 to {self.num_blocks - 1}")
         return ids
 
@@ -591,13 +606,21 @@ class BlockView:
         return int(self.block_ids.size)
 
     def __getitem__(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> BlockView:
-        view = copy.copy(self)  # the tensors were checked when this view was made
+        view = self._again()  # the tensors were checked when this view was made
         view.block_ids = self._check_ids(block_ids)
+        return view
+
+    def _again(self) -> BlockView:
+        """A copy, faster than `copy.copy`: a swap makes one for every transfer."""
+        view = object.__new__(BlockView)
+        view.tensors, view.layout, view.addresses = self.tensors, self.layout, self.addresses
+        view.device, view.num_blocks, view.block_ids = self.device, self.num_blocks, self.block_ids
+        view._memory, view.writable, view.bounds = self._memory, self.writable, self.bounds
         return view
 
     def with_groups(self, layout: BlockLayout) -> BlockView:
         """The same blocks under a layout that differs in `SegmentLayout.group_tokens` alone."""
-        view = copy.copy(self)
+        view = self._again()
         view.layout = layout
         return view
 
@@ -620,7 +643,7 @@ class BlockView:
                     f"channel bounds of shape {bound.channels.values.shape}, page {number} has {s.heads} heads of "
                     f"{s.head_dim} channels"
                 )
-        view = copy.copy(self)
+        view = self._again()
         view.bounds = each
         return view
 
@@ -628,14 +651,6 @@ class BlockView:
     def nbytes(self) -> int:
         """Bytes of the values of all selected blocks."""
         return len(self) * self.layout.nbytes
-
-    @property
-    def writable(self) -> bool:
-        """Whether every tensor may be written to, and no two values share their memory."""
-        return all(
-            m.writable and all(stride or size == 1 for size, stride in zip(m.shape, m.strides_bytes, strict=True))
-            for m in self._memory
-        )
 
     def page(self, block: int, segment: int) -> npt.NDArray[Any]:
         """Bit patterns of one page in host memory, without a copy.

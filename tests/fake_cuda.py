@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,12 +59,15 @@ class FakeDriver:
         self.fail: dict[str, BaseException] = {}
         self.hold = threading.Event()
         self.hold.set()
+        self._later: deque[Callable[[], object]] = deque()  # work of held streams, in order
+        self._working = threading.Lock()
         self.peak_bytes = 0
         self._next = 1
 
-    def _called(self, name: str) -> None:
+    def _called(self, name: str, *, held: bool = True) -> None:
         self.calls.append(name)
-        self.hold.wait(30)
+        if held:
+            self.hold.wait(30)
         error = self.fail.pop(name, None)
         if error is not None:
             raise error
@@ -94,10 +99,21 @@ class FakeDriver:
         assert stream in self.streams
         ctypes.memmove(to, source, nbytes)
 
-    def copy_batch(self, to: np.ndarray, source: np.ndarray, nbytes: np.ndarray, stream: int) -> None:
-        self._called("copy_batch")
-        for t, s, n in zip(to.tolist(), source.tolist(), nbytes.tolist(), strict=True):
-            ctypes.memmove(t, s, n)
+    def copy_between(self, pieces: Any, after: int, done: int, stream: int) -> None:
+        self._called("copy_between")
+        assert stream in self.streams
+        assert {after, done} <= self.events
+        for to, source, nbytes in pieces:
+            ctypes.memmove(to, source, nbytes)
+
+    def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self._called("mapped_copy", held=False)
+        assert stream in self.streams
+        assert to % 16 == source % 16 == nbytes % 16 == 0
+        self._do(lambda: ctypes.memmove(to, source, nbytes))
+
+    def stream_synchronize(self, stream: int) -> None:
+        assert stream in self.streams
 
     def stream_create(self, priority: int = 0) -> int:
         self.streams.add(self._handle())
@@ -123,6 +139,16 @@ class FakeDriver:
         assert event in self.events
         self._called("event_synchronize")
 
+    def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool:
+        assert event in self.events
+        if not self.hold.wait(min(timeout_us / 1e6, 30)):
+            return False
+        with self._working:
+            while self._later:
+                self._later.popleft()()
+        self._called("event_wait")
+        return True
+
     def workspace_bytes(self, num_segments: int, num_blocks: int) -> int:
         return 64 + num_blocks * 4
 
@@ -135,6 +161,7 @@ class FakeDriver:
         table, sizes = _native.cpu_encode(segments.copy(), ids, out, threads=1)
         at(a.table, ENTRY_DTYPE, table.size)[:] = table.ravel()
         at(a.payload_bytes, np.uint64, a.num_blocks)[:] = sizes
+        at(a.status, np.uint32, 1)[0] = 0
         where = 0
         for b, size in enumerate(sizes.tolist()):
             at(a.record_offsets, np.uint64, a.num_blocks)[b] = where
@@ -157,6 +184,98 @@ class FakeDriver:
                 crcs[b] = crc
             elif crcs[b] != crc:
                 sizes[b] = 0
+
+    def encode_call(self, encode: Any, inputs: Any, results: Any, done: int, stream: int) -> Any:
+        def call() -> None:
+            self._called("encode_call")
+            assert done in self.events
+            assert stream in self.streams
+            ctypes.memmove(*inputs)
+            self.encode(encode, stream)
+            ctypes.memmove(*results)
+
+        return call
+
+    def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, copies: int, stream: int) -> Any:
+        def call(pieces: Any) -> None:
+            self._called("decode_call")
+            assert {copied, done} <= self.events
+            assert {copies, stream} <= self.streams
+            for piece in (inputs, *pieces):
+                ctypes.memmove(*piece)
+            self.decode(decode, stream)
+
+        return call
+
+    def store_call(self, encode: Any, move: Any, order: int, device: int, stream: int) -> Any:
+        assert order in self.events
+
+        def call(after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
+            assert done in self.events
+            assert stream in self.streams
+            self._called("store_call", held=False)
+
+            def work() -> None:
+                self.encode(encode, stream)
+                assert not at(move.scratch, np.uint32, 2 * move.num_blocks).any()
+                offsets = at(move.record_offsets, np.uint64, move.num_blocks).tolist()
+                sizes = at(move.payload_bytes, np.uint64, move.num_blocks).tolist()
+                for b, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+                    payload = at(move.arena + offset + move.header_bytes, np.uint8, size)
+                    at(move.crc32c, np.uint32, move.num_blocks)[b] = crc32c.crc32c(payload)
+                    for host, start, length in self._places(move, num_runs, address, nbytes, offset, size):
+                        at(host, np.uint8, length)[:] = payload[start : start + length]
+                ctypes.memmove(move.beside_to, move.beside_from, move.beside_bytes)
+
+            self._do(work)
+
+        return call
+
+    def load_call(self, decode: Any, move: Any, order: int, device: int, stream: int) -> Any:
+        assert order in self.events
+
+        def call(after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
+            assert done in self.events
+            assert stream in self.streams
+            self._called("load_call", held=False)
+
+            def work() -> None:
+                ctypes.memmove(move.beside_to, move.beside_from, move.beside_bytes)
+                offsets = at(move.record_offsets, np.uint64, move.num_blocks).tolist()
+                sizes = at(move.payload_bytes, np.uint64, move.num_blocks).tolist()
+                for b, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+                    payload = at(move.arena + offset + move.header_bytes, np.uint8, size)
+                    for host, start, length in self._places(move, num_runs, address, nbytes, offset, size):
+                        payload[start : start + length] = at(host, np.uint8, length)
+                    right = at(move.crc32c, np.uint32, move.num_blocks)[b] == crc32c.crc32c(payload)
+                    at(move.checked_bytes, np.uint64, move.num_blocks)[b] = size if right else 0
+                self.decode(decode, stream)
+
+            self._do(work)
+
+        return call
+
+    @staticmethod
+    def _places(move: Any, num_runs: int, address: int, nbytes: int, offset: int, size: int) -> Iterator[Any]:
+        """Host address, start in the payload and length of the parts of a record's payload."""
+        runs = [(0, address, nbytes)]
+        if num_runs > 1:
+            runs = [tuple(r) for r in at(move.runs, np.uint64, 3 * num_runs).reshape(-1, 3).tolist()]
+        begin, done = offset + move.header_bytes, 0
+        for start, host, length in runs:
+            first, last = max(begin, start), min(begin + size, start + length)
+            if first < last:
+                yield host + first - start, first - begin, last - first
+                done += last - first
+        assert done == size
+
+    def _do(self, work: Callable[[], object]) -> None:
+        """At once, or when somebody waits for an event and the device is not held."""
+        with self._working:
+            if self.hold.is_set() and not self._later:
+                work()
+            else:
+                self._later.append(work)
 
     def decode(self, a: Any, stream: int) -> None:
         self._called("decode")

@@ -7,6 +7,7 @@
 
 #include "cuda_crc.inl"
 #include "cuda_general.inl"
+#include "cuda_swap.inl"
 #include "cuda_transport.inl"
 
 namespace kvz {

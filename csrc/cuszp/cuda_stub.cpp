@@ -13,6 +13,14 @@ uint64_t kvz_cuda_arena_bytes(const kvz_segment*, uint32_t, uint32_t, uint32_t) 
 int32_t kvz_cuda_encode(const kvz_cuda_encode_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_decode(const kvz_cuda_decode_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_store(const kvz_cuda_store_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_load(const kvz_cuda_load_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_copy_between(const uint64_t*, const uint64_t*, const uint64_t*, uint64_t, void*, void*, void*) {
+  return KVZ_NO_CUDA;
+}
+int32_t kvz_cuda_mapped_copy(void*, const void*, uint64_t, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_last_error(char* text, uint64_t text_bytes) {
   static const char kText[] = "the library was built without CUDA";
   if (text != NULL && text_bytes > 0) {
@@ -48,6 +56,7 @@ int32_t kvz_cuda_event_destroy(void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_event_record(void*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_event_query(void*, int32_t*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_event_synchronize(void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_event_wait(void*, uint64_t, uint64_t, int32_t*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_event_elapsed(void*, void*, float*) { return KVZ_NO_CUDA; }
 
 }  // extern "C"

@@ -9,11 +9,16 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <chrono>
+#include <thread>
+
 #include "kvz.h"
 
 namespace kvz {
 namespace gpu {
 namespace {
+
+constexpr uint64_t kLookAgainUs = 20;  // between looks at an event that takes longer
 
 thread_local cudaError_t t_last_error = cudaSuccess;
 
@@ -201,6 +206,29 @@ int32_t kvz_cuda_event_query(void* event, int32_t* done) {
 }
 
 int32_t kvz_cuda_event_synchronize(void* event) { return status_of(cudaEventSynchronize(event_of(event))); }
+
+int32_t kvz_cuda_event_wait(void* event, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
+  if (done == nullptr) return KVZ_INVALID_ARGUMENT;
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  *done = 0;
+  for (;;) {
+    const cudaError_t error = cudaEventQuery(event_of(event));
+    if (error == cudaSuccess) {
+      *done = 1;
+      return KVZ_OK;
+    }
+    if (error != cudaErrorNotReady) return status_of(error);
+    cudaGetLastError();
+    const uint64_t waited =
+        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - begin).count());
+    if (waited >= timeout_us) return KVZ_OK;
+    if (waited >= spin_us) {
+      const uint64_t left = timeout_us - waited;
+      std::this_thread::sleep_for(std::chrono::microseconds(left < kLookAgainUs ? left : kLookAgainUs));
+    }
+  }
+}
 
 int32_t kvz_cuda_event_elapsed(void* start, void* stop, float* milliseconds) {
   if (milliseconds == nullptr) return KVZ_INVALID_ARGUMENT;

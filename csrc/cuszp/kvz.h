@@ -196,6 +196,97 @@ typedef struct kvz_cuda_crc_args {
 // CRC32C of payloads, as record headers hold it, or a check against it, in stream order.
 KVZ_API int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args* args, void* stream);
 
+// A run of host memory that holds bytes start .. start + bytes - 1 of a batch of records, laid out as in the arena.
+typedef struct kvz_run {
+  uint64_t start;    // a multiple of 16, as is `bytes`
+  uint64_t address;  // of mapped pinned memory, a multiple of 16
+  uint64_t bytes;
+} kvz_run;
+
+// Carrying records between an arena and mapped host memory by a kernel of few thread blocks, headers left out.
+typedef struct kvz_cuda_move_args {
+  uint8_t* arena;                  // device memory
+  const uint64_t* record_offsets;  // device memory, num_blocks: where a record begins in the arena, multiples of 16
+  const uint64_t* payload_bytes;   // device memory, num_blocks; multiples of 16
+  uint64_t* checked_bytes;         // loads: device memory, out: payload_bytes, or 0 where the checksum differs
+  uint32_t* crc32c;                // device memory, num_blocks: out of a store, expected by a load
+  uint32_t* scratch;               // device memory, 2 * num_blocks; zero before the call and after it
+  const kvz_run* runs;             // device memory, num_runs, in the order of `start`; not read when there is one
+  kvz_run run;                     // the run, when there is one
+  void* beside_to;                 // copied along: tables and sizes
+  const void* beside_from;
+  uint64_t max_payload_bytes;  // no payload is larger; at most 2^28
+  uint32_t beside_bytes;       // a multiple of 16
+  uint32_t num_runs;           // 1 to 512
+  uint32_t num_blocks;
+  uint32_t header_bytes;  // before each payload, a multiple of 16
+  uint32_t max_ctas;      // most thread blocks; 0: as many as the link needs
+  uint32_t most_pieces;   // set by the call
+} kvz_cuda_move_args;
+
+typedef struct kvz_cuda_store_args {
+  kvz_cuda_encode_args encode;
+  kvz_cuda_move_args move;
+  void* after;     // stream that makes the pages: they are read behind what is queued there now
+  void* order;     // event for that; may be used again after the call
+  void* done;      // event that is recorded behind everything
+  int32_t device;  // whose streams these are; the thread's current device is the same after the call
+  int32_t reserved;
+} kvz_cuda_store_args;
+
+typedef struct kvz_cuda_load_args {
+  kvz_cuda_decode_args decode;
+  kvz_cuda_move_args move;
+  void* after;  // stream whose queued work may still use the pages
+  void* order;
+  void* done;
+  int32_t device;
+  int32_t reserved;
+} kvz_cuda_load_args;
+
+// A whole transfer in one call: encode and carry the records to the host, or carry them to the arena, verify and
+// decode. For small transfers; the kernel that carries them slows others while it runs.
+KVZ_API int32_t kvz_cuda_store(const kvz_cuda_store_args* args, void* stream);
+KVZ_API int32_t kvz_cuda_load(const kvz_cuda_load_args* args, void* stream);
+
+// A chunk of a large store: inputs come from mapped host memory, results go there, by kernels; what they say decides
+// where the records are copied to (kvz_cuda_copy_between).
+typedef struct kvz_cuda_encode_chunk_args {
+  kvz_cuda_encode_args encode;
+  void* inputs_to;  // addresses and bytes are multiples of 16
+  const void* inputs_from;
+  uint64_t inputs_bytes;
+  void* results_to;
+  const void* results_from;
+  uint64_t results_bytes;
+  void* done;  // event that is recorded behind everything
+} kvz_cuda_encode_chunk_args;
+KVZ_API int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stream);
+
+// A chunk of a large load: records are copied in one stream; in another, inputs come by a kernel and all is decoded.
+typedef struct kvz_cuda_decode_chunk_args {
+  kvz_cuda_decode_args decode;
+  void* inputs_to;
+  const void* inputs_from;
+  uint64_t inputs_bytes;
+  const uint64_t* to;  // as of kvz_cuda_copy_batch
+  const uint64_t* from;
+  const uint64_t* bytes;
+  uint64_t count;
+  void* copies;  // stream
+  void* copied;  // event behind the copies
+  void* done;    // event behind everything
+} kvz_cuda_decode_chunk_args;
+KVZ_API int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args* args, void* stream);
+
+// kvz_cuda_copy_batch behind one event; another is recorded behind it.
+KVZ_API int32_t kvz_cuda_copy_between(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count,
+                                      void* after, void* done, void* stream);
+
+// A copy by a small kernel: between device memory and mapped host memory without a turn of the copy engine. Addresses
+// and `bytes` are multiples of 16.
+KVZ_API int32_t kvz_cuda_mapped_copy(void* to, const void* from, uint64_t bytes, void* stream);
+
 // What the last failing CUDA call of this thread said, such as "cudaErrorInvalidValue: invalid argument"; returns its
 // code, 0 when none has failed. `text` may be NULL.
 KVZ_API int32_t kvz_cuda_last_error(char* text, uint64_t text_bytes);
@@ -245,6 +336,9 @@ KVZ_API int32_t kvz_cuda_event_destroy(void* event);
 KVZ_API int32_t kvz_cuda_event_record(void* event, void* stream);
 KVZ_API int32_t kvz_cuda_event_query(void* event, int32_t* done);
 KVZ_API int32_t kvz_cuda_event_synchronize(void* event);  // blocks the host, without spinning
+// Wait for an event, at most `timeout_us`: spin for `spin_us`, then look every few tens of microseconds. `done` says
+// whether the work has ended.
+KVZ_API int32_t kvz_cuda_event_wait(void* event, uint64_t spin_us, uint64_t timeout_us, int32_t* done);
 KVZ_API int32_t kvz_cuda_event_elapsed(void* start, void* stop, float* milliseconds);
 
 #ifdef __cplusplus

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from kvzip import BlockView, CorruptRecordError, ErrorBound, HostPool, SwapEngine, read_header
 from kvzip.memory import PinnedMemory
+from kvzip.small import TICKETS
+from kvzip.transfer import QueuedTransfer, Transfer
 from kvzip.transport import Staging
 
 torch = pytest.importorskip("torch", reason="needs torch")
@@ -21,7 +24,17 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-BLOCKS, LAYERS = 96, 4
+BLOCKS, LAYERS = 96, 4  # 6 MiB in all: a small transfer
+
+
+@pytest.fixture(params=["small", "chunks"])
+def staging(request: pytest.FixtureRequest) -> Staging:
+    """Transfers that are queued whole, and those that a worker drives."""
+    return Staging() if request.param == "small" else Staging(chunk_bytes=1 << 20, small_bytes=0)
+
+
+def check_way(transfer: Transfer, staging: Staging) -> None:
+    assert isinstance(transfer, QueuedTransfer) == bool(staging.small_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +63,9 @@ KEYS = [b"%d" % i for i in range(BLOCKS)]
 @pytest.mark.parametrize("codec", ["cuszp", "raw"])
 @pytest.mark.parametrize("mode", ["fixed", "plain", "outlier"])
 @pytest.mark.parametrize("bound", ["1e-3", "1e-2", "abs:0.05", "lossless"])
-def test_records_are_the_ones_that_the_cpu_makes(pool: HostPool, codec: str, mode: str, bound: str) -> None:
+def test_records_are_the_ones_that_the_cpu_makes(
+    pool: HostPool, staging: Staging, codec: str, mode: str, bound: str
+) -> None:
     if codec == "raw" and mode != "fixed":
         pytest.skip("codec raw has no modes")
     gpu = pages()
@@ -58,25 +73,29 @@ def test_records_are_the_ones_that_the_cpu_makes(pool: HostPool, codec: str, mod
     settings: dict[str, Any] = {"codec": codec, "bound": ErrorBound.parse(bound)}
     if codec == "cuszp":
         settings["mode"] = mode
-    with SwapEngine(pool, **settings) as engine, SwapEngine(256 << 20, **settings) as on_cpu:
-        engine.store(KEYS, BlockView(gpu, "2NHD")).wait()
+    with SwapEngine(pool, staging=staging, **settings) as engine, SwapEngine(256 << 20, **settings) as on_cpu:
+        transfer = engine.store(KEYS, BlockView(gpu, "2NHD"))
+        check_way(transfer, staging)
+        transfer.wait()
         on_cpu.store(KEYS, BlockView(cpu, "2NHD"))
         for key in KEYS:
             assert engine.read_record(key) == on_cpu.read_record(key)
         order = np.random.default_rng(0).permutation(BLOCKS)
         for t in gpu:
             t.fill_(7)
-        engine.load([KEYS[i] for i in order], BlockView(gpu, "2NHD")).wait()
+        transfer = engine.load([KEYS[i] for i in order], BlockView(gpu, "2NHD"))
+        check_way(transfer, staging)
+        transfer.wait()
         on_cpu.load([KEYS[i] for i in order], BlockView(cpu, "2NHD"))
         for g, c in zip(gpu, cpu, strict=True):
             assert torch.equal(g.cpu().view(torch.int16), c.view(torch.int16))
 
 
-def test_store_waits_for_the_stream_that_makes_the_pages(pool: HostPool) -> None:
+def test_store_waits_for_the_stream_that_makes_the_pages(pool: HostPool, staging: Staging) -> None:
     x = torch.zeros((64, 2, 16, 4, 64), dtype=torch.bfloat16, device="cuda")
     want = torch.randn_like(x)
     producer = torch.cuda.Stream()
-    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=staging) as engine:
         view = BlockView([x], "2NHD")
         engine.store([b"warm"], view[[0]]).wait()
         torch.cuda.synchronize()
@@ -84,6 +103,7 @@ def test_store_waits_for_the_stream_that_makes_the_pages(pool: HostPool) -> None
             torch.cuda._sleep(200_000_000)
             x.copy_(want)
         transfer = engine.store(KEYS[:64], view, stream=producer)
+        check_way(transfer, staging)
         assert not transfer.done()  # it returned while the producer still sleeps
         transfer.wait(30)
         x.zero_()
@@ -91,11 +111,11 @@ def test_store_waits_for_the_stream_that_makes_the_pages(pool: HostPool) -> None
         assert torch.equal(x.view(torch.int16), want.view(torch.int16))
 
 
-def test_streams_wait_for_a_load(pool: HostPool) -> None:
+def test_streams_wait_for_a_load(pool: HostPool, staging: Staging) -> None:
     (x,) = pages()[:1]
     want = x.clone()
     consumer = torch.cuda.Stream()
-    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=Staging(chunk_bytes=1 << 20)) as engine:
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=staging) as engine:
         view = BlockView([x], "2NHD")
         engine.store(KEYS, view).wait()
         for _ in range(20):
@@ -110,10 +130,10 @@ def test_streams_wait_for_a_load(pool: HostPool) -> None:
             transfer.wait()
 
 
-def test_a_load_waits_for_readers_of_the_pages(pool: HostPool) -> None:
+def test_a_load_waits_for_readers_of_the_pages(pool: HostPool, staging: Staging) -> None:
     (x,) = pages()[:1]
     reader = torch.cuda.Stream()
-    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=staging) as engine:
         view = BlockView([x], "2NHD")
         engine.store(KEYS, view).wait()
         x.fill_(3)
@@ -126,10 +146,10 @@ def test_a_load_waits_for_readers_of_the_pages(pool: HostPool) -> None:
         assert bool((seen == 3).all())
 
 
-def test_out_and_in_at_the_same_time(pool: HostPool) -> None:
+def test_out_and_in_at_the_same_time(pool: HostPool, staging: Staging) -> None:
     first, second = pages(seed=1), pages(seed=2)
     want = [t.clone() for t in first]
-    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=Staging(chunk_bytes=1 << 20)) as engine:
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=staging) as engine:
         a, b = BlockView(first, "2NHD"), BlockView(second, "2NHD")
         engine.store(KEYS, a).wait()
         for round_ in range(5):
@@ -144,7 +164,7 @@ def test_out_and_in_at_the_same_time(pool: HostPool) -> None:
                 assert torch.equal(t.view(torch.int16), w.view(torch.int16))
 
 
-def test_several_threads(pool: HostPool) -> None:
+def test_several_threads(pool: HostPool, staging: Staging) -> None:
     failures: list[BaseException] = []
 
     def work(seed: int, engine: SwapEngine) -> None:
@@ -165,7 +185,7 @@ def test_several_threads(pool: HostPool) -> None:
         except BaseException as error:
             failures.append(error)
 
-    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+    with SwapEngine(pool, bound=ErrorBound.lossless(), staging=staging) as engine:
         threads = [threading.Thread(target=work, args=(seed, engine)) for seed in range(4)]
         for t in threads:
             t.start()
@@ -174,9 +194,9 @@ def test_several_threads(pool: HostPool) -> None:
     assert not failures, failures[0]
 
 
-def test_damaged_records_leave_their_pages_alone(pool: HostPool) -> None:
+def test_damaged_records_leave_their_pages_alone(pool: HostPool, staging: Staging) -> None:
     mine = pages()
-    with SwapEngine(pool, bound=ErrorBound.relative(1e-3)) as engine:
+    with SwapEngine(pool, bound=ErrorBound.relative(1e-3), staging=staging) as engine:
         view = BlockView(mine, "2NHD")
         engine.store(KEYS, view).wait()
         for place in (0, 17, 95):
@@ -202,14 +222,99 @@ def test_measured_error(pool: HostPool) -> None:
         assert 0 < result.max_error <= 0.02
 
 
-def test_layouts_and_dtypes(pool: HostPool) -> None:
+def test_layouts_and_dtypes(pool: HostPool, staging: Staging) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         nhd = torch.randn((20, 24, 3, 48), device="cuda").to(dtype)
         hnd = torch.empty((20, 3, 24, 48), device="cuda", dtype=dtype)
-        with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+        with SwapEngine(pool, bound=ErrorBound.lossless(), staging=staging) as engine:
             engine.store(KEYS[:20], BlockView([nhd], "NHD")).wait()
             engine.load(KEYS[:20], BlockView([hnd], "HND")).wait()
             assert torch.equal(hnd.transpose(1, 2), nhd)
+
+
+def test_a_small_transfer_that_nobody_waits_for_ends(pool: HostPool) -> None:
+    x = torch.randn((BLOCKS, 2, 16, 4, 64), device="cuda").bfloat16()
+    want = x.clone()
+    with SwapEngine(pool, bound=ErrorBound.lossless()) as engine:
+        view = BlockView([x], "2NHD")
+        engine.store(KEYS, view)
+        deadline = time.monotonic() + 10
+        while not engine.contains(KEYS[-1]):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        x.zero_()
+        engine.load(KEYS, view)
+        while engine.stats().loaded_blocks < BLOCKS:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert torch.equal(x.view(torch.int16), want.view(torch.int16))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 31])
+def test_small_transfers_of_every_size(pool: HostPool, count: int) -> None:
+    """Records whose sizes are no multiples of what the carrying kernel takes at a time; several in flight."""
+    torch.manual_seed(count)
+    shapes = [(16, 1, 8), (16, 2, 64), (7, 3, 24), (16, 8, 128), (1, 1, 513)]
+    tensors = [torch.randn((64, *shape), device="cuda").half() for shape in shapes]
+    want = [t.clone() for t in tensors]
+    for bound in (ErrorBound.lossless(), ErrorBound.relative(1e-2)):
+        with SwapEngine(pool, bound=bound) as engine, SwapEngine(64 << 20, bound=bound) as on_cpu:
+            view = BlockView(tensors, "NHD")
+            transfers = [
+                engine.store(KEYS[first : first + count], view[range(first, min(first + count, 64))])
+                for first in range(0, 64 - count, count)
+            ]
+            held = len(transfers) * count
+            assert all(isinstance(t, QueuedTransfer) for t in transfers[:TICKETS])
+            for transfer in transfers:
+                transfer.wait(10)
+            on_cpu.store(KEYS[:held], BlockView([t.cpu() for t in want], "NHD")[range(held)])
+            assert all(engine.read_record(key) == on_cpu.read_record(key) for key in KEYS[:held])
+            if bound == ErrorBound.lossless():
+                for t in tensors:
+                    t[:held] = 9
+                loads = [
+                    engine.load(KEYS[first : first + count], view[range(first, first + count)])
+                    for first in range(0, held, count)
+                ]
+                for transfer in loads:
+                    transfer.wait(10)
+                assert all(torch.equal(t, w) for t, w in zip(tensors, want, strict=True))
+
+
+def test_small_transfers_in_a_fragmented_pool() -> None:
+    x = torch.randn((8, 2, 16, 4, 64), device="cuda").bfloat16()
+    want = x.clone()
+    with HostPool(1 << 20, resource=PinnedMemory()) as small, SwapEngine(small, bound=ErrorBound.lossless()) as engine:
+        held = [small.allocate(4096) for _ in range(256)]
+        for allocation in held[::2]:
+            small.free(allocation)
+        view = BlockView([x], "2NHD")
+        for first in range(0, 8, 2):
+            transfer = engine.store(KEYS[first : first + 2], view[[first, first + 1]])
+            assert isinstance(transfer, QueuedTransfer)
+            transfer.wait()
+        assert len(engine._index.find(KEYS[:1])[0].allocation.runs) > 1
+        x.zero_()
+        transfer = engine.load(KEYS[:8], view)
+        assert isinstance(transfer, QueuedTransfer)
+        transfer.wait()
+        assert torch.equal(x.view(torch.int16), want.view(torch.int16))
+
+
+def test_small_stores_evict(pool: HostPool) -> None:
+    x = torch.randn((64, 2, 16, 4, 64), device="cuda").bfloat16()
+    with HostPool(2 << 20, resource=PinnedMemory()) as small, SwapEngine(small) as engine:
+        view = BlockView([x], "2NHD")
+        for turn in range(4):
+            for i in range(64):
+                engine.store([b"%d-%d" % (turn, i)], view[[i]]).wait()
+        stats = engine.stats()
+        assert stats.evicted_blocks == 4 * 64 - stats.records > 0
+        assert stats.pool.payload_fraction > 0.9
+        small.check()
+        keys = [b"3-%d" % i for i in range(60, 64)]
+        engine.load(keys, view[range(4)]).wait()
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -31,18 +33,34 @@ from kvzip.backends.base import EncodeRequest, PageCodec
 from kvzip.calibration import CalibrationTable
 from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
-from kvzip.memory import PageableMemory
+from kvzip.memory import PageableMemory, Region
 from kvzip.record import read_header
-from kvzip.transport import CudaTransport, Staging
+from kvzip.small import MOST_PLANS, TICKETS
+from kvzip.transport import CudaTransport, Staging, chunk_bounds
 from kvzip.types import DType
 
 BLOCKS = 12
 
 
+class Mapped:
+    """Pageable memory that says it is pinned: the fake GPU can address it."""
+
+    def allocate(self, nbytes: int) -> Region:
+        return Region(np.zeros(nbytes, np.uint8), pinned=True)
+
+
 class Rig:
     """An engine with a GPU made of host memory, and blocks on it."""
 
-    def __init__(self, *, capacity: int = 1 << 22, chunk_blocks: int = 2, slots: int = 3, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        capacity: int = 1 << 22,
+        chunk_blocks: int = 2,
+        slots: int = 3,
+        reaper_seconds: float = 0.5,
+        **settings: Any,
+    ) -> None:
         rng = np.random.default_rng(5)
         values = rng.normal(size=(2, BLOCKS, 2, 16, 2, 32)).astype(np.float32)
         values[:, 3, 0, 2, 1, 5] = np.nan
@@ -52,13 +70,16 @@ class Rig:
         self.original = [a.copy() for a in self.arrays]
         self.keys = [b"key-%d" % i for i in range(BLOCKS)]
         self.driver = FakeDriver()
-        self.pool = HostPool(capacity, extent_bytes=settings.pop("extent_bytes", 256))
+        resource = Mapped() if settings.pop("small", False) else None
+        self.pool = HostPool(capacity, extent_bytes=settings.pop("extent_bytes", 256), resource=resource, headroom=0.25)
         self.engine = SwapEngine(self.pool, **settings)
         staging = Staging(chunk_bytes=chunk_blocks * self.view.layout.nbytes, slots=slots)
         transport = CudaTransport(0, driver=self.driver, staging=staging, resource=PageableMemory())
-        self.engine._devices["cuda:0"] = DeviceSwap(
+        self.swap = DeviceSwap(
             0, self.engine._index, self.pool, self.engine._store_lock, self.engine, staging, transport
         )
+        self.swap._reaper.EVERY_SECONDS = reaper_seconds
+        self.engine._devices["cuda:0"] = self.swap
 
     def poison(self) -> None:
         for array in self.arrays:
@@ -76,9 +97,10 @@ class Rig:
         assert not self.driver.streams
 
 
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig(bound=ErrorBound.lossless())
+@pytest.fixture(params=["worker", "small"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """Transfers by the worker, and queued whole."""
+    made = Rig(bound=ErrorBound.lossless(), small=request.param == "small")
     yield made
     made.close()
 
@@ -246,7 +268,7 @@ def test_a_load_does_not_trust_the_header_in_the_pool(rig: Rig) -> None:
     assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
 
 
-@pytest.mark.parametrize("call", ["encode", "copy", "copy_batch", "event_synchronize", "malloc", "crc32c"])
+@pytest.mark.parametrize("call", ["encode", "encode_call", "copy_between", "event_wait", "malloc"])
 def test_failed_store_changes_nothing(call: str) -> None:
     rig = Rig(bound=ErrorBound.lossless(), extent_bytes=64)
     rig.engine.store(rig.keys[:2], rig.view[[5, 6]]).wait()
@@ -256,8 +278,6 @@ def test_failed_store_changes_nothing(call: str) -> None:
     if call == "malloc":  # slots have their memory: make them need more
         rig.engine._devices["cuda:0"]._transport.out._staging = Staging(chunk_bytes=1 << 20)
     rig.driver.fail[call] = cuda_error()
-    if call == "copy_batch":
-        rig.driver.fail["copy"] = cuda_error()
     with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
         rig.engine.store(rig.keys, rig.view).wait()
     rig.driver.fail.clear()
@@ -270,7 +290,8 @@ def test_failed_store_changes_nothing(call: str) -> None:
 
 
 def test_encoder_failure_stores_raw(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    rig.driver.fail["encode"] = NativeError("encoding failed: injected", status=1)
+    for call in ("store_call", "encode"):
+        rig.driver.fail[call] = NativeError("encoding failed: injected", status=1)
     result = rig.engine.store(rig.keys, rig.view).result()
     assert result.fallbacks == {"encoder_failed": 4 * BLOCKS}
     assert "injected" in caplog.text
@@ -280,7 +301,7 @@ def test_encoder_failure_stores_raw(rig: Rig, caplog: pytest.LogCaptureFixture) 
 
 
 def test_failures_of_other_kinds_become_transfer_errors(rig: Rig) -> None:
-    rig.driver.fail["event_synchronize"] = ZeroDivisionError("boom")
+    rig.driver.fail["event_wait"] = ZeroDivisionError("boom")
     with pytest.raises(TransferError, match="a store failed: ZeroDivisionError: boom"):
         rig.engine.store(rig.keys, rig.view).wait()
     assert rig.engine.stats().records == 0
@@ -336,3 +357,284 @@ def test_staging_memory_is_bounded() -> None:
     block = small.view.layout.nbytes
     assert small.driver.peak_bytes < 3 * (block + 4096)
     small.close()
+
+
+# ---- small transfers
+
+
+def small_rig(**settings: Any) -> Rig:
+    return Rig(small=True, **{"bound": ErrorBound.lossless(), **settings})
+
+
+@pytest.mark.parametrize("bound", ["1e-3", "1e-2", "lossless"])
+def test_both_ways_make_the_same_records(bound: str) -> None:
+    rigs = [Rig(bound=ErrorBound.parse(bound), small=small) for small in (False, True)]
+    for rig in rigs:
+        result = rig.engine.store(rig.keys, rig.view).result(10)
+        assert result.record_bytes == rig.pool.stats().payload_bytes
+    assert "store_call" not in rigs[0].driver.calls
+    assert "encode_call" not in rigs[1].driver.calls
+    records = [[rig.engine.read_record(key) for key in rig.keys] for rig in rigs]
+    assert records[0] == records[1]
+    stats = [rig.engine.stats() for rig in rigs]
+    assert stats[0].stored_record_bytes == stats[1].stored_record_bytes
+    assert stats[0].fallbacks == stats[1].fallbacks
+    for rig in rigs:
+        rig.close()
+
+
+def test_small_blocks_come_back_into_other_blocks() -> None:
+    rig = small_rig()
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.poison()
+    order = np.random.default_rng(1).permutation(BLOCKS)
+    for part in (order[:5], order[5:6], order[6:]):  # several, one, several
+        rig.engine.load([rig.keys[i] for i in part], rig.view[part]).wait(10)
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    assert rig.driver.calls.count("load_call") == 3
+    assert "decode_call" not in rig.driver.calls
+    rig.close()
+
+
+def test_small_blocks_of_one_page() -> None:
+    rig = small_rig()
+    view = BlockView(rig.tensors[:1], BlockLayout.opaque(rig.tensors[:1]))
+    rig.engine.store(rig.keys, view).wait()
+    rig.poison()
+    rig.engine.load(rig.keys, view).wait()
+    assert np.array_equal(rig.arrays[0], rig.original[0])
+    assert rig.driver.calls.count("store_call") == rig.driver.calls.count("load_call") == 1
+    rig.close()
+
+
+def test_a_small_transfer_that_nobody_waits_for_ends() -> None:
+    rig = small_rig(reaper_seconds=0.001)
+    rig.engine.store(rig.keys, rig.view)
+    deadline = time.monotonic() + 10
+    while not rig.engine.contains(rig.keys[-1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view)
+    while rig.engine.stats().loaded_blocks < BLOCKS:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    time.sleep(0.3)  # the thread that looked after it sleeps now
+    rig.engine.store(rig.keys[:1], rig.view[[0]])
+    while rig.engine.stats().stored_blocks < BLOCKS + 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    rig.close()
+
+
+def test_small_transfers_under_way() -> None:
+    """Many at a time, waited for in another order than they were queued in: the last store of a key wins."""
+    rig = small_rig()
+    rig.engine.store(rig.keys, rig.view).wait()
+    rig.engine.load(rig.keys, rig.view).wait()
+    rig.driver.hold.clear()
+    first = [rig.engine.store([b"same", b"%d" % i], rig.view[[i, i + 1]]) for i in range(8)]
+    loads = [rig.engine.load([key], rig.view[[i]]) for i, key in enumerate(rig.keys)]
+    assert not any(t.done() for t in (*first, *loads))
+    with pytest.raises(TransferError, match=r"0\.02 s"):
+        first[-1].result(0.02)
+    assert rig.pool.stats().reserved_bytes > 0
+    rig.driver.hold.set()
+    for t in (*reversed(first), *loads):
+        assert t.wait(10)
+        assert t.done()
+    assert rig.pool.stats().reserved_bytes == 0
+    rig.poison()
+    rig.engine.load([b"same"], rig.view[[0]]).wait()
+    for array, original in zip(rig.arrays, rig.original, strict=True):
+        assert np.array_equal(array[0], original[7])
+    del first, loads, t
+    rig.close()
+
+
+def test_more_small_transfers_than_tickets_go_the_long_way() -> None:
+    rig = small_rig()
+    rig.engine.store(rig.keys[:1], rig.view[[0]]).wait()
+    rig.driver.hold.clear()
+    transfers = [rig.engine.store([b"n%d" % i], rig.view[[i % BLOCKS]]) for i in range(TICKETS + 4)]
+    rig.driver.hold.set()
+    for t in transfers:
+        t.wait(10)
+    assert rig.engine.stats().records == TICKETS + 5
+    assert rig.driver.calls.count("encode_call") == 4
+    del transfers, t
+    rig.close()
+
+
+def test_a_small_store_behind_a_large_one_keeps_the_order() -> None:
+    rig = small_rig()
+    rig.swap._small_bytes = 6 * rig.view.layout.nbytes
+    rig.engine.store([b"warm"], rig.view[[0]]).wait()
+    rig.driver.hold.clear()
+    large = rig.engine.store(rig.keys, rig.view)
+    small = rig.engine.store(rig.keys[:1], rig.view[[9]])  # replaces what the large one stores
+    later = rig.engine.store(rig.keys[1:], rig.view[range(1, BLOCKS)])
+    rig.driver.hold.set()
+    for t in (later, small, large):
+        t.wait(10)
+    rig.poison()
+    rig.engine.load(rig.keys[:1], rig.view[[0]]).wait()
+    assert all(np.array_equal(a[0], o[9]) for a, o in zip(rig.arrays, rig.original, strict=True))
+    del large, small, later, t
+    rig.close()
+
+
+def test_small_stores_evict_within_the_headroom() -> None:
+    rig = small_rig(capacity=120_000, bound=ErrorBound.relative(1e-2))
+    assert rig.pool.headroom_bytes == 29952
+    for turn in range(3):
+        for i in range(BLOCKS):
+            rig.engine.store([b"%d-%d" % (turn, i)], rig.view[[i]]).wait()
+            rig.pool.check()
+    stats = rig.engine.stats()
+    assert stats.evicted_blocks == 3 * BLOCKS - stats.records > 0
+    assert "encode_call" not in rig.driver.calls
+    worst = -(-(rig.view.layout.nbytes + 1024) // 256) * 256
+    assert stats.pool.free_bytes < 2 * worst  # what leaves ahead of need is needed next
+    held = [rig.engine.contains(b"%d-%d" % (2, i)) for i in range(BLOCKS)]
+    assert held == sorted(held)
+    rig.close()
+
+
+def test_small_stores_in_a_pool_without_headroom_evict_by_real_sizes() -> None:
+    rig = small_rig(capacity=120_000, bound=ErrorBound.relative(1e-2))
+    rig.pool._headroom = 0
+    for turn in range(3):
+        for i in range(BLOCKS):
+            rig.engine.store([b"%d-%d" % (turn, i)], rig.view[[i]]).wait()
+    assert rig.driver.calls.count("encode_call") > 0
+    assert rig.pool.stats().payload_fraction > 0.9
+    rig.close()
+
+
+def test_pinned_records_stay_under_small_stores() -> None:
+    rig = small_rig(capacity=60_000)
+    rig.engine.store(rig.keys[:5], rig.view[range(5)]).wait()
+    with rig.engine.pin(rig.keys[:5]):
+        rig.engine.store(rig.keys[5:6], rig.view[[5]]).wait()
+        with pytest.raises(PoolExhaustedError):
+            rig.engine.store(rig.keys[6:], rig.view[range(6, BLOCKS)]).wait()
+    assert all(rig.engine.contains(k) for k in rig.keys[:5])
+    rig.close()
+
+
+def test_small_transfers_in_a_fragmented_pool() -> None:
+    rig = small_rig(capacity=60 * 1024)
+    blocks = [rig.pool.allocate(1024) for _ in range(60)]
+    for allocation in blocks[::2]:
+        rig.pool.free(allocation)
+    rig.engine.store(rig.keys[:2], rig.view[[0, 1]]).wait()
+    assert len(rig.engine._index.find(rig.keys[:1])[0].allocation.runs) > 4
+    rig.pool.check()
+    rig.poison()
+    rig.engine.load(rig.keys[:2], rig.view[[0, 1]]).wait()
+    assert rig.driver.calls.count("store_call") == rig.driver.calls.count("load_call") == 1
+    assert all(np.array_equal(a[:2], o[:2]) for a, o in zip(rig.arrays, rig.original, strict=True))
+    for allocation in blocks[1::2]:
+        rig.pool.free(allocation)
+    rig.close()
+
+
+def test_many_views_and_bounds_take_turns_in_the_plans() -> None:
+    rig = small_rig()
+    for i in range(2 * MOST_PLANS + 3):
+        rig.engine.configure(bound=ErrorBound.absolute(1e-3 * (i + 1)))
+        rig.engine.store([b"k"], rig.view[[i % BLOCKS]]).wait()
+    assert rig.engine.read_record(b"k")
+    rig.close()
+
+
+@pytest.mark.parametrize("call", ["store_call", "event_wait"])
+def test_a_failed_small_store_changes_nothing(call: str) -> None:
+    rig = small_rig()
+    rig.engine.store(rig.keys[:2], rig.view[[5, 6]]).wait()
+    before = [rig.engine.read_record(k) for k in rig.keys[:2]]
+    rig.driver.fail[call] = cuda_error()
+    rig.driver.fail["encode_call"] = cuda_error()  # the long way, which is tried when it cannot be queued
+    with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
+        rig.engine.store(rig.keys, rig.view).wait()
+    rig.driver.fail.clear()
+    assert [rig.engine.read_record(k) for k in rig.keys[:2]] == before
+    assert rig.engine.stats().records == 2
+    assert rig.pool.stats().reserved_bytes == 0
+    rig.pool.check()
+    rig.engine.store(rig.keys, rig.view).wait()
+    assert rig.engine.stats().records == BLOCKS
+    rig.close()
+
+
+@pytest.mark.parametrize("call", ["load_call", "event_wait"])
+def test_a_failed_small_load_lets_go_of_the_records(call: str) -> None:
+    rig = small_rig()
+    rig.engine.store(rig.keys, rig.view).wait()
+    rig.driver.fail[call] = cuda_error()
+    rig.driver.fail["decode_call"] = cuda_error()
+    with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
+        rig.engine.load(rig.keys, rig.view).wait()
+    rig.driver.fail.clear()
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait()
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    assert rig.engine.discard(rig.keys) == BLOCKS
+    assert rig.pool.stats().allocations == 0
+    rig.close()
+
+
+def test_closing_ends_small_transfers_under_way() -> None:
+    rig = small_rig()
+    rig.engine.store(rig.keys[:1], rig.view[[0]]).wait()
+    rig.driver.hold.clear()
+    transfer = rig.engine.store(rig.keys, rig.view)
+    threading.Timer(0.05, rig.driver.hold.set).start()
+    rig.engine.close()
+    assert transfer.done()
+    assert transfer.result().blocks == BLOCKS
+    del transfer
+    rig.close()
+
+
+def test_threads_share_small_transfers() -> None:
+    rig = small_rig(reaper_seconds=0.001)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for turn in range(20):
+                chosen = rng.permutation(BLOCKS)[:3]
+                keys = [b"%d-%d-%d" % (seed, turn, i) for i in range(3)]
+                rig.engine.store(keys, rig.view[chosen]).wait(10)
+                record = rig.engine.read_record(keys[1])
+                assert record == expected[chosen[1]]
+                assert rig.engine.discard(keys) == 3
+        except BaseException as error:
+            failures.append(error)
+
+    rig.engine.store(rig.keys, rig.view).wait()
+    expected = [rig.engine.read_record(k) for k in rig.keys]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    rig.pool.check()
+    rig.close()
+
+
+@pytest.mark.parametrize(("blocks", "largest"), [(0, 8), (1, 8), (5, 1), (7, 8), (256, 8), (1000, 512), (9, 3)])
+@pytest.mark.parametrize("short_end", [False, True])
+def test_chunks_cover_a_batch_and_begin_short(blocks: int, largest: int, short_end: bool) -> None:
+    chunks = chunk_bounds(blocks, largest, short_end=short_end)
+    assert [i for first, last in chunks for i in range(first, last)] == list(range(blocks))
+    sizes = [last - first for first, last in chunks]
+    assert all(0 < n <= largest for n in sizes)
+    if blocks > largest:
+        assert sizes[0] <= max(1, largest // 4)
+        assert not short_end or sizes[-1] <= max(1, largest // 8)

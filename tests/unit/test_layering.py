@@ -20,7 +20,7 @@ PACKAGE = ROOT / "kvzip"
 LAYERS: list[set[str]] = [
     {"kvzip.cli", "kvzip.demo", "kvzip.benchmark", "kvzip.info", "kvzip.testing", "kvzip.adapters"},
     {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap"},
-    {"kvzip.transport", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
+    {"kvzip.transport", "kvzip.small", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
     {"kvzip.pool", "kvzip.memory", "kvzip.policy", "kvzip.metrics", "kvzip.integrity", "kvzip.backends"},
     {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop", "kvzip.calibration"},
     {"kvzip.bounds"},

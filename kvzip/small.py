@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Small transfers between one GPU and host memory: each is queued whole by one native call, in the caller's thread.
+
+No worker takes part, no copy engine, and no host step between the kernels: a kernel of few thread blocks carries the
+records between the arena and mapped host memory. All transfers of a direction run in one stream and share its device
+memory; each has a ticket with tables of its own in host memory until its results were read.
+
+What depends on the layout alone is kept in plans, so that a call costs microseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip import _native
+from kvzip.backends.base import EncodeRequest
+from kvzip.errors import KvzipError
+from kvzip.memory import MemoryResource
+from kvzip.record import ENTRY_DTYPE, header_nbytes
+from kvzip.transport import (
+    RECORD_ALIGNMENT,
+    DecodeArgs,
+    DeviceMemory,
+    Driver,
+    EncodeArgs,
+    Fields,
+    MoveArgs,
+    Records,
+    Run,
+    Staging,
+    SwapCall,
+)
+from kvzip.types import BlockView
+
+TICKETS = 16  # transfers of a direction under way
+TICKET_BYTES = 64 << 10  # host memory of each, for block numbers, sizes and segment tables
+MOST_RUNS = 512  # of host memory, for one transfer (csrc/cuszp/kvz.h)
+MOST_BLOCKS = 512  # of one transfer
+MOST_PLANS = 256
+PLANS_BYTES = 1 << 20  # device memory of their descriptors
+RUN_DTYPE = np.dtype([("start", "<u8"), ("address", "<u8"), ("bytes", "<u8")])
+
+_U32, _U64 = np.dtype(np.uint32), np.dtype(np.uint64)
+
+
+@lru_cache(maxsize=256)
+def _store_fields(pages: int, blocks: int) -> Fields:
+    """What the host gives to a store (up to the status), and what comes back (from the status on)."""
+    return Fields(
+        words=(_U64, blocks),  # numbers of the blocks
+        runs=(RUN_DTYPE, MOST_RUNS),
+        status=(_U32, 4),
+        payload_bytes=(_U64, blocks),
+        record_offsets=(_U64, blocks),
+        table=(ENTRY_DTYPE, blocks * pages),
+        payload_crc32c=(_U32, blocks),
+    )
+
+
+@lru_cache(maxsize=256)
+def _load_fields(pages: int, blocks: int) -> Fields:
+    """What the host gives to a load, and what comes back (the status).
+
+    The words are numbers of the blocks, addresses of the payloads, their sizes, and the records' places in the arena.
+    Tables, numbers and addresses are carried along to the device; the rest is for the kernel that does it.
+    """
+    return Fields(
+        table=(ENTRY_DTYPE, blocks * pages),
+        words=(_U64, 4 * blocks),
+        payload_crc32c=(_U32, blocks),
+        runs=(RUN_DTYPE, MOST_RUNS),
+        block_status=(_U32, blocks),
+    )
+
+
+@dataclass(eq=False)
+class Plan:
+    """What transfers of one layout in the same tensors share.
+
+    Attributes:
+        keep: objects that the plan was made for; their addresses are its key.
+        segments: descriptors of the pages.
+        device_segments: the same in device memory.
+        header_bytes: bytes of a record before its payload.
+        record_bytes: most bytes of a record in the arena.
+        calls: bound calls and the arrays behind them, by ticket and number of blocks.
+        context: what the engine keeps with it.
+    """
+
+    keep: tuple[Any, ...]
+    segments: npt.NDArray[Any]
+    device_segments: int
+    header_bytes: int
+    record_bytes: int
+    calls: dict[tuple[int, int], _Bound] = field(default_factory=dict)
+    context: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A call with its memory: views of the ticket's tables."""
+
+    call: SwapCall
+    words: npt.NDArray[np.uint64]
+    runs: npt.NDArray[Any]
+    arrays: tuple[npt.NDArray[Any], ...]
+
+
+class _Direction:
+    """Stream, memory, tickets and plans of one direction. The caller's lock guards it.
+
+    All memory is taken when it is made, so that no call waits for an allocation.
+    """
+
+    def __init__(self, device: int, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
+        self._device = device
+        self._driver = driver
+        self._staging = staging
+        self._stream = driver.stream_create(staging.priority)
+        self._order = driver.event_create()
+        self._memory = DeviceMemory(driver, self._stream)
+        self._memory.fit(
+            # Records have headers, and begin at multiples of 256: their number is bounded by what a ticket holds.
+            arena=staging.small_bytes + TICKET_BYTES + MOST_BLOCKS * 3 * RECORD_ALIGNMENT,
+            workspace=driver.workspace_bytes(TICKET_BYTES // ENTRY_DTYPE.itemsize // MOST_BLOCKS, MOST_BLOCKS),
+            crc_scratch=8 * MOST_BLOCKS,
+            meta=TICKET_BYTES,
+            segments=PLANS_BYTES,
+        )
+        self._region = resource.allocate(TICKETS * TICKET_BYTES + PLANS_BYTES)
+        self._free = list(range(TICKETS - 1, -1, -1))
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans_end = 0
+        self._events: list[int] = []
+        self._closed = False
+
+    def _new_plan(
+        self, key: tuple[int, ...], keep: tuple[Any, ...], blocks: BlockView, segments: npt.NDArray[Any]
+    ) -> Plan | None:
+        """A new plan; None while there is no room for one and transfers are under way."""
+        size = -(-segments.nbytes // 16) * 16
+        if size > PLANS_BYTES:
+            return None
+        if len(self._plans) >= MOST_PLANS or self._plans_end + size > PLANS_BYTES:
+            if len(self._free) < TICKETS:
+                return None
+            self._plans.clear()
+            self._plans_end = 0
+        at, host = self._plans_end, TICKETS * TICKET_BYTES + self._plans_end
+        self._plans_end += size
+        self._region.array[host : host + segments.nbytes] = segments.view(np.uint8)
+        address = self._memory.address("segments") + at
+        self._driver.mapped_copy(address, self._region.address + host, size, self._stream)
+        header = header_nbytes(blocks.layout)
+        record = -(-(header + blocks.layout.padded_nbytes) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        made = Plan(keep, segments, address, header, record)
+        self._plans[key] = made
+        return made
+
+    def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
+        raise NotImplementedError
+
+    def _ticket_memory(self, ticket: int) -> tuple[npt.NDArray[np.uint8], int]:
+        at = ticket * TICKET_BYTES
+        return self._region.array[at : at + TICKET_BYTES], self._region.address + at
+
+    def _begin(self, plan: Plan, blocks: int, runs: Sequence[Run]) -> tuple[int, _Bound] | None:
+        """A free ticket's number and its call; None if there is none, or the transfer is too large."""
+        if not self._free or len(runs) > MOST_RUNS:
+            return None
+        bound = plan.calls.get((self._free[-1], blocks))
+        if bound is None:
+            memory, workspace = self._memory, self._driver.workspace_bytes(len(plan.segments), blocks)
+            if blocks * plan.record_bytes > memory.size("arena") or workspace > memory.size("workspace"):
+                return None
+            bound = plan.calls[self._free[-1], blocks] = self._bind(plan, self._free[-1], blocks)
+        return self._free.pop(), bound
+
+    def _queue(self, number: int, bound: _Bound, runs: Sequence[Run], after: int) -> Ticket:
+        event = 0
+        try:
+            event = self._events.pop() if self._events else self._driver.event_create()
+            _, address, nbytes = runs[0]
+            if len(runs) > 1:
+                bound.runs[: len(runs)] = runs
+            bound.call(after, event, len(runs), address, nbytes)
+        except BaseException:
+            with contextlib.suppress(KvzipError):
+                self._driver.stream_synchronize(self._stream)
+            self._free.append(number)
+            if event:
+                self._events.append(event)
+            raise
+        return Ticket(number, event, bound.arrays)
+
+    def end(self, ticket: Ticket) -> None:
+        """Give a ticket back, once its event has passed and its arrays were read."""
+        self._free.append(ticket.number)
+
+    def give_event(self, event: int) -> None:
+        """Give an event back, when nobody can wait for it any more."""
+        if self._closed:
+            self._driver.event_destroy(event)
+        else:
+            self._events.append(event)
+
+    def close(self) -> None:
+        """Wait for the device and free everything. Blocks the host."""
+        self._driver.stream_synchronize(self._stream)
+        self._plans.clear()
+        self._closed = True
+        for event in (self._order, *self._events):
+            self._driver.event_destroy(event)
+        self._events.clear()
+        self._memory.close()
+        self._region.close()
+        self._driver.stream_destroy(self._stream)
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A transfer under way.
+
+    Attributes:
+        number: of its host memory.
+        event: recorded behind its work.
+        arrays: its results, to be read when the event has passed: see `SmallStores` and `SmallLoads`.
+    """
+
+    number: int
+    event: int
+    arrays: tuple[npt.NDArray[Any], ...]
+
+
+class SmallStores(_Direction):
+    """The way out. A ticket's arrays: status, payload_bytes, payload_crc32c, and all tables as bytes."""
+
+    def plan_for(self, blocks: BlockView, codec: object, request: EncodeRequest) -> Plan | None:
+        """The plan for views that share their tensors and layout with `blocks`, if there is one."""
+        key = (id(blocks.addresses), id(blocks.layout), id(codec), id(request.bound), id(request.mode), request.reason)
+        return self._plans.get(key)
+
+    def new_plan(
+        self, blocks: BlockView, codec: object, request: EncodeRequest, coding: int | Sequence[int]
+    ) -> Plan | None:
+        """Make it; None while there is no room for one and transfers are under way."""
+        keep = (blocks.addresses, blocks.layout, codec, request.bound, request.mode)
+        segments = _native.segments_array(blocks, request.bound, coding)
+        return self._new_plan((*map(id, keep), request.reason), keep, blocks, segments)
+
+    @staticmethod
+    def fits(pages: int, blocks: int) -> bool:
+        """Whether a ticket has room for the tables."""
+        return blocks <= MOST_BLOCKS and _store_fields(pages, blocks).nbytes <= TICKET_BYTES
+
+    def store(self, plan: Plan, block_ids: npt.NDArray[np.int64], runs: Sequence[Run], after: int) -> Ticket | None:
+        """Queue a store; None if too many are under way, or it is too large in one way or another.
+
+        Args:
+            plan: from `plan_for`.
+            block_ids: the blocks.
+            runs: host memory for the records in the order of the arena; worst case.
+            after: stream whose queued work comes before.
+        """
+        begun = self._begin(plan, len(block_ids), runs)
+        if begun is None:
+            return None
+        number, bound = begun
+        bound.words[:] = block_ids
+        return self._queue(number, bound, runs, after)
+
+    def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
+        fields = _store_fields(len(plan.segments), blocks)
+        host, host_at = self._ticket_memory(ticket)
+        memory, device_at = self._memory, self._memory.address("meta")
+        first, last = fields.offset("status"), fields.offset("payload_crc32c")
+        encode = EncodeArgs(
+            segments=plan.segments,
+            device_segments=plan.device_segments,
+            block_ids=fields.address(host_at, "words"),
+            num_blocks=blocks,
+            arena=memory.address("arena"),
+            arena_bytes=memory.size("arena"),
+            header_bytes=plan.header_bytes,
+            table=fields.address(device_at, "table"),
+            payload_bytes=fields.address(device_at, "payload_bytes"),
+            record_offsets=fields.address(device_at, "record_offsets"),
+            status=fields.address(device_at, "status"),
+            workspace=memory.address("workspace"),
+            workspace_bytes=memory.size("workspace"),
+            max_ctas=self._staging.max_ctas,
+        )
+        move = MoveArgs(
+            arena=memory.address("arena"),
+            record_offsets=fields.address(device_at, "record_offsets"),
+            payload_bytes=fields.address(device_at, "payload_bytes"),
+            checked_bytes=0,
+            crc32c=fields.address(host_at, "payload_crc32c"),
+            scratch=memory.address("crc_scratch"),
+            runs=fields.address(host_at, "runs"),
+            beside_to=host_at + first,
+            beside_from=device_at + first,
+            beside_bytes=last - first,
+            max_payload_bytes=plan.record_bytes - plan.header_bytes,
+            num_blocks=blocks,
+            header_bytes=plan.header_bytes,
+        )
+        names = ("status", "payload_bytes", "payload_crc32c")
+        table = fields.array(host, "table").view(np.uint8)
+        return _Bound(
+            self._driver.store_call(encode, move, self._order, self._device, self._stream),
+            fields.array(host, "words"),
+            fields.array(host, "runs"),
+            (*(fields.array(host, name) for name in names), table),
+        )
+
+
+class SmallLoads(_Direction):
+    """The way in. A ticket's arrays: block_status as bytes, four a block; what follows is its own."""
+
+    def plan_for(self, blocks: BlockView, contents: object) -> Plan | None:
+        """The plan for views that share their tensors and layout with `blocks`, and records of these contents."""
+        found = self._plans.get((id(blocks.addresses), id(blocks.layout), id(contents)))
+        if found is not None:
+            return found
+        keep = (blocks.addresses, blocks.layout, contents)
+        return self._new_plan(tuple(map(id, keep)), keep, blocks, _native.segments_array(blocks))
+
+    @staticmethod
+    def fits(pages: int, blocks: int) -> bool:
+        """Whether a ticket has room for the tables."""
+        return blocks <= MOST_BLOCKS and _load_fields(pages, blocks).nbytes <= TICKET_BYTES
+
+    def load(self, plan: Plan, block_ids: npt.NDArray[np.int64], records: Records, after: int) -> Ticket | None:
+        """Queue a load; None if too many are under way, or it is too large in one way or another.
+
+        Args:
+            plan: from `plan_for`.
+            block_ids: the blocks.
+            records: where they lie and what is known of them.
+            after: stream whose queued work comes before.
+        """
+        begun = self._begin(plan, len(block_ids), records.runs)
+        if begun is None:
+            return None
+        number, bound = begun
+        base, offsets = self._memory.address("arena") + plan.header_bytes, records.offsets
+        payloads = [base + offset for offset in offsets]
+        bound.words[:] = [*block_ids.tolist(), *payloads, *records.payload_bytes, *offsets]
+        _, crcs, table = bound.arrays
+        crcs[:] = records.payload_crc32c
+        table.data[:] = records.tables
+        return self._queue(number, bound, records.runs, after)
+
+    def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
+        fields = _load_fields(len(plan.segments), blocks)
+        host, host_at = self._ticket_memory(ticket)
+        memory, device_at = self._memory, self._memory.address("meta")
+        part = 8 * blocks  # bytes of a quarter of the words
+        words, device_words = fields.address(host_at, "words"), fields.address(device_at, "words")
+        decode = DecodeArgs(
+            segments=plan.segments,
+            device_segments=plan.device_segments,
+            block_ids=device_words,
+            num_blocks=blocks,
+            payloads=device_words + part,
+            payload_bytes=device_words + 2 * part,
+            table=fields.address(device_at, "table"),
+            block_status=fields.address(host_at, "block_status"),
+            workspace=memory.address("workspace"),
+            workspace_bytes=memory.size("workspace"),
+            max_ctas=self._staging.max_ctas,
+        )
+        move = MoveArgs(
+            arena=memory.address("arena"),
+            record_offsets=words + 3 * part,
+            payload_bytes=words + 2 * part,
+            checked_bytes=device_words + 2 * part,
+            crc32c=fields.address(host_at, "payload_crc32c"),
+            scratch=memory.address("crc_scratch"),
+            runs=fields.address(host_at, "runs"),
+            beside_to=device_at,
+            beside_from=host_at,
+            beside_bytes=fields.offset("words") + 2 * part,
+            max_payload_bytes=plan.record_bytes - plan.header_bytes,
+            num_blocks=blocks,
+            header_bytes=plan.header_bytes,
+        )
+        status = fields.array(host, "block_status").view(np.uint8)
+        return _Bound(
+            self._driver.load_call(decode, move, self._order, self._device, self._stream),
+            fields.array(host, "words"),
+            fields.array(host, "runs"),
+            (status, fields.array(host, "payload_crc32c"), fields.array(host, "table").view(np.uint8)),
+        )
