@@ -65,6 +65,8 @@ def test_a_chunk_from_its_store_to_its_load() -> None:
     again = m.prepare_store(k(1, 2), request("s"))
     assert again is not None
     assert again.keys_to_store == []
+    if hasattr(vllm_base, "CacheHitSource"):
+        assert m.get_load_source(k(1)[0], r) == vllm_base.CacheHitSource.HOST
 
 
 def test_evicted_and_lost_records_ride_in_the_next_message() -> None:
