@@ -139,7 +139,12 @@ class KvzipOffloadingManager(OffloadingManager):
     def reset_cache(self) -> None:
         """Forget all records; the workers learn it with the next store or load."""
         self.catalog.reset()
-        self._requests.clear()
+        # Requests that go on are stored anew from their first chunk, and what was under way is not told of.
+        self._requests = {
+            req_id: _Request(starts=request.starts)
+            for req_id, request in self._requests.items()
+            if not request.finished
+        }
 
     def get_stats(self) -> Any:
         """Metrics since the last call."""

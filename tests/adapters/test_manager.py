@@ -143,6 +143,22 @@ def test_reset_cache_begins_a_generation() -> None:
     m.complete_load(k(1, 2), r)  # what was under way may still end
 
 
+def test_a_request_that_goes_on_after_a_reset_begins_again() -> None:
+    m, r, done = manager(), request(), request("done")
+    m.note_starts("r", [b"hash%d" % n for n in range(4)])
+    assert m.prepare_store(k(1, 3), r) is not None
+    assert m.prepare_store(k(7), done) is not None
+    m.on_request_finished(done)
+    m.reset_cache()
+    assert m._requests.keys() == {"r"}
+    output = m.prepare_store(k(1, 3), r)
+    assert output is not None
+    assert output.store_spec.starts == (0,)
+    m.complete_store(k(1, 3), r)
+    m.on_request_finished(r)
+    assert not m._requests
+
+
 def test_a_failed_store_is_forgotten() -> None:
     m, r = manager(), request()
     assert m.prepare_store(k(1), r) is not None
