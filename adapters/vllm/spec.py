@@ -53,6 +53,12 @@ class KvzipOffloadingSpec(OffloadingSpec):
                 "kvzip's spec without kvzip's connector: records are counted at their worst case, and a damaged one "
                 'stops the engine; set "kv_connector": "KvzipConnector"'
             )
+        largest = max(self.worst_bytes.values())
+        if self.pool_bytes < largest:
+            raise ConfigError(
+                f"cpu_bytes_to_use {self.settings.cpu_bytes_to_use} for {self.workers} workers: a chunk may take "
+                f"{largest} bytes on each; give at least {largest * self.workers}, or a smaller chunk"
+            )
         self._manager: KvzipOffloadingManager | None = None
         self._worker: KvzipOffloadingWorker | None = None
         self._kv_caches: Mapping[str, Any] = {}
@@ -115,7 +121,7 @@ class KvzipOffloadingSpec(OffloadingSpec):
     def worst_bytes(self) -> dict[int, int]:
         """For each group, an upper bound of what a chunk's records take in one worker's pool."""
         config = getattr(self, "config", None)
-        if config is not None and config.worker_kv_bytes_per_block:
+        if config is not None:
             raw = {group: int(config.worker_kv_bytes_per_block) for group in self.group_ids}
         else:
             raw = {
@@ -135,12 +141,6 @@ class KvzipOffloadingSpec(OffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         """The scheduler's side."""
         if self._manager is None:
-            largest = max(self.worst_bytes.values())
-            if self.pool_bytes < largest:
-                raise ConfigError(
-                    f"cpu_bytes_to_use {self.settings.cpu_bytes_to_use} for {self.workers} workers: a chunk may take "
-                    f"{largest} bytes on each; give at least {largest * self.workers}, or a smaller chunk"
-                )
             catalog = RecordCatalog(self.pool_bytes, self.workers, self.worst_bytes, _group_of, self.settings.policy)
             self._manager = KvzipOffloadingManager(
                 catalog,
