@@ -85,7 +85,7 @@ def squared_gradients(
         ``[tokens, kv_heads, head_dim]``, float32; and every layer's V.
     """
     (torch,) = require("torch")
-    cache = [[t.clone().requires_grad_() for t in pair] for pair in model.prefill(prefix)[0]]
+    cache = [(k.clone().requires_grad_(), v.clone().requires_grad_()) for k, v in model.prefill(prefix)[0]]
     flat = [t for pair in cache for t in pair]
     squares = [torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in flat]
     generator = torch.Generator(device="cpu").manual_seed(seed)
