@@ -534,6 +534,41 @@ def _fidelity_row(row: dict[str, Any], limit: float) -> list[str]:
     ]
 
 
+def rate() -> str:
+    """The tables of ``docs/explanation/rate.md``."""
+    found = load("rate.json")
+    if found is None:
+        return ""
+    caches = found[1]["caches"]
+    names = list(caches)
+    parts = ["## The modes\n"]
+    head = [
+        "bound",
+        *(f"{n.split('_')[1]}: fixed" for n in names),
+        *(f"{n.split('_')[1]}: rice" for n in names),
+        "gain",
+    ]
+    rows = []
+    for number, row in enumerate(caches[names[0]]):
+        each = [caches[n][number]["modes"] for n in names]
+        gains = [m["fixed"] / m["rice"] - 1 for m in each]
+        rows.append(
+            [
+                f"{row['kind'].upper()} {row['scheme']}",
+                *(f"{m['fixed']:.2f}" for m in each),
+                *(f"{m['rice']:.2f}" for m in each),
+                f"{min(gains):.0%} to {max(gains):.0%}",
+            ]
+        )
+    parts.append(table(head, rows))
+    parts.append("## Steps and alternatives, prose\n")
+    tried = [r for r in caches[names[0]] if r["alternatives"] and r["scheme"] in ("page 0.01", "attn 0.4", "rms 0.17")]
+    rows = [[name, *(f"{r['alternatives'][name]:.2f}" for r in tried)] for name in tried[0]["alternatives"]]
+    parts.append(table(["code", *(f"{r['kind'].upper()} {r['scheme']}" for r in tried)], rows))
+    parts.append(paragraph("Counted without padding, lengths of strips, table entries and scale bytes."))
+    return "\n".join(parts)
+
+
 def replaced(text: str, figures: str) -> str:
     """A document with other figures between its marks."""
     before, _, rest = text.partition(BEGIN)
@@ -543,7 +578,9 @@ def replaced(text: str, figures: str) -> str:
 
 def main() -> None:
     """Write the documents."""
-    for path, figures in ((ROOT / "README.md", readme()), (ROOT / "docs" / "fidelity.md", fidelity())):
+    documents = (("README.md", readme()), ("docs/fidelity.md", fidelity()), ("docs/explanation/rate.md", rate()))
+    for name, figures in documents:
+        path = ROOT / name
         path.write_text(replaced(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
     (ROOT / "docs" / "performance.md").write_text(performance(), encoding="utf-8")
 

@@ -114,7 +114,7 @@ class _DecodeArgs(ctypes.Structure):
         ("all_or_nothing", _U32),
         ("max_ctas", _U32),
         ("strips_per_warp", _U32),
-        ("reserved", _U32),
+        ("extended", _U32),
         ("crc32c", _P),
     )
 
@@ -695,7 +695,7 @@ def _decode_args(args: DecodeArgs, *, all_or_nothing: bool = False, strips_per_w
         all_or_nothing=int(all_or_nothing),
         max_ctas=args.max_ctas,
         strips_per_warp=strips_per_warp,
-        reserved=0,
+        extended=int(args.extended),
         crc32c=args.crc32c,
     )
 

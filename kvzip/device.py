@@ -52,9 +52,8 @@ _log = logging.getLogger("kvzip")
 
 _LOSSLESS = ErrorBound.lossless()
 # What the CUDA codec has.
-_GPU_MODES = ("fixed", "plain", "outlier")
-_GPU_BOUND_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)
-_GPU_LAST_CODING = Coding.LOSSLESS
+_GPU_PAGE_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)  # in every mode
+_GPU_VECTORS = 4096  # most tokens x heads of a page with bounds by token
 _NATIVE = ("cuszp", "raw")  # codecs whose pages the pipelines encode
 _CODING_AT, _REASON_AT = 12, 15  # in an entry of a segment table (docs/reference/format.md)
 
@@ -72,6 +71,10 @@ class HostPaths(Protocol):
 
     def codec_of(self, name: str) -> Codec:
         """The codec that records of this name were made with."""
+        ...
+
+    def bounds_of(self, table_id: int) -> PageBounds:
+        """What records that name these channel tables were encoded with."""
         ...
 
     def count_store(self, result: TransferResult) -> None:
@@ -291,7 +294,7 @@ class DeviceSwap:
                     self._small_out.drain()
                     self._index.check_open()
                     native = codec.name in _NATIVE
-                    if not native or not all(encodes_on_gpu(codec, part.request) for part in parts):
+                    if not native or not all(encodes_on_gpu(codec, part) for part in parts):
                         self._driver.event_synchronize(after)
                         if native:
                             self._count_host_coding(parts)
@@ -419,8 +422,8 @@ class DeviceSwap:
 
     def _new_plan(self, part: Part, codec: Codec) -> Plan | None:
         request, layout = part.request, part.blocks.layout
-        if not encodes_on_gpu(codec, request):
-            return None
+        if not encodes_on_gpu(codec, part) or _is_extended(codec, request):
+            return None  # the kernels of the mode `rice` take the long way
         coding = coding_of(request) if codec.name == "cuszp" else Coding.RAW
         plan = self._small_stores().new_plan(part.blocks, codec, request, coding)
         if plan is not None:
@@ -480,7 +483,7 @@ class DeviceSwap:
         contents = entries[0].contents
         if contents.codec not in _NATIVE or any(entry.contents is not contents for entry in entries):
             return None
-        if not all(decodes_on_gpu(entries)):
+        if contents.extended or contents.table_id != 0 or not all(decodes_on_gpu(entries)):
             return None
         after = stream_handle(stream, self._device)
         view = out.with_groups(check_geometry(contents.geometry, out.layout))
@@ -671,7 +674,8 @@ class DeviceSwap:
             for number, (part, coding) in enumerate(zip(parts, codings, strict=True)):
                 original = self._to_host(part.blocks, after) if measure_error else None
                 bound = part.request.bound
-                contents = contents_of(layout, codec.name, table_id(bound, len(layout.segments)))
+                named, extended = table_id(bound, len(layout.segments)), _is_extended(codec, part.request)
+                contents = contents_of(layout, codec.name, named, extended)
                 self._transport.out.run(
                     part.blocks,
                     bound,
@@ -735,6 +739,10 @@ class DeviceSwap:
 
     # ---- loads, in the worker
 
+    def _with_tables(self, view: BlockView, table_id: int) -> BlockView:
+        """The view with the bounds that records of this table were encoded with."""
+        return view if table_id == 0 else view.with_bounds(self._host.bounds_of(table_id))
+
     def _load(
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
@@ -743,21 +751,26 @@ class DeviceSwap:
             # As a rule all are alike: the link has work before the records are looked at one by one.
             layout = check_geometry(first.geometry, out.layout)
             statuses = self._transport.into.run(
-                out.with_groups(layout), partial(self._records, entries), after, transfer._mark_queued
+                self._with_tables(out.with_groups(layout), first.table_id),
+                partial(self._records, entries),
+                after,
+                transfer._mark_queued,
+                extended=first.extended,
             )
             if statuses.any():
                 raise self._damaged(keys, np.flatnonzero(statuses).tolist())
             return
-        groups: dict[tuple[str, BlockLayout], list[int]] = {}
+        groups: dict[tuple[str, BlockLayout, int, bool], list[int]] = {}
         alike: dict[tuple[int, bool], list[int]] = {}
         for i, (entry, gpu) in enumerate(zip(entries, decodes_on_gpu(entries), strict=True)):
             alike.setdefault((id(entry.contents), gpu), []).append(i)
         for (_, gpu), members in alike.items():
             known = entries[members[0]].contents
             codec = "" if known.codec in ("cuszp", "raw") and gpu else known.codec
-            groups.setdefault((codec, check_geometry(known.geometry, out.layout)), []).extend(members)
-        others = [(name, layout, members) for (name, layout), members in groups.items() if name]
-        native = [(layout, members) for (name, layout), members in groups.items() if not name]
+            layout = check_geometry(known.geometry, out.layout)
+            groups.setdefault((codec, layout, known.table_id, known.extended), []).extend(members)
+        others = [(name, layout, members) for (name, layout, _, _), members in groups.items() if name]
+        native = [(how, members) for how, members in groups.items() if not how[0]]
         for name, layout, members in others:
             self._driver.event_synchronize(after)
             view = out[out.block_ids[members]].with_groups(layout)
@@ -769,13 +782,14 @@ class DeviceSwap:
                 self._host.load_blocks(records, pages)
                 self._from_host(pages, view, after)
         bad: list[int] = []
-        for number, (layout, members) in enumerate(native):
-            view = out[out.block_ids[members]].with_groups(layout)
+        for number, ((_, layout, named, extended), members) in enumerate(native):
+            view = self._with_tables(out[out.block_ids[members]].with_groups(layout), named)
             statuses = self._transport.into.run(
                 view,
                 partial(self._records, [entries[i] for i in members]),
                 after,
                 transfer._mark_queued if number == len(native) - 1 else (lambda stream: None),
+                extended=extended,
             )
             bad += [members[i] for i in np.flatnonzero(statuses)]
         if bad:
@@ -835,19 +849,30 @@ def _header_of(
     return row
 
 
-def encodes_on_gpu(codec: Codec, request: EncodeRequest) -> bool:
-    """Whether the CUDA codec has what a request asks for."""
+def _is_extended(codec: Codec, request: EncodeRequest) -> bool:
+    return codec.name == "cuszp" and request.mode == "rice"
+
+
+def encodes_on_gpu(codec: Codec, part: Part) -> bool:
+    """Whether the CUDA codec has what a part of a store asks for."""
     if codec.name == "raw":
         return True
-    bounds = (request.bound,) if isinstance(request.bound, ErrorBound) else request.bound
-    return request.mode in _GPU_MODES and all(bound.kind in _GPU_BOUND_KINDS for bound in bounds)
+    bound, segments = part.request.bound, part.blocks.layout.segments
+    kinds = {b.kind for b in ((bound,) if isinstance(bound, ErrorBound) else bound)}
+    if kinds <= set(_GPU_PAGE_KINDS):
+        return True
+    small = BoundKind.TOKEN_RMS not in kinds or all(s.tokens * s.heads <= _GPU_VECTORS for s in segments)
+    return part.request.mode == "rice" and small
 
 
 def decodes_on_gpu(entries: Sequence[Entry]) -> list[bool]:
     """For each record whether the CUDA codec has all its codings; of any other codec's records it says nothing."""
     for entry in entries:
         if entry.on_gpu is None:
-            entry.on_gpu = max(entry.table[_CODING_AT :: ENTRY_DTYPE.itemsize]) <= _GPU_LAST_CODING
+            entry.on_gpu = all(
+                coding <= Coding.LOSSLESS or coding & 0x0F in (Coding.RICE, Coding.LOSSLESS_RICE)
+                for coding in entry.table[_CODING_AT :: ENTRY_DTYPE.itemsize]
+            )
     return [bool(entry.on_gpu) for entry in entries]
 
 

@@ -287,7 +287,7 @@ class SwapEngine:
             self._index.can_hold(worst, keys) and not any(key in self._index for key in keys)
         )
         fresh: dict[bytes, Entry] = {}
-        pending: list[tuple[bytes, EncodedRecord, int]] = []
+        pending: list[tuple[bytes, EncodedRecord, tuple[int, bool]]] = []
         pending_bytes = record_bytes = 0
         fallbacks: Counter[str] = Counter()
         max_error = 0.0
@@ -298,7 +298,8 @@ class SwapEngine:
                 chunk = part.blocks[part.blocks.block_ids[first:last]]
                 batch = encode_records(chunk, codec, part.request, measure_error=measure_error)
                 fallbacks.update(batch.fallbacks)
-                named = table_id(part.request.bound, len(layout.segments))
+                rice = codec.name == "cuszp" and part.request.mode == "rice"
+                tables = table_id(part.request.bound, len(layout.segments)), rice
                 for key, record in zip(part.keys[first:last], batch.records, strict=True):
                     max_error = max(max_error, record.max_error or 0.0)
                     violations += record.violations or 0
@@ -306,7 +307,7 @@ class SwapEngine:
                     pending_bytes += self.pool.round_up(record.nbytes)
                     if not streaming:  # the scratch is used again; keep just the encoded bytes
                         record = replace(record, payload=record.payload.copy())
-                    pending.append((key, record, named))
+                    pending.append((key, record, tables))
                 if streaming:
                     self._keep(pending, fresh, layout, keys)
                     pending = []
@@ -333,7 +334,7 @@ class SwapEngine:
 
     def _keep(
         self,
-        records: Sequence[tuple[bytes, EncodedRecord, int]],
+        records: Sequence[tuple[bytes, EncodedRecord, tuple[int, bool]]],
         fresh: dict[bytes, Entry],
         layout: BlockLayout,
         keys: Sequence[bytes],
@@ -345,7 +346,7 @@ class SwapEngine:
             [record.payload.size for _, record, _ in records],
             [record.payload_crc32c for _, record, _ in records],
             [record.table.tobytes() for _, record, _ in records],
-            [contents_of(layout, record.codec, named) for _, record, named in records],
+            [contents_of(layout, record.codec, *tables) for _, record, tables in records],
             keys,
             replacing=replacing,
         )
@@ -449,7 +450,7 @@ class SwapEngine:
         for (name, layout, named), members in groups.items():
             view = out[out.block_ids[members]].with_groups(layout)
             if named != 0:
-                view = view.with_bounds(self._tables[named])
+                view = view.with_bounds(self.bounds_of(named))
             codecs[name].decode_blocks(
                 view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
@@ -503,6 +504,10 @@ class SwapEngine:
             self._totals["loaded_raw_bytes"] += result.raw_bytes
             self._seconds["load"] += result.seconds
             self._meter.finished("load", result.raw_bytes, result.record_bytes, result.seconds)
+
+    def bounds_of(self, table_id: int) -> PageBounds:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        return self._tables[table_id]
 
     def count_fallback(self, reason: str, pages: int) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""

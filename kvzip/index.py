@@ -47,6 +47,7 @@ class Contents:
         geometry: shapes of the pages.
         header_bytes: bytes before the payload.
         table_id: name of the channel tables that it was encoded with; 0 = none.
+        extended: it was made in the mode ``rice``: kernels of their own decode it.
     """
 
     raw_bytes: int
@@ -54,12 +55,13 @@ class Contents:
     geometry: tuple[Geometry, ...]
     header_bytes: int
     table_id: int = 0
+    extended: bool = False
 
 
 @lru_cache(maxsize=256)
-def contents_of(layout: BlockLayout, codec: str, tables: int = 0) -> Contents:
+def contents_of(layout: BlockLayout, codec: str, tables: int = 0, extended: bool = False) -> Contents:
     """What records of this layout hold; the same object for the same arguments."""
-    return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout), tables)
+    return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout), tables, extended)
 
 
 @dataclass(eq=False, slots=True)

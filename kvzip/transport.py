@@ -29,7 +29,7 @@ from kvzip import _native
 from kvzip.bounds import PageBounds
 from kvzip.memory import MemoryResource, PinnedMemory, Region
 from kvzip.record import ENTRY_DTYPE, Coding, header_nbytes
-from kvzip.types import BlockLayout, BlockView
+from kvzip.types import BlockLayout, BlockView, ChannelBounds, ErrorBound
 
 RECORD_ALIGNMENT = 256  # bytes: records begin at multiples of it in the arena (csrc/cuszp/kvz.h)
 
@@ -111,7 +111,8 @@ class EncodeArgs:
 class DecodeArgs:
     """Arguments of one decode launch (see ``kvz_cuda_decode_args``).
 
-    With `crc32c`, payloads that have other checksums than those there are refused.
+    With `crc32c`, payloads that have other checksums than those there are refused; with `extended`, pages may be of the
+    Rice codings.
     """
 
     segments: npt.NDArray[Any]
@@ -126,6 +127,7 @@ class DecodeArgs:
     workspace_bytes: int
     max_ctas: int
     crc32c: int = 0
+    extended: bool = False
 
 
 @dataclass(frozen=True)
@@ -468,6 +470,15 @@ class _Pipeline:
         self._slots = [_Slot(driver, resource, self._kernels) for _ in range(staging.slots)]
         self._turn = 0
         self._known: dict[tuple[Any, ...], tuple[tuple[object, ...], npt.NDArray[Any]]] = {}
+        self._channel_tables: dict[bytes, tuple[int, ChannelBounds]] = {}  # address on the device, by their digest
+
+    def _channel_table(self, table: ChannelBounds) -> int:
+        """Address of a channel table on the device."""
+        if table.digest not in self._channel_tables:
+            address = self._driver.malloc(table.values.nbytes)
+            self._driver.copy(address, table.values.ctypes.data, table.values.nbytes, self._kernels)
+            self._channel_tables[table.digest] = (address, table)
+        return self._channel_tables[table.digest][0]
 
     def _segments(self, blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]) -> npt.NDArray[Any]:
         """Descriptors of the pages; kept, as a swap asks for the same ones again and again."""
@@ -476,7 +487,13 @@ class _Pipeline:
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            self._known[key] = (keep, _native.segments_array(blocks, bound, coding))
+            segments = _native.segments_array(blocks, bound, coding)
+            bounds = blocks.bounds if bound is None else bound
+            each = (bounds,) * len(segments) if isinstance(bounds, ErrorBound) else bounds
+            for page, one in enumerate(each):
+                if one.channels is not None:
+                    segments["channel_bounds"][page] = self._channel_table(one.channels)
+            self._known[key] = (keep, segments)
         return self._known[key][1]
 
     def _chunks(self, blocks: int, layout: BlockLayout, *, short_end: bool = False) -> list[tuple[int, int]]:
@@ -504,6 +521,8 @@ class _Pipeline:
         self.drain()
         for slot in self._slots:
             slot.close()
+        for address, _ in self._channel_tables.values():
+            self._driver.free(address)
         self._driver.stream_destroy(self._kernels)
         self._driver.stream_destroy(self._copies)
 
@@ -658,6 +677,8 @@ class DecodePipeline(_Pipeline):
         records: Callable[[int, int], Records],
         after: int,
         queued: Callable[[int], None],
+        *,
+        extended: bool = False,
     ) -> npt.NDArray[np.uint32]:
         """Copy records to the device and decode them into blocks. Blocks the host until the device has finished.
 
@@ -667,6 +688,7 @@ class DecodePipeline(_Pipeline):
             after: event after which the pages may be written.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last value was written.
+            extended: pages may be of the Rice codings.
 
         Returns:
             A native status a block, shape ``[blocks]``: 0, or that a record is damaged (its pages were not written).
@@ -691,7 +713,7 @@ class DecodePipeline(_Pipeline):
                 slot = self._next_slot()
                 while slot.busy and pending:
                     collect()
-                call = self._call(slot, len(segments), last - first, chunk.arena_bytes)
+                call = self._call(slot, len(segments), last - first, chunk.arena_bytes, extended)
                 base, arena = slot.arena + chunk.header_bytes, slot.arena
                 ids = blocks.block_ids[first:last].tolist()
                 call.segments[:] = segments
@@ -708,10 +730,10 @@ class DecodePipeline(_Pipeline):
             self.drain()
         return statuses
 
-    def _call(self, slot: _Slot, pages: int, count: int, arena_bytes: int) -> _DecodeCall:
+    def _call(self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: bool) -> _DecodeCall:
         fields = _decode_fields(pages, count)
         slot.fit(arena_bytes, fields.nbytes, pages, count)
-        key = (pages, count)
+        key = (pages, count, extended)
         found: _DecodeCall | None = slot.bound.get(key)
         if found is not None:
             return found
@@ -733,6 +755,7 @@ class DecodePipeline(_Pipeline):
                 workspace_bytes=slot.memory.size("workspace"),
                 max_ctas=self._staging.max_ctas,
                 crc32c=fields.address(device_at, "payload_crc32c"),
+                extended=extended,
             ),
             (device_at, host_at, fields.offset("block_status")),
             slot.copy_done,

@@ -16,8 +16,8 @@ from kvzip import _native
 from kvzip.record import ENTRY_DTYPE, crc32c
 
 BF16, FP16, FP32, OPAQUE = range(4)
-RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS = range(6)
-BOUND_LOSSLESS, BOUND_ABSOLUTE, BOUND_RELATIVE = range(3)
+RAW, CONSTANT, FIXED, PLAIN, OUTLIER, LOSSLESS, RICE, LOSSLESS_RICE = range(8)
+BOUND_LOSSLESS, BOUND_ABSOLUTE, BOUND_RELATIVE, BOUND_TOKEN_RMS, BOUND_CHANNEL_TABLE = range(5)
 ITEM = (2, 2, 4, 1)
 ALIGNMENT = 256
 
@@ -53,6 +53,13 @@ class Spec:
     @property
     def raw_bytes(self) -> int:
         return self.tokens * self.heads * self.head_dim * ITEM[self.dtype]
+
+    def table(self) -> Array | None:
+        """Bounds of the channels, from 1/16 of `bound` to all of it; some channels are exact."""
+        if self.bound_kind != BOUND_CHANNEL_TABLE:
+            return None
+        channels = np.arange(self.heads * self.head_dim)
+        return np.where(channels % 37 == 5, 0, self.bound * 2.0 ** -(channels % 5)).astype(np.float32)
 
 
 def load() -> tuple[Any, Any]:
@@ -149,6 +156,9 @@ class Batch:
             row["dtype"], row["group_tokens"], row["kind"] = spec.dtype, spec.group_tokens, spec.kind
             row["coding"], row["bound_kind"], row["bound"] = spec.coding, spec.bound_kind, spec.bound
         self.segments["base"] = [m.data_ptr() for m in self.memories]
+        self.tables = [s.table() for s in specs]
+        self.device_tables = [None if t is None else self.upload(t) for t in self.tables]
+        self.segments["channel_bounds"] = [0 if t is None else t.data_ptr() for t in self.device_tables]
         self.device_segments = self.upload(self.segments)
         self.device_ids = self.upload(self.block_ids)
         self.worst = sum(-(-s.raw_bytes // 16) * 16 for s in self.specs)
@@ -178,6 +188,7 @@ class Batch:
     def host_segments(self, memories: Sequence[npt.NDArray[np.uint8]]) -> Array:
         segments = self.segments.copy()
         segments["base"] = [m.ctypes.data for m in memories]
+        segments["channel_bounds"] = [0 if t is None else t.ctypes.data for t in self.tables]
         return segments
 
     def host_memories(self) -> list[npt.NDArray[np.uint8]]:
@@ -317,6 +328,7 @@ class GpuDecode:
             workspace_bytes=batch.workspace.numel(),
             max_ctas=max_ctas,
             crc32c=0 if self.crc32c is None else self.crc32c.data_ptr(),
+            extended=any(spec.coding >= RICE for spec in batch.specs),
         )
 
     def launch(self, stream: int | None = None) -> None:
@@ -390,7 +402,7 @@ def decode_cpu(
 
 def verdicts_cpu(batch: Batch, encoded: Encoded) -> Array:
     """kvz_cpu_validate's status of every block."""
-    host = batch.segments
+    host = batch.host_segments(batch.host_memories())
     payloads = encoded.payloads.cpu().numpy()
     found = np.zeros(len(encoded.starts), np.int32)
     bad_block, bad_segment = ctypes.c_uint32(), ctypes.c_uint32()

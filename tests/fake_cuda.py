@@ -283,6 +283,7 @@ class FakeDriver:
         ids = at(a.block_ids, np.int64, a.num_blocks).copy()
         payloads, sizes = at(a.payloads, np.uint64, a.num_blocks), at(a.payload_bytes, np.uint64, a.num_blocks)
         table = at(a.table, ENTRY_DTYPE, a.num_blocks * len(segments)).reshape(a.num_blocks, -1)
+        assert a.extended or (table["coding"] <= _LAST_PLAIN_CODING).all()
         for b in range(a.num_blocks):
             status = 0
             try:
@@ -293,6 +294,9 @@ class FakeDriver:
             except CorruptRecordError:
                 status = 2
             at(a.block_status, np.uint32, a.num_blocks)[b] = status
+
+
+_LAST_PLAIN_CODING = 5
 
 
 def cuda_error() -> CudaError:

@@ -272,7 +272,14 @@ uint32_t load16(const uint8_t* from) {
 // Is the stream a quotient for each of `values` codes, and zero bits to the end of its last word?
 bool valid_stream(const uint8_t* stream, uint32_t words, uint64_t values) {
   uint64_t ones = 0;
-  for (uint32_t i = 0; i < words; ++i) ones += static_cast<uint64_t>(__builtin_popcount(load16(stream + 2 * i)));
+  for (uint32_t i = 0; i < words; i += 4) {
+    uint64_t part = 0;
+    memcpy(&part, stream + 2 * i, words - i < 4 ? 2 * (words - i) : 8);
+    part -= part >> 1 & 0x5555555555555555u;  // a sum in every 2, 4, 8 bits; the machine may lack an instruction for it
+    part = (part & 0x3333333333333333u) + (part >> 2 & 0x3333333333333333u);
+    part = (part + (part >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+    ones += part * 0x0101010101010101u >> 56;
+  }
   return ones == values && (words == 0 || load16(stream + 2 * (words - 1)) != 0);
 }
 

@@ -386,16 +386,29 @@ KVZ_NOINLINE const uint8_t* take_plane(const uint8_t* in, uint64_t groups, uint1
   return in;
 }
 
-// Quotients of a stream of `bytes` bytes, in order: what lies between its ones.
-KVZ_INLINE void take_quotients(const uint8_t* in, uint64_t bytes, uint16_t* quotients) {
-  uint32_t last = ~0u;  // position of the one before
-  for (uint64_t at = 0; at < bytes; at += 8) {
-    uint64_t word = 0;
-    memcpy(&word, in + at, bytes - at < 8 ? bytes - at : 8);
-    const uint32_t from = static_cast<uint32_t>(8 * at);
-    while (word != 0) {
+// Quotients of a strip, value by value: row[i][k] is that of value i of group k. Raw groups get 0.
+struct StripQuotients {
+  alignas(64) uint16_t row[KVZ_GROUP_VALUES][KVZ_STRIP_GROUPS];
+};
+
+// What lies between the ones of a stream of `bytes` bytes; validated, so that there is a one for each value.
+KVZ_INLINE void take_quotients(const uint8_t* in, uint64_t bytes, const uint16_t* classes, uint32_t count,
+                               StripQuotients& quotients) {
+  uint64_t word = 0, at = 0;
+  uint32_t from = 0, last = ~0u;  // position of the word, and of the one before
+  for (uint32_t k = 0; k < count; ++k) {
+    if ((classes[k] & kRiceRaw) != 0) {
+      for (int i = 0; i < kValues; ++i) quotients.row[i][k] = 0;
+      continue;
+    }
+    for (int i = 0; i < kValues; ++i) {
+      while (word == 0) {
+        from = static_cast<uint32_t>(8 * at);
+        memcpy(&word, in + at, bytes - at < 8 ? bytes - at : 8);
+        at += 8;
+      }
       const uint32_t position = from + static_cast<uint32_t>(__builtin_ctzll(word));
-      *quotients++ = static_cast<uint16_t>(position - last - 1);
+      quotients.row[i][k] = static_cast<uint16_t>(position - last - 1);
       last = position;
       word &= word - 1;
     }
@@ -492,17 +505,16 @@ static void read_rice(const Geometry& geo, const uint8_t* in, const kvz_entry& e
   memset(&low, 0, sizeof low);
   Widths widths;
   TileCodes codes;
-  uint16_t quotients[KVZ_STRIP_GROUPS * KVZ_GROUP_VALUES];
+  StripQuotients quotients;
+  memset(&quotients, 0, sizeof quotients);
   uint8_t spill[kTileBytes + kOverrun];
   for (uint32_t r = 0; r < geo.rows; ++r) {
-    const uint16_t* next = quotients;
     for (uint32_t j = 0; j < geo.columns; j += kTile) {
       if (j % KVZ_STRIP_GROUPS == 0) {
         const uint64_t bytes = 2 * word_at(lengths, 0);
-        take_quotients(streams, bytes, quotients);
+        take_quotients(streams, bytes, classes, least(KVZ_STRIP_GROUPS, geo.columns - j), quotients);
         streams += bytes;
         lengths += 2;
-        next = quotients;
       }
       const uint32_t count = least(kTile, geo.columns - j);
       prefetch_ahead<Word>(geo, r, j);
@@ -517,15 +529,17 @@ static void read_rice(const Geometry& geo, const uint8_t* in, const kvz_entry& e
       }
       take_tile<DTYPE, false>(from, widths, nullptr, low);
       in += widths.bytes;
-      for (uint32_t k = 0; k < kTile; ++k) {
-        const bool coded = k < count && (classes[k] & kRiceRaw) == 0;
-        const uint32_t parameter = !coded ? 0 : CODING == KVZ_RICE ? classes[k] & kRiceNumber : page.least;
-        for (int i = 0; i < kValues; ++i) {
+      alignas(64) uint32_t parameter[kTile] = {};
+      for (uint32_t k = 0; k < count; ++k) {
+        parameter[k] = CODING == KVZ_RICE && (classes[k] & kRiceRaw) == 0 ? classes[k] & kRiceNumber : page.least;
+      }
+      const uint32_t within = j % KVZ_STRIP_GROUPS;
+      for (int i = 0; i < kValues; ++i) {
+        for (int k = 0; k < kTile; ++k) {
           const uint32_t high = DTYPE == KVZ_FP32 ? static_cast<uint32_t>(low.half[1][i][k]) << 16 : 0;
-          const uint32_t planes = (low.half[0][i][k] | high) >> extra;
-          codes.row[i][k] = coded ? static_cast<uint32_t>(next[i]) << parameter | planes : 0;
+          const uint32_t quotient = quotients.row[i][within + static_cast<uint32_t>(k)];
+          codes.row[i][k] = quotient << parameter[k] | (low.half[0][i][k] | high) >> extra;
         }
-        next += coded ? kValues : 0;
       }
       if (CODING == KVZ_RICE) {
         rice_values<DTYPE>(geo, source, r, j, classes, count, run, codes, tile);

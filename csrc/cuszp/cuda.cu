@@ -7,6 +7,7 @@
 
 #include "cuda_crc.inl"
 #include "cuda_general.inl"
+#include "cuda_rice.inl"
 #include "cuda_swap.inl"
 #include "cuda_transport.inl"
 
@@ -37,6 +38,13 @@ __global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(cons
   wait_for_previous_kernel();
   decode_general(p, g_shared);
 }
+__global__ void __launch_bounds__(kRiceWarps* kWarp, 1) encode_rice_kernel(const __grid_constant__ EncodeParams p) {
+  encode_rice(p, g_shared, p.team_bytes / 4);
+}
+__global__ void __launch_bounds__(kRiceWarps* kWarp, 1) decode_rice_kernel(const __grid_constant__ DecodeParams p) {
+  wait_for_previous_kernel();
+  decode_rice(p, g_shared);
+}
 __global__ void __launch_bounds__(kCheckThreads)
     check_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ CrcParams c) {
   let_next_kernel_start();
@@ -52,7 +60,17 @@ __global__ void __launch_bounds__(kCheckThreads) crc_kernel(const __grid_constan
 
 constexpr int kMaxDevices = 64;
 
-enum Kernel { kEncodeBf16, kEncodeFp16, kEncodeGeneral, kDecodeBf16, kDecodeFp16, kDecodeGeneral, kKernels };
+enum Kernel {
+  kEncodeBf16,
+  kEncodeFp16,
+  kEncodeGeneral,
+  kEncodeRice,
+  kDecodeBf16,
+  kDecodeFp16,
+  kDecodeGeneral,
+  kDecodeRice,
+  kKernels
+};
 
 const void* function_of(Kernel kernel) {
   switch (kernel) {
@@ -62,6 +80,10 @@ const void* function_of(Kernel kernel) {
       return reinterpret_cast<const void*>(encode_fast_kernel<KVZ_FP16>);
     case kEncodeGeneral:
       return reinterpret_cast<const void*>(encode_general_kernel);
+    case kEncodeRice:
+      return reinterpret_cast<const void*>(encode_rice_kernel);
+    case kDecodeRice:
+      return reinterpret_cast<const void*>(decode_rice_kernel);
     case kDecodeBf16:
       return reinterpret_cast<const void*>(decode_fast_kernel<KVZ_BF16>);
     case kDecodeFp16:
@@ -197,7 +219,17 @@ bool valid_for_device(const kvz_segment& s) {
   return all % item == 0;
 }
 
+bool needs_rice(const kvz_segment& s) { return s.coding == KVZ_RICE || s.coding == KVZ_LOSSLESS_RICE; }
+
 bool valid_for_encode(const kvz_segment& s) {
+  if (s.coding == KVZ_LOSSLESS_RICE) return true;
+  if (s.coding == KVZ_RICE) {
+    if (s.bound_kind > KVZ_BOUND_CHANNEL_TABLE) return false;
+    if (s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+    if (s.bound_kind == KVZ_BOUND_CHANNEL_TABLE) return s.channel_bounds != 0;
+    if (s.bound_kind == KVZ_BOUND_TOKEN_RMS && static_cast<uint64_t>(s.tokens) * s.heads > kRiceVectors) return false;
+    return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
+  }
   if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_RELATIVE) return false;
   if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
   return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
@@ -219,6 +251,27 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
   }
   return shape;
 }
+
+// What the segments of a batch need of the Rice kernels.
+struct RiceShape {
+  bool any = false, all = true;  // segments of the Rice codings; raw ones go with them
+  uint32_t warps = 1, value_bits = 16, vectors = 0;
+
+  RiceShape(const kvz_segment* segments, uint32_t count) {
+    for (uint32_t i = 0; i < count; ++i) {
+      const kvz_segment& s = segments[i];
+      const uint64_t across = 16u / s.group_tokens, channels = static_cast<uint64_t>(s.heads) * s.head_dim;
+      const uint64_t rows = (s.tokens + s.group_tokens - 1ull) / s.group_tokens;
+      const uint64_t strips = rice_strips(rows, (channels + across - 1) / across);
+      any = any || needs_rice(s);
+      all = all && (needs_rice(s) || s.coding == KVZ_RAW);
+      if (strips > warps) warps = static_cast<uint32_t>(strips < kRiceWarps ? strips : kRiceWarps);
+      if (s.dtype == KVZ_FP32) value_bits = 32;
+      const uint64_t needed = s.bound_kind == KVZ_BOUND_TOKEN_RMS ? static_cast<uint64_t>(s.tokens) * s.heads : 0;
+      if (needed > vectors && needed <= kRiceVectors) vectors = static_cast<uint32_t>(needed);
+    }
+  }
+};
 
 // Strips of the largest page that fits into so much shared memory when encoding.
 uint32_t most_strips_for(uint32_t room) {
@@ -342,10 +395,19 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   p.num_blocks = a.num_blocks;
   p.clear_states = pages <= kClearedInKernel;
 
-  const Kernel kernel = !shape.fast ? kEncodeGeneral : shape.dtype == KVZ_BF16 ? kEncodeBf16 : kEncodeFp16;
+  const RiceShape rice(a.segments, a.num_segments);
+  if (rice.any && !rice.all) return KVZ_INVALID_ARGUMENT;
+  const Kernel kernel = rice.any                  ? kEncodeRice
+                        : !shape.fast             ? kEncodeGeneral
+                        : shape.dtype == KVZ_BF16 ? kEncodeBf16
+                                                  : kEncodeFp16;
   p.tiles = a.num_segments;
   uint32_t threads = kGeneralThreads, shared_bytes = kSharedBytes;
-  if (shape.fast) {
+  if (rice.any) {
+    p.team_bytes = rice.vectors * 4;
+    threads = rice.warps * kWarp;
+    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, rice.vectors);
+  } else if (shape.fast) {
     // Small pages share a CTA, unless there are so few that they should rather have one each.
     const uint32_t multiprocessors = static_cast<uint32_t>(device->multiprocessors.load(std::memory_order_relaxed));
     p.team_warps = warps_for(shape.strips, a.strips_per_warp);
@@ -385,7 +447,7 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
 }
 
 int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
-  if (args == nullptr || args->reserved != 0) return KVZ_INVALID_ARGUMENT;
+  if (args == nullptr || args->extended > 1) return KVZ_INVALID_ARGUMENT;
   const kvz_cuda_decode_args& a = *args;
   const int32_t status =
       check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
@@ -420,9 +482,17 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   p.room_bytes = decode_room_bytes(shape.strips);
   p.validate_lanes = shape.fast && shape.strips <= 4 ? 8 : shape.fast && shape.strips <= 8 ? 16 : kWarp;
 
-  const Kernel kernel = !shape.fast ? kDecodeGeneral : shape.dtype == KVZ_BF16 ? kDecodeBf16 : kDecodeFp16;
-  const uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
-  const uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips) : kSharedBytes;
+  Kernel kernel = !shape.fast ? kDecodeGeneral : shape.dtype == KVZ_BF16 ? kDecodeBf16 : kDecodeFp16;
+  uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
+  uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips) : kSharedBytes;
+  if (a.extended != 0) {
+    const RiceShape rice(a.segments, a.num_segments);
+    kernel = kDecodeRice;
+    threads = rice.warps * kWarp;
+    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, 0);
+    p.extended = 1;
+    p.validate_lanes = kWarp;
+  }
   uint32_t ctas = 0;
   error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
   if (error != cudaSuccess) return status_of(error);

@@ -428,6 +428,7 @@ struct DecodeParams {
   uint32_t all_or_nothing;
   uint32_t room_bytes;      // of shared memory for segments, where they are decoded from
   uint32_t validate_lanes;  // of a warp for a page: 8, 16 or 32
+  uint32_t extended;        // Rice codings are known; validate_lanes is 32
 };
 
 // Start of a CTA's shared memory in the general path and when decoding. The warps' partial results of a page.
@@ -1711,6 +1712,11 @@ struct Look {
   uint64_t words;  // of the lane's classes
 };
 
+// Does a Rice segment of `size` bytes keep to the format? By one warp, the same in all lanes; `data` is a multiple
+// of 16.
+KVZ_DEV_NOINLINE bool rice_is_valid(const kvz_segment& segment, const kvz_entry& entry, const Geometry& g,
+                                    const uint8_t* data, uint64_t size, uint32_t lane);  // cuda_rice.inl
+
 // Does segment s of block b keep to the format? One of `width` lanes, a power of two, at least 8. Reads nothing outside
 // the payload, whatever its bytes are.
 KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, uint32_t s, uint32_t lane,
@@ -1742,6 +1748,10 @@ KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, u
     if (size != KVZ_CONSTANT_BYTES) return wrong;
     if (lane >= g.value_bytes && lane < KVZ_CONSTANT_BYTES) bad = bad || data[lane] != 0;
   } else {
+    const uint32_t kind = coding & KVZ_CODING_MASK;
+    if (p.extended && (kind == KVZ_RICE || kind == KVZ_LOSSLESS_RICE)) {  // then a warp looks at one segment
+      return rice_is_valid(segment, entry, g, data, size, lane) ? found : wrong;
+    }
     if (coding > KVZ_LOSSLESS || dtype == KVZ_OPAQUE) return wrong;
     if (coding != KVZ_LOSSLESS && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return wrong;
     const bool bytes = byte_classes(dtype, coding), lossless = coding == KVZ_LOSSLESS;

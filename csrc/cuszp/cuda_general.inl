@@ -219,22 +219,19 @@ KVZ_DEV uint8_t* claim_place(const EncodeParams& p, Shared& shared, uint32_t pag
   return shared.destination == ~0ull ? nullptr : p.arena + shared.destination * 16;
 }
 
+// Least and largest finite value of a page (+inf and -inf if there is none), and whether all its bit patterns are the
+// same. By the whole CTA.
 template <int DTYPE>
-KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
-                         const kvz_segment& segment, const Geometry& g) {
-  using Tr = Traits<DTYPE>;
+KVZ_DEV bool page_extremes(const Geometry& g, Shared& shared, uint32_t first_value, float& page_low, float& page_high) {
   const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, threads = blockDim.x;
-  const uint64_t raw_bytes = static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
-
   int32_t low = key_32(float_of(0x7f800000u)), high = key_32(float_of(0xff800000u));
   uint64_t differs = 0;
-  const uint32_t first_value = load_value<DTYPE>(g.base);
   for (uint32_t i = thread; i < g.groups; i += threads) {
     for_group(g, i, [&](uint32_t, const uint8_t* at) {
       const uint32_t v = load_value<DTYPE>(at);
       differs |= v ^ first_value;
       if (is_finite<DTYPE>(v)) {
-        const int32_t key = key_32(Tr::to_float(v));
+        const int32_t key = key_32(Traits<DTYPE>::to_float(v));
         low = key < low ? key : low;
         high = key > high ? key : high;
       }
@@ -252,14 +249,36 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
     low = shared.low[i] < low ? shared.low[i] : low;
     high = shared.high[i] > high ? shared.high[i] : high;
   }
-  const float page_low = value_of_key_32(low), page_high = value_of_key_32(high);
+  page_low = value_of_key_32(low);
+  page_high = value_of_key_32(high);
+  return constant;
+}
+
+// The largest exponent field of a page's finite values, from its extremes.
+template <int DTYPE>
+KVZ_DEV uint32_t largest_exponent(float low, float high) {
+  const uint32_t a = (bits_of(low) >> 23) & 255u, c = (bits_of(high) >> 23) & 255u, largest = a > c ? a : c;
+  if (DTYPE != KVZ_FP16) return largest;
+  return largest > 112 ? largest - 112 : 0;  // float16 numbers as float32: the same exponent field + 112
+}
+
+template <int DTYPE>
+KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
+                         const kvz_segment& segment, const Geometry& g) {
+  using Tr = Traits<DTYPE>;
+  const uint32_t thread = threadIdx.x, threads = blockDim.x;
+  const uint64_t raw_bytes = static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
+  const uint32_t first_value = load_value<DTYPE>(g.base);
+  float page_low, page_high;
+  const bool constant = page_extremes<DTYPE>(g, shared, first_value, page_low, page_high);
+  const bool any_finite = page_low <= page_high;
 
   Quantiser z;
   z.coding = segment.coding;
   z.run = g.group_tokens == 1 ? 16 : g.group_tokens;
   z.bound = 0.0f;
   const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
-  if (lossy && low <= high) z.bound = page_bound(segment.bound_kind, segment.bound, page_low, page_high);
+  if (lossy && any_finite) z.bound = page_bound(segment.bound_kind, segment.bound, page_low, page_high);
   z.inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, z.bound > 0.0f ? z.bound : 1.0f));
 
   uint32_t v[16];
@@ -288,12 +307,7 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
       settled = quantised * 8 <= raw_bytes * 5;
     }
     if (!settled) {
-      if (low <= high) {
-        const uint32_t a = (bits_of(page_low) >> 23) & 255u, c = (bits_of(page_high) >> 23) & 255u;
-        largest = a > c ? a : c;
-        if (DTYPE == KVZ_FP16)
-          largest = largest > 112 ? largest - 112 : 0;  // float16 numbers as float32: the same exponent field + 112
-      }
+      if (any_finite) largest = largest_exponent<DTYPE>(page_low, page_high);
       uint64_t words = 0;
       for (uint32_t i = thread; i < g.groups; i += threads) {
         const uint32_t inside = load_group<DTYPE>(g, i, v);

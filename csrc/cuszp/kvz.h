@@ -171,7 +171,7 @@ typedef struct kvz_cuda_decode_args {
   uint32_t all_or_nothing;   // 1: one corrupt block keeps every block of the batch from being written
   uint32_t max_ctas;         // most thread blocks to run at a time; 0: as many as fit
   uint32_t strips_per_warp;  // tuning; 0: automatic
-  uint32_t reserved;         // 0
+  uint32_t extended;         // 1: entries may be of the Rice codings; their channel bounds are those of the segments
   const uint32_t* crc32c;    // device memory, num_blocks: what the CRC32C of the payloads must be; NULL: not checked
 } kvz_cuda_decode_args;
 

@@ -132,21 +132,27 @@ def test_records_are_the_ones_that_the_cpu_makes() -> None:
     rig.close()
 
 
+POLICY = CalibrationTable(np.random.default_rng(1).lognormal(0, 1, (2, 2, 32))).policy()
+
+
 @pytest.mark.parametrize(
-    ("bound", "mode"),
+    ("bound", "mode", "on_host"),
     [
-        (ErrorBound.relative(1e-2), "rice"),
-        (ErrorBound.lossless(), "rice"),
-        (ErrorBound.token_rms(0.1), "fixed"),
-        (CalibrationTable(np.random.default_rng(1).lognormal(0, 1, (2, 2, 32))).policy(), "rice"),
+        (ErrorBound.relative(1e-2), "rice", False),
+        (ErrorBound.lossless(), "rice", False),
+        (ErrorBound.token_rms(0.1), "rice", False),
+        (POLICY, "rice", False),
+        (ErrorBound.token_rms(0.1), "fixed", True),
+        (POLICY, "plain", True),
     ],
 )
-def test_what_the_kernels_lack_is_coded_on_the_host(bound: ErrorBound | BoundPolicy, mode: str) -> None:
+def test_what_the_kernels_lack_is_coded_on_the_host(bound: ErrorBound | BoundPolicy, mode: str, on_host: bool) -> None:
     rig = Rig(bound=bound, mode=mode)
     marks = [i == 0 for i in range(BLOCKS)]
     result = rig.engine.store(rig.keys, rig.view, sink=marks, measure_error=True).result(10)
     assert result.violations == 0
-    assert rig.engine.stats().fallbacks["coded_on_host"] == BLOCKS * len(rig.view.layout.segments)
+    pages = BLOCKS * len(rig.view.layout.segments)
+    assert rig.engine.stats().fallbacks.get("coded_on_host", 0) == (pages if on_host else 0)
     rig.poison()
     rig.engine.load(rig.keys, rig.view).wait(10)
     with SwapEngine(1 << 22, bound=bound, mode=mode) as on_cpu:

@@ -86,6 +86,8 @@ def test_the_figures_are_those_that_were_measured() -> None:
     assert figures.replaced(read("README.md"), figures.readme()) == read("README.md"), remedy
     assert figures.performance() == read("docs/performance.md"), remedy
     assert figures.replaced(read("docs/fidelity.md"), figures.fidelity()) == read("docs/fidelity.md"), remedy
+    rate = read("docs/explanation/rate.md")
+    assert figures.replaced(rate, figures.rate()) == rate, remedy
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -12,6 +12,7 @@
 #define KVZ_EMULATE 1
 #include "cuda_crc.inl"
 #include "cuda_general.inl"
+#include "cuda_rice.inl"
 
 namespace {
 
@@ -41,7 +42,8 @@ struct Case {
   std::vector<std::vector<uint8_t>> memory;  // of each segment
   std::vector<int64_t> block_ids;
   uint32_t blocks = 0, slots = 0;
-  bool fast = false;
+  std::vector<float> channel_bounds;
+  bool fast = false, rice = false;
 };
 
 uint32_t item_bytes(int dtype) { return dtype == KVZ_FP32 ? 4 : dtype == KVZ_OPAQUE ? 1 : 2; }
@@ -123,9 +125,13 @@ void fill_page(uint8_t* base, const kvz_segment& s) {
   }
 }
 
-Case make_case(bool fast) {
+Case make_case(bool fast, bool rice) {
   Case c;
-  c.fast = fast;
+  c.fast = fast && !rice;
+  c.rice = rice;
+  for (int i = 0; i < 4096; ++i) {
+    c.channel_bounds.push_back(below(20) == 0 ? 0.0f : static_cast<float>(std::exp2(-unit() * 10)));
+  }
   c.blocks = 1 + below(3);
   c.slots = c.blocks + below(3);
   for (uint32_t i = 0; i < c.slots; ++i) c.block_ids.push_back(i);
@@ -157,6 +163,12 @@ Case make_case(bool fast) {
     s.bound_kind = one_of<uint8_t>(
         {KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS});
     s.bound = std::exp2(-unit() * one_of({8.0, 15.0, 30.0, 140.0}));
+    if (rice) {
+      s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_RICE, KVZ_RICE, KVZ_RICE, KVZ_RICE, KVZ_LOSSLESS_RICE});
+      s.bound_kind = one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS, KVZ_BOUND_TOKEN_RMS,
+                                      KVZ_BOUND_TOKEN_RMS, KVZ_BOUND_CHANNEL_TABLE, KVZ_BOUND_CHANNEL_TABLE});
+      if (below(2)) s.bound = std::exp2(-unit() * 6);
+    }
     s.kind = static_cast<uint8_t>(below(3));
     const uint32_t pad = fast ? 8 * below(2) : below(2);  // values between rows
     if (below(2)) {                                       // tokens first
@@ -243,7 +255,10 @@ uint32_t most_strips(const Case& c) {
   return most;
 }
 
-void run_case(const Case& c) {
+void run_case(Case c) {
+  for (kvz_segment& s : c.segments) {
+    if (c.rice) s.channel_bounds = reinterpret_cast<uint64_t>(c.channel_bounds.data());
+  }
   const uint32_t segments = static_cast<uint32_t>(c.segments.size()), pages = segments * c.blocks;
   uint64_t worst = 0;
   for (const kvz_segment& s : c.segments) worst += kvz_max_segment_bytes(&s);
@@ -287,7 +302,12 @@ void run_case(const Case& c) {
   const uint32_t strips = most_strips(c), warps = 1 + below(std::min(4u, strips)), ctas = 1 + below(3);
   const int dtype = c.segments[0].dtype;
   p.tiles = segments;
-  if (c.fast) {
+  uint32_t vectors = 0;
+  for (const kvz_segment& s : c.segments) vectors = std::max(vectors, s.tokens * s.heads);
+  if (c.rice) {
+    emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, vectors),
+                      [&](uint8_t* shared) { encode_rice(p, shared, vectors); });
+  } else if (c.fast) {
     p.teams = 1 + below(std::min(segments, 3u));
     p.team_warps = warps;
     p.tiles = (segments + p.teams - 1) / p.teams;
@@ -363,7 +383,8 @@ void run_case(const Case& c) {
             e.size = one_of({e.size + 1, e.size - 1, e.size + 16, 0u, static_cast<uint32_t>(g_random())});
             break;
           case 2:
-            e.coding = static_cast<uint8_t>(below(7));
+            e.coding = c.rice ? one_of<uint8_t>({0, 1, 2, 5, 6, 7, 0x16, 0x26, 0x36, 0x46, 0x17, 8})
+                              : static_cast<uint8_t>(below(6));
             break;
           case 3:
             e.bound = one_of({0.0f, 1e38f, -1.0f, __builtin_nanf(""), 1e-3f, 1e30f, 1e-28f});
@@ -430,7 +451,8 @@ void run_case(const Case& c) {
     d.num_blocks = c.blocks;
     d.all_or_nothing = all_or_nothing;
     d.room_bytes = decode_room_bytes(strips);
-    d.validate_lanes = one_of({8u, 16u, 32u});
+    d.validate_lanes = c.rice ? 32u : one_of({8u, 16u, 32u});
+    d.extended = c.rice;
     CrcParams k = {};
     k.offsets = addresses.data();
     k.end = ~0ull;
@@ -442,7 +464,10 @@ void run_case(const Case& c) {
     k.count = c.blocks;
     k.most_pieces = static_cast<uint32_t>((worst + worst / 8) / kPieceBytes) + 1;
     emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { check(d, k); });
-    if (c.fast) {
+    if (c.rice) {
+      emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, 0),
+                        [&](uint8_t* shared) { decode_rice(d, shared); });
+    } else if (c.fast) {
       emulation::launch(ctas, warps * 32, fast_decode_bytes(strips), [&](uint8_t* shared) {
         dtype == KVZ_BF16 ? decode_fast<KVZ_BF16>(d, shared) : decode_fast<KVZ_FP16>(d, shared);
       });
@@ -475,7 +500,7 @@ int main(int argc, char** argv) {
   const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
   for (g_case = 0; g_case < cases; ++g_case) {
     g_random.seed(seed * 1000003 + g_case);
-    run_case(make_case(g_case % 3 != 2));
+    run_case(make_case(g_case % 3 != 2, g_case % 5 >= 3));
     if (g_case % 4 == 0) run_checksums();
   }
   printf("%u cases equal\n", cases);

@@ -252,6 +252,11 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t v) {
   *to += v;
   return before;
 }
+inline uint32_t atomicOr(uint32_t* to, uint32_t v) {
+  const uint32_t before = *to;
+  *to |= v;
+  return before;
+}
 inline uint32_t atomicXor(uint32_t* to, uint32_t v) {
   const uint32_t before = *to;
   *to ^= v;
