@@ -79,12 +79,12 @@ def main() -> None:
         assert all_like(first, third)
         noticed = engine.llm.collective_rpc(corrupt_blocks)
         assert noticed[0] == 0 < noticed[1], noticed
-        for cached in (0, 3 * BLOCK_TOKENS):  # a request does not store what it meant to load; the next one does
+        for _ in range(2):  # up to 0.32 a request does not store what it meant to load; the next one does
             forget()
             answers = [engine.ask(prompt) for prompt in asked]
             assert all_like(first, answers)
-            assert {a.cached_tokens for a in answers} == {cached}
             accounts()  # the sound worker heard with these stores what it had to give up
+        assert {a.cached_tokens for a in answers} == {3 * BLOCK_TOKENS}
     print("two workers: ok")
 
 
