@@ -52,6 +52,13 @@ def all_like(some: Sequence[Answer], others: Sequence[Answer]) -> bool:
     return all(a.like(b) for a, b in zip(some, others, strict=True))
 
 
+def version_of_vllm() -> tuple[int, ...]:
+    """Major and minor version of the vLLM that runs."""
+    import vllm
+
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
+
+
 def prompts(count: int, tokens: int, seed: int = 1) -> list[list[int]]:
     """Random prompts that share nothing."""
     generator = random.Random(seed)

@@ -21,6 +21,7 @@ from engine_harness import (
     prompts,
     running,
     transfer_config,
+    version_of_vllm,
 )
 
 from kvzip import ErrorBound
@@ -145,5 +146,7 @@ def test_metrics_go_through_vllms_own_hook(engine: Engine, asked: list[list[int]
     metrics = {m.name: m.value for m in engine.llm.get_metrics() if m.name.startswith("vllm:kvzip_")}
     stats = engine.swap.stats()
     assert metrics["vllm:kvzip_stored_raw_bytes"] == stats.stored_raw_bytes > 0
-    assert metrics["vllm:kvzip_loaded_raw_bytes"] == stats.loaded_raw_bytes > 0
+    assert stats.loaded_raw_bytes > 0
+    if version_of_vllm() >= (0, 27):  # before, `LLM` throws the counters of a step away that gives no token
+        assert metrics["vllm:kvzip_loaded_raw_bytes"] == stats.loaded_raw_bytes
     assert metrics["vllm:kvzip_ratio"] == pytest.approx(stats.ratio)

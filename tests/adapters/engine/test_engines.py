@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_harness import BLOCK_TOKENS, LOTS, PROMPT_TOKENS, Answer, all_like, prompts, running, transfer_config
+from engine_harness import (
+    BLOCK_TOKENS,
+    LOTS,
+    PROMPT_TOKENS,
+    Answer,
+    all_like,
+    prompts,
+    running,
+    transfer_config,
+    version_of_vllm,
+)
 from test_engine import PREFIX, check_pages
 
 from kvzip import ErrorBound
@@ -74,6 +84,8 @@ def test_two_groups_of_layers(gemma: Path) -> None:
         assert all_like(second, expected)
         assert [a.cached_tokens for a in second] == [PREFIX] * 2 + [8 * BLOCK_TOKENS] * 2
         engine.check_accounts()
+        if version_of_vllm() < (0, 32):  # vLLM cannot compute blocks of several groups again
+            return
         engine.forget()
         assert engine.damage() > 0
         assert all_like([engine.ask(prompt) for prompt in short + long], expected)
