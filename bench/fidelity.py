@@ -35,9 +35,8 @@ from kvzip.types import ErrorBound
 HERE = Path(__file__).parent
 TEXTS = [HERE / "texts" / f"{name}.txt" for name in ("prose", "code", "techdoc", "dialogue", "list")]
 MODES = ("fixed", "rice")
-FINE = ((0.2, 0.08), (0.3, 0.12))
-SWEEP = ((0.4, 0.17), (0.5, 0.21), (0.6, 0.25))
-WEIGHED = ((0.5, 0.21), (0.6, 0.25), (0.65, 0.27), (0.7, 0.29))
+SWEEP = ((0.2, 0.08), (0.4, 0.17), (0.5, 0.21), (0.6, 0.25))
+WEIGHED = ((0.6, 0.25), (0.65, 0.27), (0.7, 0.29))
 RECOMMENDED = ("default fixed", "default rice", "calibrated t=0.4 r=0.17 fixed", "calibrated t=0.4 r=0.17 rice")
 
 
@@ -60,7 +59,6 @@ def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[sche
         *(own(f"relative {e:g}", ErrorBound.relative(e), protect=False) for e in (1e-3, 3e-3, 1e-2)),
         *(own(f"default {mode}", mode=mode) for mode in MODES),
         *(own(f"K relative 0.001, V rms 0.15 {mode}", near, mode=mode) for mode in MODES),
-        *(schemes.calibrated(table, t, r, "fixed") for t, r in FINE),
         *(schemes.calibrated(table, t, r, mode) for t, r in SWEEP for mode in MODES),
         *(schemes.calibrated(weighed, t, r, mode, name="weighed") for t, r in WEIGHED for mode in MODES),
         own("calibrated t=0.4 r=0.17 fixed, sink not protected", table.policy(0.4, 0.17), mode="fixed", protect=False),

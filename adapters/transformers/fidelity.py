@@ -199,7 +199,7 @@ def evaluate(
         layers, last = model.prefill(tokens)
         return [(k.to("cpu", dtype), v.to("cpu", dtype)) for k, v in layers], last
 
-    for number, (name, tokens) in enumerate(ids.items()):
+    for name, tokens in ids.items():
         layers, last = cached(tokens[:, :prefix])
         raw_bytes = sum(t.numel() * t.element_size() for pair in layers for t in pair)
         rest, targets = tokens[:, prefix:], tokens[0, prefix + 1 :, None]
@@ -229,7 +229,7 @@ def evaluate(
             found.nbytes += nbytes
             found.outcomes[name] = outcomes[values]
         for depth in needle_depths:
-            hay, question, answer = _needle(model, tokens, prefix, depth, seed=number)
+            hay, question, answer = _needle(model, tokens, prefix, depth, seed=name)
             layers, _ = cached(hay)
             asked = torch.cat([question, answer], 1)[:, :-1]
 
@@ -284,7 +284,7 @@ def _row(scheme: Scheme, found: _Sums) -> Row:
     )
 
 
-def _needle(model: LanguageModel, tokens: Any, prefix: int, depth: float, seed: int) -> tuple[Any, Any, Any]:
+def _needle(model: LanguageModel, tokens: Any, prefix: int, depth: float, seed: str) -> tuple[Any, Any, Any]:
     """A prefix with a sentence hidden in it, the question at its end, and the answer; token ids of shape [1, n]."""
     (torch,) = require("torch")
     number = random.Random(f"{seed} {depth}").randint(10_000, 99_999)

@@ -379,14 +379,14 @@ def test_schemes_that_give_the_same_values_run_the_model_once(
 
 def test_a_needle_lies_in_the_prefix_and_is_asked_for(llama: LanguageModel) -> None:
     tokens = llama.tokens(TEXT * 2)
-    hay, question, answer = fidelity._needle(llama, tokens, 96, 0.5, seed=0)
+    hay, question, answer = fidelity._needle(llama, tokens, 96, 0.5, seed="a text")
     text, asked, number = (llama.tokenizer.decode(ids[0]) for ids in (hay, question, answer))
     assert hay.shape == (1, 96)
     assert number.strip().isdigit()
     assert f"{asked.strip()}{number}" in text
     assert text.startswith(TEXT[:20])
     with pytest.raises(ConfigError, match="cannot hide"):
-        fidelity._needle(llama, tokens, 30, 0.5, seed=0)
+        fidelity._needle(llama, tokens, 30, 0.5, seed="a text")
 
 
 @pytest.mark.parametrize(
