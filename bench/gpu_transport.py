@@ -64,7 +64,7 @@ from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
 SECTIONS = ("pool", "transport", "both", "codec", "interference")
 MOST_PAGES_OF_BLOCK = 64
-MAX_CTAS = (0, 16, 32, 64)
+MAX_CTAS = (0, 32, 64, 96)
 
 
 # ---- kvzip's ways

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from kvzip.torch_swap import TorchSwap
 
 _log = logging.getLogger("kvzip")
+
+_MOST_REQUESTS = 64  # that an engine keeps
 
 #: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
 CHUNK_BYTES = 32 << 20
@@ -158,6 +160,7 @@ class SwapEngine:
         self._fallbacks: Counter[str] = Counter()
         self._meter = Meter()
         self._seconds = {"store": 0.0, "load": 0.0}
+        self._requests: dict[tuple[Any, ...], tuple[ErrorBound | BoundPolicy, BlockLayout, EncodeRequest]] = {}
         self._staging = staging or Staging()
         integrity = integrity or Integrity()
         self._verify_store, self._check_load = Sampler(integrity.bound), Sampler(integrity.checksum)
@@ -267,12 +270,21 @@ class SwapEngine:
         return parts
 
     def _request(self, settings: Settings, layout: BlockLayout, sink: bool) -> EncodeRequest:
+        # A swap asks for the same again and again; the objects that the key names are kept with what was made of them.
+        key = (id(settings.bound), id(layout), sink, settings.mode, settings.reason)
+        known = self._requests.get(key)
+        if known is not None:
+            return known[2]
         bounds = resolve(settings.bound, layout, sink)
         named = table_id(bounds, len(layout.segments))
-        if named != 0:
-            with self._lock:
+        request = EncodeRequest(bounds, settings.mode, self._threads, settings.reason)
+        with self._lock:
+            if named != 0:
                 self._tables[named] = bounds
-        return EncodeRequest(bounds, settings.mode, self._threads, settings.reason)
+            if len(self._requests) >= _MOST_REQUESTS:
+                self._requests.clear()
+            self._requests[key] = (settings.bound, layout, request)
+        return request
 
     def store_blocks(self, parts: Sequence[Part], codec: Codec, measure_error: bool) -> TransferResult:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -487,7 +499,8 @@ class SwapEngine:
             if result.violations is not None:
                 self._totals["verified_blocks"] += result.blocks
                 self._totals["violations"] += result.violations
-            self._fallbacks.update(result.fallbacks)
+            if result.fallbacks:
+                self._fallbacks.update(result.fallbacks)
             self._seconds["store"] += result.seconds
             self._meter.finished("store", result.raw_bytes, result.record_bytes, result.seconds)
         if result.violations:

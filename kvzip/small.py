@@ -124,7 +124,7 @@ class _Direction:
         self._device = device
         self._driver = driver
         self._staging = staging
-        self._stream = driver.stream_create(staging.priority)
+        self._stream = driver.stream_create()
         self._order = driver.event_create()
         self._memory = DeviceMemory(driver, self._stream)
         self._memory.fit(

@@ -428,14 +428,12 @@ class Staging:
             model.
         small_bytes: most raw bytes of a transfer that is queued whole in the caller's thread, without a worker and
             without the copy engine; 0 = none.
-        priority: of the streams; -1 lets the kernels begin before those of streams of priority 0 that wait.
     """
 
     chunk_bytes: int = 64 << 20
     slots: int = 3
     max_ctas: int = 0
     small_bytes: int = 8 << 20
-    priority: int = -1
 
 
 def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[tuple[int, int]]:
@@ -465,8 +463,8 @@ class _Pipeline:
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         self._driver = driver
         self._staging = staging
-        self._kernels = driver.stream_create(staging.priority)
-        self._copies = driver.stream_create(staging.priority)
+        self._kernels = driver.stream_create()
+        self._copies = driver.stream_create()
         self._slots = [_Slot(driver, resource, self._kernels) for _ in range(staging.slots)]
         self._turn = 0
         self._known: dict[tuple[Any, ...], tuple[tuple[object, ...], npt.NDArray[Any]]] = {}

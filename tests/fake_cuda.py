@@ -100,11 +100,15 @@ class FakeDriver:
         ctypes.memmove(to, source, nbytes)
 
     def copy_between(self, pieces: Any, after: int, done: int, stream: int) -> None:
-        self._called("copy_between")
+        self._called("copy_between", held=False)
         assert stream in self.streams
         assert {after, done} <= self.events
-        for to, source, nbytes in pieces:
-            ctypes.memmove(to, source, nbytes)
+
+        def work() -> None:
+            for to, source, nbytes in pieces:
+                ctypes.memmove(to, source, nbytes)
+
+        self._do(work)
 
     def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         self._called("mapped_copy", held=False)
@@ -187,23 +191,31 @@ class FakeDriver:
 
     def encode_call(self, encode: Any, inputs: Any, results: Any, done: int, stream: int) -> Any:
         def call() -> None:
-            self._called("encode_call")
+            self._called("encode_call", held=False)
             assert done in self.events
             assert stream in self.streams
-            ctypes.memmove(*inputs)
-            self.encode(encode, stream)
-            ctypes.memmove(*results)
+
+            def work() -> None:
+                ctypes.memmove(*inputs)
+                self.encode(encode, stream)
+                ctypes.memmove(*results)
+
+            self._do(work)
 
         return call
 
     def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, copies: int, stream: int) -> Any:
         def call(pieces: Any) -> None:
-            self._called("decode_call")
+            self._called("decode_call", held=False)
             assert {copied, done} <= self.events
             assert {copies, stream} <= self.streams
-            for piece in (inputs, *pieces):
-                ctypes.memmove(*piece)
-            self.decode(decode, stream)
+
+            def work() -> None:
+                for piece in (inputs, *pieces):
+                    ctypes.memmove(*piece)
+                self.decode(decode, stream)
+
+            self._do(work)
 
         return call
 

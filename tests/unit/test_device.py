@@ -562,7 +562,7 @@ def test_a_failed_small_store_changes_nothing(call: str) -> None:
     rig.engine.store(rig.keys[:2], rig.view[[5, 6]]).wait()
     before = [rig.engine.read_record(k) for k in rig.keys[:2]]
     rig.driver.fail[call] = cuda_error()
-    rig.driver.fail["encode_call"] = cuda_error()  # the long way, which is tried when it cannot be queued
+    rig.driver.fail["encode_call"] = cuda_error()  # the long way, which is tried then
     with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
         rig.engine.store(rig.keys, rig.view).wait()
     rig.driver.fail.clear()
