@@ -75,7 +75,7 @@ class PoolStats:
         extent_bytes: bytes of one extent.
         payload_bytes: bytes that the live allocations asked for.
         extent_bytes_used: bytes that they take, rounding to extents included.
-        reserved_bytes: bytes promised to reservations and not yet committed.
+        reserved_bytes: bytes promised to reservations and not yet committed, and those of rooms not yet divided.
         free_bytes: what can still be reserved: capacity less used less reserved.
         allocations: live allocations.
         runs: their runs.

@@ -16,7 +16,7 @@ import pytest
 
 from kvzip.errors import ConfigError, PoolExhaustedError
 from kvzip.memory import PageableMemory, Region
-from kvzip.pool import Allocation, HostPool
+from kvzip.pool import Allocation, HostPool, Room
 
 MIB = 1 << 20
 
@@ -600,4 +600,107 @@ def test_many_allocations_in_a_fragmented_pool() -> None:
             assert (pool.read(allocation) == n).all()
         for allocation in made:
             pool.free(allocation)
+        pool.check()
+
+
+def test_a_room_is_divided_when_sizes_are_known() -> None:
+    with HostPool(64 * 1024) as pool:
+        room = pool.take(10_000)
+        assert room.nbytes == 10_240
+        assert sum(nbytes for _, nbytes in room.runs) == room.nbytes
+        assert pool.stats().reserved_bytes == room.nbytes
+        assert pool.free_bytes == 64 * 1024 - room.nbytes
+        pool.check()
+        made = room.divide([1000, 256, 5])
+        start = room.runs[0][0]
+        assert [a.runs for a in made] == [((start, 1000),), ((start + 1024, 256),), ((start + 1280, 5),)]
+        assert pool.stats().reserved_bytes == 0
+        assert pool.free_bytes == 64 * 1024 - 6 * 256
+        pool.check()
+        with pytest.raises(ConfigError, match="divided or closed before"):
+            room.divide([1])
+        room.close()  # no effect
+        for allocation in made:
+            pool.free(allocation)
+        assert pool.stats().largest_free_run_bytes == 64 * 1024
+        pool.check()
+
+
+def test_a_room_that_is_too_small_stays_as_it_is() -> None:
+    with HostPool(64 * 1024) as pool:
+        with pytest.raises(PoolExhaustedError):
+            pool.take(64 * 1024 + 1)
+        with pytest.raises(ConfigError, match="at least 1"):
+            pool.take(0)
+        room = pool.take(1024)
+        with pytest.raises(ConfigError, match="1280 bytes do not fit into a room of 1024 bytes"):
+            room.divide([1000, 10])
+        with pytest.raises(ConfigError, match="at least 1"):
+            room.divide([10, 0])
+        assert pool.stats().reserved_bytes == 1024
+        room.close()
+        room.close()
+        assert pool.free_bytes == 64 * 1024
+        pool.check()
+    pool_closed = HostPool(4096)
+    room = pool_closed.take(1024)
+    pool_closed.close()
+    room.close()
+
+
+@pytest.mark.parametrize("piece", [0, 1 << 20])
+def test_rooms_beside_allocations(piece: int) -> None:
+    """Rooms in any order, of small and large sizes, in a pool that gets full: exact accounting, no overlap."""
+
+    class Pieces(PageableMemory):
+        def allocate(self, nbytes: int) -> Region:
+            return Region(np.zeros(nbytes, np.uint8), piece_bytes=piece)
+
+    rng = random.Random(7)
+    with HostPool(12 << 20, resource=Pieces()) as pool:
+        rooms: list[Room] = []
+        held: list[Allocation] = []
+        for step in range(3000):
+            choice = rng.random()
+            try:
+                if choice < 0.3:
+                    rooms.append(pool.take(rng.choice([300, 5000, 70_000, 2 << 20])))
+                elif choice < 0.5 and rooms:
+                    room, sizes = rooms.pop(rng.randrange(len(rooms))), []
+                    while sum(map(pool.round_up, sizes)) + 40_000 < room.nbytes * rng.random():
+                        sizes.append(rng.randint(1, 39_000))
+                    held += room.divide(sizes)
+                elif choice < 0.55 and rooms:
+                    rooms.pop(rng.randrange(len(rooms))).close()
+                elif choice < 0.75:
+                    held.append(pool.allocate(rng.randint(1, 60_000)))
+                elif held:
+                    pool.free(held.pop(rng.randrange(len(held))))
+            except PoolExhaustedError:
+                for allocation in held[::2]:
+                    pool.free(allocation)
+                del held[::2]
+            if step % 50 == 0:
+                pool.check()
+                stats = pool.stats()
+                assert stats.reserved_bytes == sum(room.nbytes for room in rooms)
+                assert stats.payload_bytes == sum(a.nbytes for a in held)
+                assert stats.free_bytes == pool.capacity_bytes - stats.reserved_bytes - stats.extent_bytes_used
+        for room in rooms:
+            room.close()
+        for allocation in held:
+            pool.free(allocation)
+        pool.check()
+        assert pool.free_bytes == pool.capacity_bytes
+
+
+def test_small_rooms_lie_side_by_side_and_give_back_what_they_do_not_need() -> None:
+    with HostPool(64 << 20) as pool:
+        made = []
+        for _ in range(50):
+            made += pool.take(65_536).divide([20_000])
+        places = [a.runs[0][0] for a in made]
+        assert places == [places[0] + i * pool.round_up(20_000) for i in range(50)]
+        assert pool.allocate(pool.free_bytes).nbytes == (64 << 20) - 50 * pool.round_up(20_000)
+        assert pool.free_bytes == 0
         pool.check()
