@@ -84,9 +84,10 @@ def draw(data: dict[str, Any], path: Path) -> None:
     for label, belongs in lines.items():
         rows = [left.pop(name) for name in list(left) if belongs(name)]
         axes.plot([r["ratio"] for r in rows], [r["kl"] for r in rows], "o-", markersize=4, label=label)
-    for name, row in left.items():
+    for number, (name, row) in enumerate(left.items()):
         axes.plot(row["ratio"], row["kl"], "s" if row["own"] else "D", color="C3" if row["own"] else "black", ms=5)
-        axes.annotate(name, (row["ratio"], row["kl"]), xytext=(6, 3), textcoords="offset points", fontsize=7)
+        place = (6, -10 if number % 2 else 4)
+        axes.annotate(name, (row["ratio"], row["kl"]), xytext=place, textcoords="offset points", fontsize=7)
     axes.axhline(data["limit"], color="gray", linestyle="--", linewidth=1, label="fp8")
     axes.set(yscale="log", xlabel="ratio, everything counted", ylabel="mean KL to the exact cache, nats")
     axes.set_title(f"{data['model']}, {data['prefix']} tokens swapped, {data['positions']} positions", fontsize=10)

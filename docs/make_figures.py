@@ -141,8 +141,9 @@ def readme() -> str:
         )
         parts.append(
             paragraph(
-                f"SmolLM2-135M, {data['prefix']:,} swapped tokens of five texts, everything counted; `kvzip calibrate` "
-                "and `kvzip verify` do this for a model of your own ([fidelity](docs/fidelity.md), "
+                f"SmolLM2-135M, {data['prefix']:,} swapped tokens of {len(data['environment']['texts'])} texts, "
+                "everything counted; `kvzip calibrate` and `kvzip verify` do this for a model of your own "
+                "([fidelity](docs/fidelity.md), "
                 f"[conditions](bench/results/{name}))."
             )
         )
@@ -560,8 +561,8 @@ def fidelity() -> str:
         parts += [
             f"## {data['model']}\n",
             paragraph(
-                f"{data['positions']:,} positions behind {data['prefix']:,} swapped tokens, {len(e['texts'])} "
-                f"texts; {e['dtype']}; torch {e['torch']}, transformers {e['transformers']}, {e['device']}, "
+                f"{len(e['texts'])} texts, {data['prefix']:,} swapped tokens and {data['continuation']} behind them "
+                f"in each; {e['dtype']}; torch {e['torch']}, transformers {e['transformers']}, {e['device']}, "
                 f"{e['time'][:10]} ([{path.name}](../bench/results/{path.name})). The exact cache recalls "
                 f"{data['reference_needle']:.0%} of the needles."
             ),
