@@ -59,6 +59,15 @@ class BoundPolicy:
         parts = (self.key, self.value, self.sink, self.other, self.num_layers, tuple(sorted(pairs)))
         object.__setattr__(self, "_hash", hash((parts, tuple(pairs[i] for i in sorted(pairs)))))
 
+    @classmethod
+    def uncalibrated(cls) -> BoundPolicy:
+        """Bounds that need no calibration and are near exact: K 1e-3 of each page's range, V 0.15 of each token's rms.
+
+        The block that begins a sequence is exact; pages that are not known to be K or V are coded as K.
+        """
+        key = ErrorBound.relative(1e-3)
+        return cls(key, ErrorBound.token_rms(0.15), other=key)
+
     def __hash__(self) -> int:
         return self._hash
 

@@ -102,6 +102,18 @@ def test_a_policy_gives_each_page_its_bound() -> None:
     assert resolve(key, layout, sink=True) == exact
 
 
+def test_the_uncalibrated_policy_is_smaller_than_one_bound_for_all() -> None:
+    pages = cache(8)
+    policy = BoundPolicy.uncalibrated()
+    sizes = {}
+    for bound in (policy, ErrorBound.relative(1e-3), ErrorBound.lossless()):
+        with SwapEngine(1 << 20, bound=bound, mode="rice") as engine:
+            result = engine.store(names(8), view(pages), measure_error=True).result()
+            assert result.violations == 0
+            sizes[bound] = result.record_bytes
+    assert sizes[policy] < sizes[ErrorBound.relative(1e-3)] < sizes[ErrorBound.lossless()]
+
+
 def test_pages_of_unknown_kind_get_the_other_bound() -> None:
     layout = BlockLayout.from_tensors(cache()[0][:, 0][None], "NHD", dtype="bfloat16")
     other = ErrorBound.relative(1e-2)
