@@ -3,11 +3,11 @@
 """Check the CUDA codec against the CPU codec, then time it alone, without the link.
 
 Run ``python bench/gpu_codec.py --out FOLDER [--kvdata FOLDER]`` on a machine with a GPU (a minute or two); it writes
-``codec.json``. The pages are real: heads of a KV cache (uint16 bit patterns of bfloat16, shape [layers, 2 (K, V),
+``kernels.json``. The pages are real: heads of a KV cache (uint16 bit patterns of bfloat16, shape [layers, 2 (K, V),
 tokens, kv_heads, head_dim]), gathered into pages of the sizes that models have, a layer's K and V each, repeated until
 the batch is full. Times are medians between CUDA events over whole calls, a decode with its validation. GB/s count raw
 bytes; ``ceiling_fraction`` compares raw plus encoded bytes with what a copy in device memory reads plus writes in the
-same run.
+same run; ``+crc`` has the payloads checksummed, or checked.
 
 ``--once`` encodes and decodes one batch a few times and stops: for a profiler.
 """
@@ -256,52 +256,13 @@ class Bench:
         )
 
 
-def crc_rows(bench: Bench) -> None:
-    """Checksums of an arena, which the transport adds in both directions."""
-    from kvzip.transport import CrcArgs
-
-    torch, driver = bench.torch, bench.driver
-    batch = real_batch(torch, driver, bench.cache, "64KiB", 256 << 20, bound=1e-3)
-    encode = GpuEncode(batch, packed=True, header=4096)
-    encode.launch()
-    encoded = encode.result()
-    count = len(batch.block_ids)
-    crc = torch.zeros(count, dtype=torch.int32, device="cuda")
-    scratch = torch.zeros(2 * count, dtype=torch.int32, device="cuda")
-    args = CrcArgs(
-        base=encode.arena.data_ptr(),
-        offsets=encode.offsets.data_ptr(),
-        skip=4096,
-        payload_bytes=encode.payload_bytes.data_ptr(),
-        crc32c=crc.data_ptr(),
-        scratch=scratch.data_ptr(),
-        max_payload_bytes=batch.worst,
-        count=count,
-        check=False,
-        max_ctas=0,
-    )
-    stream = torch.cuda.current_stream().cuda_stream
-    seconds = timed(torch, lambda: driver.crc32c(args, stream), bench.repeats)
-    sizes = int(encoded.payload_bytes.sum())
-    median = float(np.median(seconds))
-    print(f"crc32c of {sizes / 1e6:.0f} MB: {median * 1e6:.1f} us, {sizes / median / 1e9:.0f} GB/s", flush=True)
-    bench.rows.append(
-        {
-            "codec": "crc32c",
-            "op": "crc32c",
-            "us": median * 1e6,
-            "encoded_bytes": sizes,
-            "gb_per_s": sizes / median / 1e9,
-        }
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for codec.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
     parser.add_argument("--kvdata", type=Path, help="folder with KV caches; default: the package's sample")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.add_argument("--tune", action="store_true", help="also by strips per warp")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--once", choices=list(PAGES), help="one batch of this page size, for a profiler")
     options = parser.parse_args()
@@ -341,6 +302,10 @@ def main() -> None:
             ("kvzip-lossless", {"coding": LOSSLESS}),
         ]:
             bench.run(name, page, 1024 * mib, **how)
+    if options.tune:
+        for page in ("6KiB", "64KiB"):
+            for strips in (2, 3, 8):
+                bench.run("kvzip-1e-3", page, 1024 * mib, strips=strips, bound=1e-3)
     if not options.quick:
         for name, how in [
             ("kvzip-1e-5", {"bound": 1e-5}),
@@ -348,21 +313,19 @@ def main() -> None:
             ("kvzip-outlier-1e-2", {"coding": OUTLIER, "bound": 1e-2}),
         ]:
             bench.run(name, "64KiB", 1024 * mib, **how)
-        for page in ("6KiB", "64KiB"):
-            for strips in (2, 3, 8):
-                bench.run("kvzip-1e-3", page, 1024 * mib, strips=strips, bound=1e-3)
         bench.run("kvzip-1e-3", "64KiB", 1024 * mib, packed=False, bound=1e-3)
         for size in (4, 16, 64, 256):
             bench.run("kvzip-1e-3", "64KiB", size * mib, bound=1e-3)
         for ctas in (8, 16, 32, 64, 132):
             bench.run("kvzip-1e-2", "64KiB", 256 * mib, max_ctas=ctas, bound=1e-2)
+        for page in ("6KiB", "32KiB", "64KiB"):
+            bench.run("kvzip-1e-2", page, 1024 * mib, checksums=True, bound=1e-2)
+            bench.run("kvzip-1e-3", page, 1024 * mib, checksums=True, bound=1e-3)
+            bench.run("kvzip-lossless", page, 1024 * mib, checksums=True, coding=LOSSLESS)
         for checksums in (False, True):
-            bench.run("kvzip-1e-2", "64KiB", 1024 * mib, checksums=checksums, bound=1e-2)
-            bench.run("kvzip-1e-3", "64KiB", 1024 * mib, checksums=checksums, bound=1e-3)
             for pages in (1, 8, 60):
                 bench.run("kvzip-1e-2", "64KiB", 0, pages=pages, checksums=checksums, bound=1e-2)
-        crc_rows(bench)
-    (options.out / "codec.json").write_text(
+    (options.out / "kernels.json").write_text(
         json.dumps({"environment": environment, "rows": bench.rows}, indent=1) + "\n"
     )
 

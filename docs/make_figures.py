@@ -216,7 +216,7 @@ def performance() -> str:
     ]
     sections = (
         *(cpu_section, pool_section, policy_section),
-        *(transport_section, codec_section, compute_section, pinned_section),
+        *(transport_section, codec_section, kernel_section, compute_section, pinned_section),
         *(sessions_section, conversation_section),
     )
     for make in sections:
@@ -387,6 +387,56 @@ def codec_section() -> list[str]:
         ),
         table(["codec", "operation", "raw", "ratio", "GB/s", "of the memory's ceiling"], rows),
     ]
+
+
+def kernel_section() -> list[str]:
+    """The CUDA codec by size of a page, and what limits and checksums cost it."""
+    found = load("*_kernels.json")
+    if not found:
+        return []
+    name, data = found
+    rows = [r for r in data["rows"] if r["packed"] and not r["strips_per_warp"]]
+    e = data["environment"]
+    whole = [r for r in rows if not r["max_ctas"] and r["raw_bytes"] > 9 << 26]
+    at = {(r["page"], r["codec"], r["op"]): r for r in whole}
+
+    def reached(page: str, codec: str, op: str) -> str:
+        r = at.get((page, codec, op))
+        return f"{r['gb_per_s']:,.0f} ({r['ceiling_fraction']:.0%})" if r else ""
+
+    limited = sorted({(r["max_ctas"], r["codec"]) for r in rows if r["max_ctas"]})
+    by_limit = {(r["max_ctas"], r["op"]): r for r in rows if r["max_ctas"]}
+    parts = [
+        "### CUDA codec by size of a page\n",
+        paragraph(
+            f"{e['gpu']}, CUDA {e['cuda'][0] // 1000}.{e['cuda'][0] % 1000 // 10}, about 1 GiB of pages of 16 tokens, "
+            "GB/s of raw data; in brackets the share of what a copy in device memory reads plus writes "
+            f"({e['copy_bytes_per_second'] / 1e9:,.0f} GB/s in this run). Decoding includes the validation that comes "
+            f"before it. `+crc` also checksums, or checks, the payloads. ([{name}](../bench/results/{name}))"
+        ),
+        table(
+            ["page", "codec", "ratio", "encode", "decode", "encode+crc", "decode+crc"],
+            [
+                [
+                    page,
+                    codec,
+                    f"{at[page, codec, 'encode']['ratio']:.2f}",
+                    *(reached(page, codec, op) for op in ("encode", "decode", "encode+crc", "decode+crc")),
+                ]
+                for page, codec in dict.fromkeys((r["page"], r["codec"]) for r in whole)
+            ],
+        ),
+    ]
+    if limited:
+        codec = limited[0][1]
+        parts += [
+            paragraph(f"With `max_ctas`, pages of 64 KiB, {codec}:"),
+            table(
+                ["`max_ctas`", "encode, GB/s", "decode, GB/s"],
+                [[n, *(f"{by_limit[n, op]['gb_per_s']:,.0f}" for op in ("encode", "decode"))] for n, _ in limited],
+            ),
+        ]
+    return parts
 
 
 def compute_section() -> list[str]:

@@ -671,6 +671,14 @@ KVZ_DEV uint8_t* value_address(const Strips& s, uint32_t token, uint32_t channel
   return s.base + token * s.token_stride + head * s.head_stride + (channel - head * s.head_dim) * 2;
 }
 
+// Bytes from a place in a strip to the same place in the strip that is `warps` further on, where that is the same for
+// all strips of a page, which is the usual case; else 0.
+KVZ_DEV int64_t strip_step(const Strips& s, uint32_t warps) {
+  const uint32_t channels = warps * kStripChannels, within = s.head_dim - 1;
+  if (!s.whole || s.count != s.per_row || (s.head_dim & within) != 0 || (channels & within) != 0) return 0;
+  return (channels >> (31 - __clz(static_cast<int>(s.head_dim)))) * s.head_stride;
+}
+
 template <int DTYPE>
 KVZ_DEV uint32_t nonfinite_2(uint32_t a, uint32_t b) {  // bit 15 of a half: a or b is not finite there
   constexpr uint32_t room = (0x8000u - Traits<DTYPE>::kInfinity) * 0x00010001u;
@@ -831,16 +839,24 @@ KVZ_DEV void store_words(uint16_t* to, const uint32_t (&a)[16], uint32_t coding,
 // packed. Fetches them in the background.
 KVZ_DEV void fetch_strips(const Strips& strips, uint8_t* input, uint32_t warp, uint32_t warps, uint32_t lane) {
   const uint32_t row = lane >> 3, chunk = lane & 7u;
+  const int32_t stride = static_cast<int32_t>(strips.token_stride);
+  const int64_t step = strip_step(strips, warps);
+  const uint8_t* from = value_address(strips, row, warp * kStripChannels + chunk * 8);
+  uint8_t* to = input + warp * kStripBytes + row * 128 + chunk * 16;
+#pragma unroll 1
   for (uint32_t index = warp; index < strips.count; index += warps) {
-    const Strip at = strip_at(strips, index);
-    const uint32_t channel = at.channel + chunk * 8;
-    if (channel < strips.channels) {
-      const uint8_t* from = value_address(strips, at.row * 16 + row, channel);
-      uint8_t* to = input + index * kStripBytes + row * 128 + chunk * 16;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        copy_async_16(to + i * 512, row_of(from, static_cast<int32_t>(strips.token_stride), i * 4));
+    bool inside = true;
+    if (step == 0) {
+      const Strip at = strip_at(strips, index);
+      inside = at.channel + chunk * 8 < strips.channels;
+      from = value_address(strips, at.row * 16 + row, at.channel + chunk * 8);
     }
+    if (inside) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) copy_async_16(to + i * 512, row_of(from, stride, i * 4));
+    }
+    from += step;
+    to += warps * kStripBytes;
   }
 }
 
@@ -886,10 +902,13 @@ KVZ_DEV uint32_t words_before(const Prefix& p, uint32_t index, uint32_t lane) {
   return p.count <= kWarp ? __shfl_sync(kAllLanes, p.before, static_cast<int>(index)) : sum_words(p.words, index, lane);
 }
 
-// What a team has decided, for the controller. Every thread of the CTA passes here once a tile.
+// Controller and teams meet, each at a place of its own in the program, which the numbered barrier says plainly.
+KVZ_DEV void meet() { sync_threads(15, blockDim.x); }
+
+// What a team has decided, for the controller. Every thread of a team passes here once a tile.
 KVZ_DEV void announce(TileShared& shared, const Team& team, const kvz_entry& entry) {
   if (team.thread == 0) shared.entries[team.index] = entry;
-  __syncthreads();
+  meet();
 }
 
 // A page whose strips are in shared memory, in any coding and with any values; what fits no coding
@@ -1574,12 +1593,10 @@ KVZ_DEV void take_tile(const EncodeParams& p, Tile& tile, uint32_t lane) {
 // What one warp does for the teams of a CTA.
 KVZ_DEV void control_encode(const EncodeParams& p, TileShared& shared, uint32_t lane) {
   const Tile& tile = shared.tile;
-  while (true) {
-    // Not before the teams are ready for it: whoever has a later tile waits until this one has been looked at.
-    take_tile(p, shared.tile, lane);
-    __syncthreads();
-    if (tile.pages == 0) return;
-    __syncthreads();  // all teams have announced
+  take_tile(p, shared.tile, lane);
+  meet();
+  while (tile.pages != 0) {
+    meet();  // all teams have announced
     const uint32_t pages = tile.pages, index = tile.index, block = tile.block, within = tile.within;
     kvz_entry entry = {};
     if (lane < pages) entry = shared.entries[lane];
@@ -1591,29 +1608,27 @@ KVZ_DEV void control_encode(const EncodeParams& p, TileShared& shared, uint32_t 
       const uint32_t page = block * p.num_segments + within * p.teams + lane;
       shared.destinations[lane] = place_page(p, at, sum - units, page, entry);
     }
-    __syncthreads();
+    meet();
+    // Not before the teams are ready for it: whoever has a later tile waits until this one has been looked at.
+    take_tile(p, shared.tile, lane);
+    meet();
   }
 }
 
+// What a team does, tile after tile.
 template <int DTYPE>
-KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
+KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
   TileShared& shared = *reinterpret_cast<TileShared*>(memory);
   const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
-  if (warp == p.teams * p.team_warps) {
-    control_encode(p, shared, lane);
-    finish_encode(p, shared.last);
-    return;
-  }
   const Tile& tile = shared.tile;
-  while (true) {
-    __syncthreads();  // the controller has a tile
-    if (tile.pages == 0) break;
-    if (warp / p.team_warps >= tile.pages) {
-      __syncthreads();
-      __syncthreads();
+  meet();
+  while (tile.pages != 0) {
+    const uint32_t index = warp / p.team_warps;
+    if (index >= tile.pages) {
+      for (int meeting = 0; meeting < 3; ++meeting) meet();
       continue;
     }
-    const kvz_segment segment = tile.segments[warp / p.team_warps];
+    const kvz_segment segment = tile.segments[index];
     const Strips strips = strips_of(segment, tile.block_id);
     const Team team = team_of(p, memory, strips.count);
     fetch_strips(strips, team.input, team.warp, team.warps, lane);
@@ -1631,18 +1646,18 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
       sync_team(team);  // some may still look at what the others left in shared memory
       encode_any<DTYPE>(p, memory);
     }
-    __syncthreads();  // the controller knows where to
+    meet();  // the controller knows where to
 
-    const uint64_t destination = shared.destinations[team.index];
+    const uint64_t destination = shared.destinations[index];
     if (destination != ~0ull) {
-      const uint32_t units = units_of(shared.entries[team.index].size);
+      const uint32_t units = units_of(shared.entries[index].size);
       uint4* const to = reinterpret_cast<uint4*>(p.arena) + destination;
-      if (shared.entries[team.index].coding == KVZ_RAW) {
+      if (shared.entries[index].coding == KVZ_RAW) {
         const uint32_t chunks = strips.channels / 8;  // of a token
         for (uint32_t i = team.thread; i < units; i += team.threads) {
           const uint32_t token = i / chunks, chunk = i - token * chunks;
-          const uint32_t index = token / 16 * strips.per_row + chunk / 8;
-          to[i] = *reinterpret_cast<const uint4*>(team.input + index * kStripBytes + token % 16 * 128 + chunk % 8 * 16);
+          const uint32_t strip = token / 16 * strips.per_row + chunk / 8;
+          to[i] = *reinterpret_cast<const uint4*>(team.input + strip * kStripBytes + token % 16 * 128 + chunk % 8 * 16);
         }
       } else {
         for (uint32_t i = team.thread; i < units; i += team.threads) {
@@ -1650,6 +1665,18 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
         }
       }
     }
+    meet();  // the controller has the next tile
+  }
+}
+
+template <int DTYPE>
+KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
+  TileShared& shared = *reinterpret_cast<TileShared*>(memory);
+  const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
+  if (warp == p.teams * p.team_warps) {
+    control_encode(p, shared, lane);
+  } else {
+    encode_tiles<DTYPE>(p, memory);
   }
   finish_encode(p, shared.last);
 }
@@ -2216,6 +2243,8 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
       if (coding != KVZ_LOSSLESS) {
         step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
       }
+      const int64_t strip_bytes = strip_step(strips, warps);
+      uint8_t* page_to = value_address(strips, 0, warp * kStripChannels + lane * 2);
       for (uint32_t k = 0; k < rounds; k += 2) {
         Widths w[2];
 #pragma unroll
@@ -2231,10 +2260,14 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
           const uint16_t* const words1 = words0 + w[j].width0;
           const uint32_t have = ((1u << w[j].width0) - 1u) | ((1u << w[j].width1) - 1u) << 16;
           const Groups at = groups_at(strips, index, lane);
-          const Strip strip = strip_at(strips, index);
+          if (strip_bytes == 0) {
+            const Strip strip = strip_at(strips, index);
+            page_to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
+          }
           Rows rows;
           rows.inside = at.inside;
-          rows.to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
+          rows.to = page_to;
+          page_to += strip_bytes;
           rows.stride = static_cast<int32_t>(strips.token_stride);
           const uint32_t widest = w[j].width0 > w[j].width1 ? w[j].width0 : w[j].width1;
           const uint32_t bases = coding == KVZ_LOSSLESS && at.inside ? data[groups / 2 + at.first / 2] : 0u;
