@@ -51,7 +51,7 @@ def packaged_model() -> str:
 def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[schemes.Scheme]:
     """Peers, then kvzip's: lossless, relative to the page, the default, by token, calibrated, weighed by gradients."""
     own = schemes.engine_scheme
-    near = BoundPolicy(ErrorBound.relative(1e-3), ErrorBound.token_rms(0.15))
+    near = BoundPolicy.uncalibrated()
     return [
         *schemes.peers(),
         own("lossless", ErrorBound.lossless()),
