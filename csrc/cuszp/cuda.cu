@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(cons
   wait_for_previous_kernel();
   decode_general(p, g_shared);
 }
-__global__ void __launch_bounds__(kRiceWarps* kWarp, 1) encode_rice_kernel(const __grid_constant__ EncodeParams p) {
-  encode_rice(p, g_shared, p.team_bytes / 4);
+__global__ void __launch_bounds__(kRiceWarps* kWarp, 2) encode_rice_kernel(const __grid_constant__ EncodeParams p) {
+  encode_rice(p, g_shared, p.team_bytes / 4, p.teams);
 }
-__global__ void __launch_bounds__(kRiceWarps* kWarp, 1) decode_rice_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kRiceWarps* kWarp, 2) decode_rice_kernel(const __grid_constant__ DecodeParams p) {
   wait_for_previous_kernel();
   decode_rice(p, g_shared);
 }
@@ -256,20 +256,22 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
 struct RiceShape {
   bool any = false, all = true;  // segments of the Rice codings; raw ones go with them
   uint32_t warps = 1, value_bits = 16, vectors = 0;
+  uint64_t strips = 1;  // of the largest page
 
   RiceShape(const kvz_segment* segments, uint32_t count) {
     for (uint32_t i = 0; i < count; ++i) {
       const kvz_segment& s = segments[i];
       const uint64_t across = 16u / s.group_tokens, channels = static_cast<uint64_t>(s.heads) * s.head_dim;
       const uint64_t rows = (s.tokens + s.group_tokens - 1ull) / s.group_tokens;
-      const uint64_t strips = rice_strips(rows, (channels + across - 1) / across);
+      const uint64_t own = rice_strips(rows, (channels + across - 1) / across);
       any = any || needs_rice(s);
       all = all && (needs_rice(s) || s.coding == KVZ_RAW);
-      if (strips > warps) warps = static_cast<uint32_t>(strips < kRiceWarps ? strips : kRiceWarps);
+      if (own > strips) strips = own;
       if (s.dtype == KVZ_FP32) value_bits = 32;
       const uint64_t needed = s.bound_kind == KVZ_BOUND_TOKEN_RMS ? static_cast<uint64_t>(s.tokens) * s.heads : 0;
       if (needed > vectors && needed <= kRiceVectors) vectors = static_cast<uint32_t>(needed);
     }
+    warps = static_cast<uint32_t>(strips < kRiceWarps ? strips : kRiceWarps);
   }
 };
 
@@ -405,8 +407,13 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   uint32_t threads = kGeneralThreads, shared_bytes = kSharedBytes;
   if (rice.any) {
     p.team_bytes = rice.vectors * 4;
+    p.teams = rice.warps;  // slots for codes: one a strip where they fit
+    if (rice.strips <= kMaxStrips &&
+        rice_shared_bytes(rice.warps, rice.value_bits, rice.vectors, static_cast<uint32_t>(rice.strips)) <= room) {
+      p.teams = static_cast<uint32_t>(rice.strips);
+    }
     threads = rice.warps * kWarp;
-    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, rice.vectors);
+    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, rice.vectors, p.teams);
   } else if (shape.fast) {
     // Small pages share a CTA, unless there are so few that they should rather have one each.
     const uint32_t multiprocessors = static_cast<uint32_t>(device->multiprocessors.load(std::memory_order_relaxed));
@@ -489,7 +496,7 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
     const RiceShape rice(a.segments, a.num_segments);
     kernel = kDecodeRice;
     threads = rice.warps * kWarp;
-    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, 0);
+    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, 0, 0);
     p.extended = 1;
     p.validate_lanes = kWarp;
   }

@@ -219,13 +219,33 @@ KVZ_DEV uint8_t* claim_place(const EncodeParams& p, Shared& shared, uint32_t pag
   return shared.destination == ~0ull ? nullptr : p.arena + shared.destination * 16;
 }
 
+// The extremes of all threads' keys; whether no thread saw a difference. By the whole CTA.
+KVZ_DEV bool reduce_extremes(Shared& shared, int32_t low, int32_t high, bool differs, float& page_low,
+                             float& page_high) {
+  const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp;
+  low = __reduce_min_sync(kAllLanes, low);
+  high = __reduce_max_sync(kAllLanes, high);
+  if (lane == 0) {
+    shared.low[warp] = low;
+    shared.high[warp] = high;
+  }
+  const bool constant = sum_over_cta(differs ? 1 : 0, shared) == 0;
+  for (uint32_t i = 0; i < blockDim.x / kWarp; ++i) {
+    low = shared.low[i] < low ? shared.low[i] : low;
+    high = shared.high[i] > high ? shared.high[i] : high;
+  }
+  page_low = value_of_key_32(low);
+  page_high = value_of_key_32(high);
+  return constant;
+}
+
 // Least and largest finite value of a page (+inf and -inf if there is none), and whether all its bit patterns are the
 // same. By the whole CTA.
 template <int DTYPE>
 KVZ_DEV bool page_extremes(const Geometry& g, Shared& shared, uint32_t first_value, float& page_low, float& page_high) {
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, threads = blockDim.x;
+  const uint32_t thread = threadIdx.x, threads = blockDim.x;
   int32_t low = key_32(float_of(0x7f800000u)), high = key_32(float_of(0xff800000u));
-  uint64_t differs = 0;
+  uint32_t differs = 0;
   for (uint32_t i = thread; i < g.groups; i += threads) {
     for_group(g, i, [&](uint32_t, const uint8_t* at) {
       const uint32_t v = load_value<DTYPE>(at);
@@ -238,20 +258,7 @@ KVZ_DEV bool page_extremes(const Geometry& g, Shared& shared, uint32_t first_val
     });
     if (g.groups - i <= threads) break;
   }
-  low = __reduce_min_sync(kAllLanes, low);
-  high = __reduce_max_sync(kAllLanes, high);
-  if (lane == 0) {
-    shared.low[warp] = low;
-    shared.high[warp] = high;
-  }
-  const bool constant = sum_over_cta(differs != 0, shared) == 0;
-  for (uint32_t i = 0; i < threads / kWarp; ++i) {
-    low = shared.low[i] < low ? shared.low[i] : low;
-    high = shared.high[i] > high ? shared.high[i] : high;
-  }
-  page_low = value_of_key_32(low);
-  page_high = value_of_key_32(high);
-  return constant;
+  return reduce_extremes(shared, low, high, differs != 0, page_low, page_high);
 }
 
 // The largest exponent field of a page's finite values, from its extremes.

@@ -2,8 +2,8 @@
 // SPDX-FileCopyrightText: The kvzip authors
 //
 // The CUDA codec's Rice codings, and bounds that differ within a page: the same bytes as cpu_rice.inl. A CTA takes a
-// page, a warp its strips of 64 groups, a lane two neighbouring groups of a strip. When a page has no more strips than
-// the CTA has warps, codes are made once and stay in registers; else every pass makes them again.
+// page, a warp its strips of 64 groups, a lane two neighbouring groups of a strip. The encoder makes the codes of a
+// page once and keeps them in shared memory; where a page is too large for that, every pass makes them again.
 //
 // A lane finds the start of its quotients in a strip's stream by the number of ones before them: popcounts of the
 // words, their prefix sum over the warp, a binary search, and a select in one word. From there it reads 32 quotients in
@@ -15,8 +15,9 @@
 namespace kvz {
 namespace gpu {
 
-constexpr uint32_t kRiceWarps = 16;      // most of a CTA
-constexpr uint32_t kRiceVectors = 4096;  // most tokens x heads of a page with a bound for each
+constexpr uint32_t kRiceWarps = 8;        // most of a CTA: several CTAs overlap the phases of their pages
+constexpr uint32_t kRiceInverses = 1024;  // most of them for which the inverses of all steps are kept
+constexpr uint32_t kRiceVectors = 4096;   // most tokens x heads of a page with a bound for each
 constexpr uint32_t kRiceDelta = 64, kRiceRaw = 128, kRiceNumber = 31;  // bits of a class, as in cpu_rice.inl
 
 struct RiceShared {
@@ -27,12 +28,22 @@ struct RiceShared {
   float largest;
 };
 
-// Shared memory: Shared, RiceShared, the bounds of the vectors of the largest page, a stream a warp.
+// A slot keeps the codes of a strip, a column a lane, with the two classes in the last row. Codes of 16-bit values are
+// in the halves of a word.
+KVZ_HD constexpr uint32_t rice_slot_rows(uint32_t value_bits) { return (value_bits == 16 ? 16 : 32) + 1; }
+KVZ_HD constexpr uint32_t rice_slot_bytes(uint32_t value_bits) { return rice_slot_rows(value_bits) * kWarp * 4; }
+
+// Shared memory: Shared, RiceShared, the bounds of the vectors of the largest page and the inverses of their steps, a
+// stream a warp, slots.
 constexpr uint32_t kRiceSharedBytes = kSharedBytes + 512;
 static_assert(sizeof(RiceShared) <= 512, "the bounds follow RiceShared");
 KVZ_HD constexpr uint32_t rice_stream_words(uint32_t value_bits) { return KVZ_STRIP_GROUPS * value_bits / 2; }
-constexpr uint32_t rice_shared_bytes(uint32_t warps, uint32_t value_bits, uint32_t vectors) {
-  return kRiceSharedBytes + (vectors * 4 + 15) / 16 * 16 + warps * rice_stream_words(value_bits) * 4;
+KVZ_HD constexpr uint32_t rice_vector_bytes(uint32_t vectors) {
+  return (vectors * (vectors <= kRiceInverses ? 9 : 1) * 4 + 15) / 16 * 16;
+}
+constexpr uint32_t rice_shared_bytes(uint32_t warps, uint32_t value_bits, uint32_t vectors, uint32_t slots) {
+  return kRiceSharedBytes + rice_vector_bytes(vectors) + warps * rice_stream_words(value_bits) * 4 +
+         slots * rice_slot_bytes(value_bits);
 }
 
 KVZ_DEV float reciprocal(float x) {  // as inverse_step
@@ -50,6 +61,7 @@ struct Bounds {
   uint32_t steps;
   float page;
   const float* vectors;   // of tokens x heads, in shared memory
+  const float* inverses;  // of their steps of 1 to 8 significant bits, or null
   const uint8_t* scales;  // or their scale bytes
   const float* channels;
   uint32_t heads;
@@ -228,12 +240,207 @@ KVZ_DEV uint32_t lossless_rice_group(const Geometry& g, const RicePage& page, ui
   return number;
 }
 
-// Bits of a group's quotients; makes it raw if it were longer than its values.
-KVZ_DEV uint32_t unary_bits(const uint32_t (&z)[16], uint32_t parameter) {
-  uint32_t sum = 16;
+// ---- codes of pairs
+// -------------------------------------------------------------------------------------------------
+
+// May a lane read and write its two groups as words: 16 tokens of two neighbouring channels of a head?
+template <int DTYPE>
+KVZ_DEV bool pairs_of(const Geometry& g) {
+  if (DTYPE == KVZ_FP32) return false;
+  uint64_t all = reinterpret_cast<uint64_t>(g.base) | static_cast<uint64_t>(g.token_stride) | g.head_dim * 2;
+  if (g.channels > g.head_dim) all |= static_cast<uint64_t>(g.head_stride);
+  return g.group_tokens == 16 && g.tokens % 16 == 0 && all % 4 == 0;
+}
+
+KVZ_DEV uint8_t* pair_address(const Geometry& g, uint32_t row, uint32_t column, uint32_t& head) {
+  head = column / g.head_dim;
+  return g.base + static_cast<int64_t>(row) * 16 * g.token_stride + head * g.head_stride +
+         static_cast<uint64_t>(column - head * g.head_dim) * 2;
+}
+
+KVZ_DEV void load_pair(const Geometry& g, const uint8_t* from, uint32_t (&v)[16]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) sum += z[i] >> parameter;
-  return sum;
+  for (int i = 0; i < 16; ++i) v[i] = *reinterpret_cast<const uint32_t*>(from + i * g.token_stride);
+}
+
+// As page_extremes, a word of two values at a time.
+template <int DTYPE>
+KVZ_DEV bool pair_extremes(const Geometry& g, const RiceStrips& strips, Shared& shared, uint32_t first_value,
+                           float& page_low, float& page_high) {
+  const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  int32_t low = key_32(float_of(0x7f800000u)), high = key_32(float_of(0xff800000u));
+  uint32_t differs = 0;
+  for (uint32_t strip = warp; strip < strips.count; strip += warps) {
+    const RiceLane at = rice_lane(g, strips, strip, lane);
+    if (!at.exists[0]) continue;
+    uint32_t head, v[16], nonfinite = 0;
+    load_pair(g, pair_address(g, at.row, at.column, head), v);
+    uint32_t least_2 = v[0], most_2 = v[0];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      differs |= v[i] ^ (first_value | first_value << 16);
+      nonfinite |= nonfinite_2<DTYPE>(v[i], v[i]);
+      least_2 = min2<DTYPE>(least_2, v[i]);
+      most_2 = max2<DTYPE>(most_2, v[i]);
+    }
+    const auto see = [&](float least_value, float most_value) {
+      const int32_t a = key_32(least_value), b = key_32(most_value);
+      low = a < low ? a : low;
+      high = b > high ? b : high;
+    };
+    if (nonfinite == 0) {
+      see(widen<DTYPE>(least_2), widen<DTYPE>(most_2));
+      see(widen<DTYPE>(least_2 >> 16), widen<DTYPE>(most_2 >> 16));
+      continue;
+    }
+#pragma unroll 1
+    for (uint32_t i = 0; i < 32; ++i) {
+      const uint32_t x = *reinterpret_cast<const uint16_t*>(pair_address(g, at.row, at.column, head) +
+                                                            (i / 2) * g.token_stride + i % 2 * 2);
+      if (is_finite<DTYPE>(x)) see(widen<DTYPE>(x), widen<DTYPE>(x));
+    }
+  }
+  return reduce_extremes(shared, low, high, differs != 0, page_low, page_high);
+}
+
+// As rice_group, for both groups of a lane; codes in the halves of z, classes in the halves of the result.
+template <int DTYPE>
+KVZ_DEV uint32_t rice_pair(const Geometry& g, const Bounds& bounds, uint32_t row, uint32_t column, uint32_t (&z)[16]) {
+  using Tr = Traits<DTYPE>;
+  const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
+  uint32_t head, v[16], classes = 0;
+  load_pair(g, pair_address(g, row, column, head), v);
+  const bool by_token = bounds.steps == KVZ_STEPS_TOKEN;
+  const uint32_t vector = row * 16 * bounds.heads + head;  // of the first token
+#pragma unroll
+  for (int i = 0; i < 16; ++i) z[i] = 0;
+#pragma unroll 1
+  for (uint32_t a = 0; a < 2; ++a) {
+    const uint32_t shift = 16 * a;
+    float bound = by_token ? 0.0f : bound_at(bounds, 0, 0, column + a);
+    uint32_t code[16], any = 0;
+    bool bad = false;
+    float inverse = 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < 16; ++i) {
+      if (by_token) bound = bounds.vectors[vector + i * bounds.heads];
+      if (i == 0 || by_token) {
+        const uint32_t exponent = bits_of(bound) & 0x7f800000u;
+        inverse = exponent == 0 ? 0.0f : float_of((253u << 23) - exponent);
+      }
+      const float x = widen<DTYPE>(v[i] >> shift), magnitude = float_of(bits_of(x) & 0x7fffffffu);
+      bad = bad || !(magnitude + bound <= most) || !(magnitude * inverse < room);
+      code[i] = zigzag(round_code(x * inverse));
+      any |= code[i];
+    }
+    if (bad) {
+      classes |= kRiceRaw << shift;
+      continue;
+    }
+    for (int w = bit_length(any);;) {
+      any = 0;
+      if (!by_token) inverse = reciprocal(step_of<DTYPE>(KVZ_FIXED, w, bound));
+#pragma unroll
+      for (uint32_t i = 0; i < 16; ++i) {
+        if (by_token) {
+          const uint32_t at = vector + i * bounds.heads;
+          if (bounds.inverses != nullptr) {
+            const float b = DTYPE == KVZ_FP16 ? bounds.vectors[at] : 1.0f;
+            inverse = bounds.inverses[at * 8 + static_cast<uint32_t>(step_bits<DTYPE>(KVZ_FIXED, w, b)) - 1];
+          } else {
+            const float b = bounds.vectors[at];
+            inverse = b > 0.0f ? reciprocal(step_of<DTYPE>(KVZ_FIXED, w, b)) : 0.0f;
+          }
+        }
+        code[i] = zigzag(round_code(widen<DTYPE>(v[i] >> shift) * inverse));
+        any |= code[i];
+      }
+      const int found = bit_length(any);
+      if (found == w) break;
+      w = found;
+    }
+    uint32_t plain_sum = 0, delta_sum = 0;
+    int32_t before = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int32_t q = unzigzag(code[i]);
+      plain_sum += code[i];
+      delta_sum += zigzag(q - before);
+      before = q;
+    }
+    const bool delta = delta_sum < plain_sum;
+    before = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int32_t q = unzigzag(code[i]);
+      z[i] |= (delta ? zigzag(q - before) : code[i]) << shift;
+      before = q;
+    }
+    const int best = rice_parameter(delta ? delta_sum : plain_sum);
+    classes |= (static_cast<uint32_t>(best < Tr::kMaxWidth ? best : Tr::kMaxWidth) | (delta ? kRiceDelta : 0u))
+               << shift;
+  }
+  return classes;
+}
+
+// As lossless_rice_group, for both groups of a lane.
+template <int DTYPE>
+KVZ_DEV uint32_t lossless_rice_pair(const Geometry& g, const RicePage& page, uint32_t row, uint32_t column,
+                                    uint32_t (&z)[16]) {
+  uint32_t head, v[16], classes = 0;
+  load_pair(g, pair_address(g, row, column, head), v);
+  const uint32_t most = (1u << page.planes) - 1u;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) z[i] = 0;
+#pragma unroll 1
+  for (uint32_t a = 0; a < 2; ++a) {
+    const uint32_t shift = 16 * a;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sum += exponent_of<DTYPE>(v[i] >> shift);
+    const uint32_t own = rice_base<DTYPE>(sum), below = page.base > own ? page.base - own : 0;
+    const uint32_t number = below < most ? below : most, base = page.base > number ? page.base - number : 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) z[i] |= rice_exponent_code(base, exponent_of<DTYPE>(v[i] >> shift)) << shift;
+    classes |= number << shift;
+  }
+  return classes;
+}
+
+// Own bases of a lane's groups, in the halves of the result.
+template <int DTYPE>
+KVZ_DEV_NOINLINE uint32_t own_bases(const Geometry& g, const RiceLane& at, bool pairs) {
+  uint32_t bases = 0, v[16];
+  if (pairs) {
+    if (!at.exists[0]) return 0;
+    uint32_t head, low = 0, high = 0;
+    load_pair(g, pair_address(g, at.row, at.column, head), v);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      low += exponent_of<DTYPE>(v[i] & 0xffffu);
+      high += exponent_of<DTYPE>(v[i] >> 16);
+    }
+    return rice_base<DTYPE>(low) | rice_base<DTYPE>(high) << 16;
+  }
+#pragma unroll 1
+  for (uint32_t a = 0; a < 2; ++a) {
+    uint32_t inside;
+    if (at.exists[a]) bases |= rice_base<DTYPE>(exponents_of<DTYPE>(g, at.row, at.column + a, v, inside)) << (16 * a);
+  }
+  return bases;
+}
+
+// ---- slots
+// ----------------------------------------------------------------------------------------------------------
+
+template <int DTYPE>
+KVZ_DEV uint32_t code_at(const uint32_t* slot, uint32_t lane, uint32_t a, uint32_t i) {
+  if (Traits<DTYPE>::kBits == 16) return slot[i * kWarp + lane] >> (16 * a) & 0xffffu;
+  return slot[(16 * a + i) * kWarp + lane];
+}
+template <int DTYPE>
+KVZ_DEV uint32_t class_at(const uint32_t* slot, uint32_t lane, uint32_t a) {
+  return slot[(rice_slot_rows(Traits<DTYPE>::kBits) - 1) * kWarp + lane] >> (16 * a) & 0xffffu;
 }
 
 // ---- parameters of a page
@@ -411,22 +618,51 @@ KVZ_DEV void put_plane_bits(uint32_t* plane, uint32_t first, bool aligned, bool 
   }
 }
 
-// Codes of a lane's two groups and what was decided about them.
-struct RiceCodes {
-  uint32_t z[2][16];
-  uint32_t group_class[2];
+// The slots of a page.
+struct RiceSlots {
+  uint32_t* first;
+  bool stored;  // each strip has one; else each warp has one
+  bool pairs;
 };
 
+// Codes of a strip into its slot, by one warp.
 template <int DTYPE, int CODING>
 KVZ_DEV_NOINLINE void make_codes(const Geometry& g, const Bounds& bounds, const RicePage& page, const RiceLane& at,
-                                 RiceCodes& codes) {
+                                 bool pairs, uint32_t* slot, uint32_t lane) {
+  constexpr bool halves = Traits<DTYPE>::kBits == 16;
+  uint32_t z[16], classes = 0;
+  if (DTYPE != KVZ_FP32 && pairs) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) z[i] = 0;
+    if (at.exists[0]) {
+      classes = CODING == KVZ_RICE ? rice_pair<DTYPE>(g, bounds, at.row, at.column, z)
+                                   : lossless_rice_pair<DTYPE>(g, page, at.row, at.column, z);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) slot[i * kWarp + lane] = z[i];
+  } else {
 #pragma unroll 1
-  for (uint32_t a = 0; a < 2; ++a) {
-    codes.group_class[a] = 0;
-    if (!at.exists[a]) continue;
-    codes.group_class[a] = CODING == KVZ_RICE ? rice_group<DTYPE>(g, bounds, at.row, at.column + a, codes.z[a])
-                                              : lossless_rice_group<DTYPE>(g, page, at.row, at.column + a, codes.z[a]);
+    for (uint32_t a = 0; a < 2; ++a) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) z[i] = 0;
+      uint32_t c = 0;
+      if (at.exists[a]) {
+        c = CODING == KVZ_RICE ? rice_group<DTYPE>(g, bounds, at.row, at.column + a, z)
+                               : lossless_rice_group<DTYPE>(g, page, at.row, at.column + a, z);
+      }
+      classes |= c << (16 * a);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if (halves) {
+          uint32_t& word = slot[i * kWarp + static_cast<int>(lane)];
+          word = a == 0 ? z[i] & 0xffffu : word | z[i] << 16;
+        } else {
+          slot[(16 * static_cast<int>(a) + i) * static_cast<int>(kWarp) + static_cast<int>(lane)] = z[i];
+        }
+      }
+    }
   }
+  slot[(rice_slot_rows(Traits<DTYPE>::kBits) - 1) * kWarp + lane] = classes;
 }
 
 // Parameters, raw groups, words and bits of the stream of a lane's groups.
@@ -435,25 +671,36 @@ struct RiceSizes {
   bool raw[2];
 };
 template <int DTYPE, int CODING>
-KVZ_DEV RiceSizes sizes_of(const RicePage& page, const RiceLane& at, const RiceCodes& codes) {
+KVZ_DEV RiceSizes sizes_of(const RicePage& page, const RiceLane& at, const uint32_t* slot, uint32_t lane) {
   constexpr uint32_t bits = Traits<DTYPE>::kBits;
   constexpr uint32_t extra = CODING == KVZ_LOSSLESS_RICE ? Traits<DTYPE>::kFraction + 1 : 0;
   RiceSizes s;
 #pragma unroll
   for (uint32_t a = 0; a < 2; ++a) {
     uint32_t p = page.least;
+    const uint32_t c = class_at<DTYPE>(slot, lane, a);
     if (CODING == KVZ_RICE) {
-      const uint32_t best = codes.group_class[a] & kRiceNumber, most = page.least + (1u << page.planes) - 1u;
+      const uint32_t best = c & kRiceNumber, most = page.least + (1u << page.planes) - 1u;
       p = best < page.least ? page.least : best > most ? most : best;
     }
     s.parameter[a] = p;
-    s.words[a] = s.unary[a] = 0;
-    s.raw[a] = at.exists[a] && CODING == KVZ_RICE && (codes.group_class[a] & kRiceRaw) != 0;
+    s.words[a] = 0;
+    s.raw[a] = at.exists[a] && CODING == KVZ_RICE && (c & kRiceRaw) != 0;
+    s.unary[a] = at.exists[a] && !s.raw[a] ? 16 : 0;
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < 16; ++i) {
+#pragma unroll
+    for (uint32_t a = 0; a < 2; ++a) {
+      if (s.unary[a] != 0) s.unary[a] += code_at<DTYPE>(slot, lane, a, i) >> s.parameter[a];
+    }
+  }
+#pragma unroll
+  for (uint32_t a = 0; a < 2; ++a) {
     if (!at.exists[a]) continue;
-    const uint32_t unary = s.raw[a] ? 0 : unary_bits(codes.z[a], p);
-    s.raw[a] = s.raw[a] || 16 * (extra + p) + unary > 16 * bits;
-    s.words[a] = s.raw[a] ? bits : extra + p;
-    s.unary[a] = s.raw[a] ? 0 : unary;
+    s.raw[a] = s.raw[a] || 16 * (extra + s.parameter[a]) + s.unary[a] > 16 * bits;
+    s.words[a] = s.raw[a] ? bits : extra + s.parameter[a];
+    if (s.raw[a]) s.unary[a] = 0;
   }
   return s;
 }
@@ -461,8 +708,10 @@ KVZ_DEV RiceSizes sizes_of(const RicePage& page, const RiceLane& at, const RiceC
 // Bytes of the candidate without its prefix. By the whole CTA.
 template <int DTYPE, int CODING>
 KVZ_DEV_NOINLINE uint64_t rice_candidate(const Geometry& g, const RiceStrips& strips, const Bounds& bounds,
-                                         Shared& shared, RiceShared& rice, bool kept, RiceCodes& codes) {
+                                         Shared& shared, RiceShared& rice, const RiceSlots& slots) {
+  constexpr uint32_t slot_words = rice_slot_bytes(Traits<DTYPE>::kBits) / 4;
   const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const auto slot_of = [&](uint32_t strip) { return slots.first + (slots.stored ? strip : warp) * slot_words; };
   if (threadIdx.x < 32) rice.histogram[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     rice.any_raw = 0;
@@ -473,37 +722,36 @@ KVZ_DEV_NOINLINE uint64_t rice_candidate(const Geometry& g, const RiceStrips& st
   if (CODING == KVZ_RICE) {
     for (uint32_t strip = warp; strip < strips.count; strip += warps) {
       const RiceLane at = rice_lane(g, strips, strip, lane);
-      make_codes<DTYPE, CODING>(g, bounds, page, at, codes);
+      uint32_t* slot = slot_of(strip);
+      make_codes<DTYPE, CODING>(g, bounds, page, at, slots.pairs, slot, lane);
 #pragma unroll
       for (uint32_t a = 0; a < 2; ++a) {
-        if (at.exists[a] && (codes.group_class[a] & kRiceRaw) == 0) {
-          atomicAdd(&rice.histogram[codes.group_class[a] & kRiceNumber], 1u);
-        }
+        const uint32_t c = class_at<DTYPE>(slot, lane, a);
+        if (at.exists[a] && (c & kRiceRaw) == 0) atomicAdd(&rice.histogram[c & kRiceNumber], 1u);
       }
     }
     __syncthreads();
     page = rice_window_warp(rice.histogram, Traits<DTYPE>::kMaxWidth, lane);
   } else {
+    constexpr uint32_t row = (rice_slot_rows(Traits<DTYPE>::kBits) - 1) * kWarp;
     uint32_t highest = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-      for (uint32_t strip = warp; strip < strips.count; strip += warps) {
-        const RiceLane at = rice_lane(g, strips, strip, lane);
-        for (uint32_t a = 0; a < 2; ++a) {
-          if (!at.exists[a]) continue;
-          uint32_t inside;
-          const uint32_t base = rice_base<DTYPE>(exponents_of<DTYPE>(g, at.row, at.column + a, codes.z[0], inside));
-          if (pass == 0) {
-            highest = base > highest ? base : highest;
-          } else {
-            const uint32_t below = highest - base;
-            atomicAdd(&rice.histogram[below < kRiceBases ? below : kRiceBases - 1], 1u);
-          }
-        }
-      }
-      if (pass == 0) {
-        atomicMax(&rice.highest, highest);
-        __syncthreads();
-        highest = rice.highest;
+    for (uint32_t strip = warp; strip < strips.count; strip += warps) {
+      const RiceLane at = rice_lane(g, strips, strip, lane);
+      const uint32_t bases = own_bases<DTYPE>(g, at, slots.pairs);
+      slot_of(strip)[row + lane] = bases;
+      highest = (bases & 0xffffu) > highest ? bases & 0xffffu : highest;
+      highest = bases >> 16 > highest ? bases >> 16 : highest;
+    }
+    atomicMax(&rice.highest, highest);
+    __syncthreads();
+    highest = rice.highest;
+    for (uint32_t strip = warp; strip < strips.count; strip += warps) {
+      const RiceLane at = rice_lane(g, strips, strip, lane);
+      const uint32_t bases = slots.stored ? slot_of(strip)[row + lane] : own_bases<DTYPE>(g, at, slots.pairs);
+#pragma unroll
+      for (uint32_t a = 0; a < 2; ++a) {
+        const uint32_t below = highest - (bases >> (16 * a) & 0xffffu);
+        if (at.exists[a]) atomicAdd(&rice.histogram[below < kRiceBases ? below : kRiceBases - 1], 1u);
       }
     }
     __syncthreads();
@@ -511,11 +759,11 @@ KVZ_DEV_NOINLINE uint64_t rice_candidate(const Geometry& g, const RiceStrips& st
     uint64_t total = 0;
     for (uint32_t strip = warp; strip < strips.count; strip += warps) {
       const RiceLane at = rice_lane(g, strips, strip, lane);
-      make_codes<DTYPE, CODING>(g, bounds, page, at, codes);
+      uint32_t* slot = slot_of(strip);
+      make_codes<DTYPE, CODING>(g, bounds, page, at, slots.pairs, slot, lane);
 #pragma unroll
-      for (uint32_t a = 0; a < 2; ++a) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) total += at.exists[a] ? codes.z[a][i] : 0u;
+      for (uint32_t i = 0; i < 16; ++i) {
+        total += code_at<DTYPE>(slot, lane, 0, i) + code_at<DTYPE>(slot, lane, 1, i);  // 0 where there is no group
       }
     }
     const int k = rice_parameter(static_cast<uint32_t>(sum_over_cta(total, shared) / g.groups));
@@ -525,8 +773,9 @@ KVZ_DEV_NOINLINE uint64_t rice_candidate(const Geometry& g, const RiceStrips& st
   bool any_raw = false;
   for (uint32_t strip = warp; strip < strips.count; strip += warps) {
     const RiceLane at = rice_lane(g, strips, strip, lane);
-    if (!kept) make_codes<DTYPE, CODING>(g, bounds, page, at, codes);
-    const RiceSizes s = sizes_of<DTYPE, CODING>(page, at, codes);
+    uint32_t* slot = slot_of(strip);
+    if (!slots.stored) make_codes<DTYPE, CODING>(g, bounds, page, at, slots.pairs, slot, lane);
+    const RiceSizes s = sizes_of<DTYPE, CODING>(page, at, slot, lane);
     any_raw = any_raw || s.raw[0] || s.raw[1];
     words += s.words[0] + s.words[1];
     const uint32_t stream = __reduce_add_sync(kAllLanes, s.unary[0] + s.unary[1]);
@@ -543,7 +792,8 @@ KVZ_DEV_NOINLINE uint64_t rice_candidate(const Geometry& g, const RiceStrips& st
 }
 
 // The streams of a strip: into the warp's buffer, then out.
-KVZ_DEV void put_stream(const RiceCodes& codes, const RiceSizes& s, uint32_t total, uint32_t* buffer, uint16_t* to,
+template <int DTYPE>
+KVZ_DEV void put_stream(const uint32_t* slot, const RiceSizes& s, uint32_t total, uint32_t* buffer, uint16_t* to,
                         uint32_t lane) {
   for (uint32_t i = lane; i < (total + 31) / 32; i += kWarp) buffer[i] = 0;
   __syncwarp();
@@ -553,8 +803,8 @@ KVZ_DEV void put_stream(const RiceCodes& codes, const RiceSizes& s, uint32_t tot
   for (uint32_t a = 0; a < 2; ++a) {
     if (s.unary[a] == 0) continue;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      at += codes.z[a][i] >> s.parameter[a];
+    for (uint32_t i = 0; i < 16; ++i) {
+      at += code_at<DTYPE>(slot, lane, a, i) >> s.parameter[a];
       if (at / 32 != index) {
         atomicOr(buffer + index, word);
         word = 0;
@@ -583,9 +833,54 @@ KVZ_DEV_NOINLINE void put_group(uint32_t (&v)[16], uint32_t count, uint16_t* to)
   }
 }
 
+// The words of both groups of a lane, for 16-bit values: one transpose for the halves.
+template <int DTYPE, int CODING>
+KVZ_DEV void put_pair(const Geometry& g, const RiceLane& at, const RiceSizes& s, bool pairs, const uint32_t* slot,
+                      uint16_t* to, uint32_t lane) {
+  using Tr = Traits<DTYPE>;
+  constexpr bool lossless = CODING == KVZ_LOSSLESS_RICE;
+  constexpr uint32_t low_fraction = ((1u << Tr::kFraction) - 1u) * 0x00010001u,
+                     sign = (1u << Tr::kFraction) * 0x00010001u;
+  const uint32_t raw = (s.raw[0] ? 0xffffu : 0u) | (s.raw[1] ? 0xffff0000u : 0u);
+  uint32_t x[16], v[16];
+  if (lossless || raw != 0) {
+    if (pairs) {
+      uint32_t head;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i] = 0;
+      if (at.exists[0]) load_pair(g, pair_address(g, at.row, at.column, head), x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i] = 0;
+      for (uint32_t a = 0; a < 2; ++a) {
+        if (!at.exists[a]) continue;
+        for_places(g, at.row, at.column + a, [&](uint32_t i, const uint8_t* from, uint32_t, uint32_t, uint32_t) {
+          x[i] |= load_value<DTYPE>(from) << (16 * a);
+        });
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    v[i] = slot[i * static_cast<int>(kWarp) + static_cast<int>(lane)];
+    if (lossless) {
+      // Shifted within the halves; then sign and fraction.
+      v[i] = (v[i] << (Tr::kFraction + 1)) & ~((2 * sign - 0x00010001u) & 0xffffffffu);
+      v[i] |= (x[i] >> (15 - Tr::kFraction) & sign) | (x[i] & low_fraction);
+    }
+    if (raw != 0) v[i] = choose(raw, x[i], v[i]);
+  }
+  transpose_16(v);
+#pragma unroll
+  for (uint32_t j = 0; j < 16; ++j) {
+    if (j < s.words[0]) to[j] = static_cast<uint16_t>(v[j]);
+    if (j < s.words[1]) to[s.words[0] + j] = static_cast<uint16_t>(v[j] >> 16);
+  }
+}
+
 template <int DTYPE, int CODING>
 KVZ_DEV_NOINLINE void write_rice(const Geometry& g, const RiceStrips& strips, const Bounds& bounds, RiceShared& rice,
-                                 bool kept, RiceCodes& codes, uint32_t* buffer, uint8_t* out) {
+                                 const RiceSlots& slots, uint32_t* buffer, uint8_t* out) {
   using Tr = Traits<DTYPE>;
   constexpr bool lossless = CODING == KVZ_LOSSLESS_RICE;
   constexpr uint32_t s_bits = lossless ? Tr::kFraction + 1 : 0;
@@ -594,6 +889,8 @@ KVZ_DEV_NOINLINE void write_rice(const Geometry& g, const RiceStrips& strips, co
   const uint64_t plane_bytes = rice_plane_bytes(g.groups);
   const uint32_t planes = page.total_planes(lossless), plane_words = static_cast<uint32_t>(plane_bytes / 4);
   const bool aligned = g.columns % KVZ_STRIP_GROUPS == 0;
+  constexpr uint32_t slot_words = rice_slot_bytes(Tr::kBits) / 4;
+  const auto slot_of = [&](uint32_t strip) { return slots.first + (slots.stored ? strip : warp) * slot_words; };
   if (lossless && out != nullptr && threadIdx.x == 0) {
     *reinterpret_cast<uint32_t*>(out) = page.least | page.planes << 8 | (page.any_raw ? 1u : 0u) << 16;
   }
@@ -608,8 +905,9 @@ KVZ_DEV_NOINLINE void write_rice(const Geometry& g, const RiceStrips& strips, co
   if (strips.count > warps) {
     for (uint32_t strip = warp; strip < strips.count; strip += warps) {
       const RiceLane at = rice_lane(g, strips, strip, lane);
-      make_codes<DTYPE, CODING>(g, bounds, page, at, codes);
-      const RiceSizes s = sizes_of<DTYPE, CODING>(page, at, codes);
+      uint32_t* slot = slot_of(strip);
+      if (!slots.stored) make_codes<DTYPE, CODING>(g, bounds, page, at, slots.pairs, slot, lane);
+      const RiceSizes s = sizes_of<DTYPE, CODING>(page, at, slot, lane);
       low_words += s.words[0] + s.words[1];
     }
     // Strips differ in number from warp to warp: meet outside of the loop.
@@ -625,8 +923,9 @@ KVZ_DEV_NOINLINE void write_rice(const Geometry& g, const RiceStrips& strips, co
   for (uint32_t start = 0; start < strips.count; start += warps) {
     const uint32_t strip = start + warp;
     const RiceLane at = rice_lane(g, strips, strip, lane);
-    if (!kept) make_codes<DTYPE, CODING>(g, bounds, page, at, codes);
-    const RiceSizes s = sizes_of<DTYPE, CODING>(page, at, codes);
+    uint32_t* slot = slot_of(strip < strips.count ? strip : 0);
+    if (!slots.stored) make_codes<DTYPE, CODING>(g, bounds, page, at, slots.pairs, slot, lane);
+    const RiceSizes s = sizes_of<DTYPE, CODING>(page, at, slot, lane);
     const uint32_t unary = __reduce_add_sync(kAllLanes, s.unary[0] + s.unary[1]);
     const uint32_t inclusive = inclusive_sum(s.words[0] + s.words[1], lane);
     const uint32_t own_words = __shfl_sync(kAllLanes, inclusive, 31), length = (unary + 15) / 16;
@@ -635,43 +934,49 @@ KVZ_DEV_NOINLINE void write_rice(const Geometry& g, const RiceStrips& strips, co
     if (strips.count <= warps) low_words = words_all;
     if (strip < strips.count) {
       uint32_t* plane = first_plane;
+      const uint32_t class0 = class_at<DTYPE>(slot, lane, 0), class1 = class_at<DTYPE>(slot, lane, 1);
       const uint32_t first = at.index - 2 * lane;
       if (page.any_raw) {
         put_plane_bits(plane, first, aligned, s.raw[0], s.raw[1], lane);
         if (plane != nullptr) plane += plane_words;
       }
       if (!lossless) {
-        put_plane_bits(plane, first, aligned, !s.raw[0] && (codes.group_class[0] & kRiceDelta) != 0,
-                       !s.raw[1] && (codes.group_class[1] & kRiceDelta) != 0, lane);
+        put_plane_bits(plane, first, aligned, !s.raw[0] && (class0 & kRiceDelta) != 0,
+                       !s.raw[1] && (class1 & kRiceDelta) != 0, lane);
         if (plane != nullptr) plane += plane_words;
       }
-      const uint32_t n0 = s.raw[0] || !at.exists[0] ? 0 : lossless ? codes.group_class[0] : s.parameter[0] - page.least;
-      const uint32_t n1 = s.raw[1] || !at.exists[1] ? 0 : lossless ? codes.group_class[1] : s.parameter[1] - page.least;
+      const uint32_t n0 = s.raw[0] || !at.exists[0] ? 0 : lossless ? class0 : s.parameter[0] - page.least;
+      const uint32_t n1 = s.raw[1] || !at.exists[1] ? 0 : lossless ? class1 : s.parameter[1] - page.least;
       for (uint32_t b = 0; b < page.planes; ++b) {
         put_plane_bits(plane, first, aligned, (n0 >> b & 1u) != 0, (n1 >> b & 1u) != 0, lane);
         if (plane != nullptr) plane += plane_words;
       }
       uint16_t* const words = lengths + strips.count;
       if (out != nullptr && lane == 0) lengths[strip] = static_cast<uint16_t>(length);
-      put_stream(codes, s, unary, buffer, out == nullptr ? nullptr : words + low_words + stream_done + stream_before,
-                 lane);
+      put_stream<DTYPE>(slot, s, unary, buffer,
+                        out == nullptr ? nullptr : words + low_words + stream_done + stream_before, lane);
       if (out != nullptr) {
         uint16_t* to = words + words_done + words_before + inclusive - s.words[0] - s.words[1];
+        if constexpr (Tr::kBits == 16) {
+          put_pair<DTYPE, CODING>(g, at, s, slots.pairs, slot, to, lane);
+        } else {
 #pragma unroll
-        for (uint32_t a = 0; a < 2; ++a) {
-          if (!at.exists[a]) continue;
-          uint32_t v[16];
+          for (uint32_t a = 0; a < 2; ++a) {
+            if (!at.exists[a]) continue;
+            uint32_t v[16];
 #pragma unroll
-          for (int i = 0; i < 16; ++i) v[i] = s.raw[a] ? 0 : codes.z[a][i] << s_bits;
-          if (lossless || s.raw[a]) {
-            for_places(g, at.row, at.column + a, [&](uint32_t i, const uint8_t* from, uint32_t, uint32_t, uint32_t) {
-              const uint32_t x = load_value<DTYPE>(from);
-              const uint32_t sign = x >> (Tr::kBits - 1), fraction = x & ((1u << Tr::kFraction) - 1u);
-              v[i] = s.raw[a] ? x : v[i] | sign << Tr::kFraction | fraction;
-            });
+            for (int i = 0; i < 16; ++i)
+              v[i] = s.raw[a] ? 0 : code_at<DTYPE>(slot, lane, a, static_cast<uint32_t>(i)) << s_bits;
+            if (lossless || s.raw[a]) {
+              for_places(g, at.row, at.column + a, [&](uint32_t i, const uint8_t* from, uint32_t, uint32_t, uint32_t) {
+                const uint32_t x = load_value<DTYPE>(from);
+                const uint32_t sign = x >> (Tr::kBits - 1), fraction = x & ((1u << Tr::kFraction) - 1u);
+                v[i] = s.raw[a] ? x : v[i] | sign << Tr::kFraction | fraction;
+              });
+            }
+            put_group(v, s.words[a], to);
+            to += s.words[a];
           }
-          put_group(v, s.words[a], to);
-          to += s.words[a];
         }
       }
     }
@@ -683,21 +988,31 @@ KVZ_DEV_NOINLINE void write_rice(const Geometry& g, const RiceStrips& strips, co
 
 template <int DTYPE>
 KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t page, uint32_t b, uint32_t s,
-                              const kvz_segment& segment, const Geometry& g, uint32_t vectors_room) {
+                              const kvz_segment& segment, const Geometry& g, uint32_t vectors_room,
+                              uint32_t slot_count) {
   using Tr = Traits<DTYPE>;
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   RiceShared& rice = *reinterpret_cast<RiceShared*>(memory + kSharedBytes);
   float* vectors = reinterpret_cast<float*>(memory + kRiceSharedBytes);
   const uint32_t thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp;
-  uint32_t* buffer = reinterpret_cast<uint32_t*>(memory + kRiceSharedBytes + (vectors_room * 4 + 15) / 16 * 16) +
-                     warp * rice_stream_words(Tr::kBits);
+  uint32_t* streams = reinterpret_cast<uint32_t*>(memory + kRiceSharedBytes + rice_vector_bytes(vectors_room));
+  uint32_t* buffer = streams + warp * rice_stream_words(Tr::kBits);
   const uint64_t raw_bytes = static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
   const uint32_t first_value = load_value<DTYPE>(g.base);
   float low, high;
-  const bool constant = page_extremes<DTYPE>(g, shared, first_value, low, high);
-  const bool any_finite = low <= high;
   const RiceStrips strips = rice_strips_of(g);
-  const bool kept = strips.count <= warps;
+  bool constant = false;
+  if constexpr (DTYPE == KVZ_FP32) {
+    constant = page_extremes<DTYPE>(g, shared, first_value, low, high);
+  } else {
+    constant = pairs_of<DTYPE>(g) ? pair_extremes<DTYPE>(g, strips, shared, first_value, low, high)
+                                  : page_extremes<DTYPE>(g, shared, first_value, low, high);
+  }
+  const bool any_finite = low <= high;
+  RiceSlots slots;
+  slots.first = streams + warps * rice_stream_words(Tr::kBits);
+  slots.stored = strips.count <= slot_count;
+  slots.pairs = pairs_of<DTYPE>(g);
   uint32_t largest = 0;  // exponent field
   if (any_finite) largest = largest_exponent<DTYPE>(low, high);
 
@@ -709,6 +1024,15 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
       token_bounds<DTYPE>(g, segment.bound, largest, segment.heads, vectors, shared, rice);
       bounds.steps = KVZ_STEPS_TOKEN;
       bounds.vectors = vectors;
+      if (vectors_room <= kRiceInverses && DTYPE != KVZ_FP32) {
+        float* inverses = vectors + vectors_room;
+        for (uint32_t i = thread; i < g.tokens * segment.heads * 8; i += blockDim.x) {
+          const uint32_t bits = bits_of(vectors[i / 8]) & ~((1u << (23 - i % 8)) - 1u);  // 1 to 8 significant ones
+          inverses[i] = vectors[i / 8] > 0.0f ? reciprocal(2.0f * float_of(bits)) : 0.0f;
+        }
+        __syncthreads();
+        bounds.inverses = inverses;
+      }
       bounds.page = rice.largest;
     } else if (segment.bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
       bounds.steps = KVZ_STEPS_CHANNEL;
@@ -731,7 +1055,6 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
     }
   }
 
-  RiceCodes codes;
   const uint64_t prefix =
       bounds.steps == KVZ_STEPS_TOKEN ? (static_cast<uint64_t>(g.tokens) * segment.heads + 3) / 4 * 4 : 0;
   uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
@@ -744,13 +1067,13 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
   } else {
     uint64_t quantised = ~0ull;
     if (bounds.page > 0.0f) {
-      quantised = prefix + rice_candidate<DTYPE, KVZ_RICE>(g, strips, bounds, shared, rice, kept, codes);
+      quantised = prefix + rice_candidate<DTYPE, KVZ_RICE>(g, strips, bounds, shared, rice, slots);
     }
     uint64_t lossless = ~0ull;
     if (!(bounds.page > 0.0f) || quantised * 8 > raw_bytes * 5) {
-      lossless = rice_candidate<DTYPE, KVZ_LOSSLESS_RICE>(g, strips, bounds, shared, rice, kept, codes);
+      lossless = rice_candidate<DTYPE, KVZ_LOSSLESS_RICE>(g, strips, bounds, shared, rice, slots);
       if (quantised <= lossless && quantised < raw_bytes) {  // its codes gave way to the other ones
-        rice_candidate<DTYPE, KVZ_RICE>(g, strips, bounds, shared, rice, kept, codes);
+        rice_candidate<DTYPE, KVZ_RICE>(g, strips, bounds, shared, rice, slots);
       }
     }
     const bool chosen = quantised <= lossless;
@@ -779,14 +1102,14 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
                                                       : 0u);
       }
     }
-    write_rice<DTYPE, KVZ_RICE>(g, strips, bounds, rice, kept, codes, buffer, out == nullptr ? nullptr : out + prefix);
+    write_rice<DTYPE, KVZ_RICE>(g, strips, bounds, rice, slots, buffer, out == nullptr ? nullptr : out + prefix);
   } else {
-    write_rice<DTYPE, KVZ_LOSSLESS_RICE>(g, strips, bounds, rice, kept, codes, buffer, out);
+    write_rice<DTYPE, KVZ_LOSSLESS_RICE>(g, strips, bounds, rice, slots, buffer, out);
   }
 }
 
 // Batches whose segments are all raw, opaque, or of the Rice codings.
-KVZ_DEV void encode_rice(const EncodeParams& p, uint8_t* memory, uint32_t vectors_room) {
+KVZ_DEV void encode_rice(const EncodeParams& p, uint8_t* memory, uint32_t vectors_room, uint32_t slot_count) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const uint32_t pages = p.num_blocks * p.num_segments;
   if (threadIdx.x == 0) shared.page = atomicAdd(&p.counters->ticket, 1u);
@@ -800,11 +1123,11 @@ KVZ_DEV void encode_rice(const EncodeParams& p, uint8_t* memory, uint32_t vector
       const bool constant = !asked && opaque_is_constant(g, shared);
       encode_bytes(p, shared, page, b, s, segment, g, constant, asked);
     } else if (segment.dtype == KVZ_BF16) {
-      encode_rice_page<KVZ_BF16>(p, memory, page, b, s, segment, g, vectors_room);
+      encode_rice_page<KVZ_BF16>(p, memory, page, b, s, segment, g, vectors_room, slot_count);
     } else if (segment.dtype == KVZ_FP16) {
-      encode_rice_page<KVZ_FP16>(p, memory, page, b, s, segment, g, vectors_room);
+      encode_rice_page<KVZ_FP16>(p, memory, page, b, s, segment, g, vectors_room, slot_count);
     } else {
-      encode_rice_page<KVZ_FP32>(p, memory, page, b, s, segment, g, vectors_room);
+      encode_rice_page<KVZ_FP32>(p, memory, page, b, s, segment, g, vectors_room, slot_count);
     }
     __syncthreads();
     if (threadIdx.x == 0) shared.page = atomicAdd(&p.counters->ticket, 1u);
@@ -982,6 +1305,7 @@ KVZ_DEV_NOINLINE void decode_rice_page(uint8_t* memory, const kvz_segment& segme
   const uint16_t* streams = reinterpret_cast<const uint16_t*>(end) - __reduce_add_sync(kAllLanes, all);
   const uint32_t run = g.group_tokens == 1 ? 16 : g.group_tokens;
   const bool alike = bounds.steps != KVZ_STEPS_TOKEN && g.group_tokens == 16;
+  const bool pairs = pairs_of<DTYPE>(g);
 
   for (uint32_t start = 0; start < strips.count; start += warps) {
     const uint32_t strip = start + warp;
@@ -1023,20 +1347,38 @@ KVZ_DEV_NOINLINE void decode_rice_page(uint8_t* memory, const kvz_segment& segme
       uint32_t position = bit_behind(buffer, length, inclusive_sum(coded, lane) - coded, lane);
       uint32_t index = position / 32;
       uint32_t rest = coded != 0 ? buffer[index] & ~((1u << position % 32) - 1u) : 0;
+      uint32_t head = 0, both[16];
+      uint8_t* const pair = pairs ? pair_address(g, at.row, at.exists[0] ? at.column : 0, head) : nullptr;
       const uint16_t* plane = words + words_before + inclusive - count[0] - count[1];
+      uint32_t halves[16];
+      if (bits == 16) {
+#pragma unroll
+        for (uint32_t j = 0; j < 16; ++j) {
+          uint32_t x = 0;
+          if (j < count[0]) x = plane[j];
+          if (j < count[1]) x |= static_cast<uint32_t>(plane[count[0] + j]) << 16;
+          halves[j] = x;
+        }
+        transpose_16(halves);
+      }
 #pragma unroll
       for (uint32_t a = 0; a < 2; ++a) {
         if (!at.exists[a]) continue;
         uint32_t v[16];
+        if (bits == 16) {
 #pragma unroll
-        for (uint32_t j = 0; j < 16; ++j) {
-          uint32_t x = 0;
-          if (j < count[a]) x = plane[j];
-          if (j + 16 < count[a]) x |= static_cast<uint32_t>(plane[j + 16]) << 16;
-          v[j] = x;
+          for (int i = 0; i < 16; ++i) v[i] = halves[i] >> (16 * a) & 0xffffu;
+        } else {
+#pragma unroll
+          for (uint32_t j = 0; j < 16; ++j) {
+            uint32_t x = 0;
+            if (j < count[a]) x = plane[j];
+            if (j + 16 < count[a]) x |= static_cast<uint32_t>(plane[j + 16]) << 16;
+            v[j] = x;
+          }
+          plane += count[a];
+          transpose_16(v);
         }
-        plane += count[a];
-        transpose_16(v);
         if (!raw[a]) {
           uint32_t before = 0, any = 0;
           const uint32_t base = page.base > number[a] ? page.base - number[a] : 0;
@@ -1059,23 +1401,40 @@ KVZ_DEV_NOINLINE void decode_rice_page(uint8_t* memory, const kvz_segment& segme
               v[i] = q;
             }
           }
-          if (!lossless) {
+          if (!lossless && pairs) {
+            const int w = bit_length(any);
+            float step = 0.0f;
+#pragma unroll
+            for (uint32_t i = 0; i < 16; ++i) {
+              if (i == 0 || !alike) {
+                step = step_of<DTYPE>(KVZ_FIXED, w, bound_at(bounds, at.row * 16 + i, head, at.column + a));
+              }
+              v[i] = Tr::from_float(static_cast<float>(static_cast<int32_t>(v[i])) * step);
+            }
+          } else if (!lossless) {
             const int w = bit_length(any);
             float step = 0.0f;
             for_places(g, at.row, at.column + a,
-                       [&](uint32_t i, uint8_t* to, uint32_t token, uint32_t head, uint32_t channel) {
+                       [&](uint32_t i, uint8_t*, uint32_t token, uint32_t in_head, uint32_t channel) {
                          if (i == 0 || !alike) {
-                           step = step_of<DTYPE>(KVZ_FIXED, w, bound_at(bounds, token, head, channel));
+                           step = step_of<DTYPE>(KVZ_FIXED, w, bound_at(bounds, token, in_head, channel));
                          }
-                         *reinterpret_cast<typename Tr::word*>(to) = static_cast<typename Tr::word>(
-                             Tr::from_float(static_cast<float>(static_cast<int32_t>(v[i])) * step));
+                         v[i] = Tr::from_float(static_cast<float>(static_cast<int32_t>(v[i])) * step);
                        });
-            continue;
           }
         }
-        for_places(g, at.row, at.column + a, [&](uint32_t i, uint8_t* to, uint32_t, uint32_t, uint32_t) {
-          *reinterpret_cast<typename Tr::word*>(to) = static_cast<typename Tr::word>(v[i]);
-        });
+        if (pairs) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) both[i] = a == 0 ? v[i] : both[i] | v[i] << 16;
+        } else {
+          for_places(g, at.row, at.column + a, [&](uint32_t i, uint8_t* to, uint32_t, uint32_t, uint32_t) {
+            *reinterpret_cast<typename Tr::word*>(to) = static_cast<typename Tr::word>(v[i]);
+          });
+        }
+      }
+      if (pairs && at.exists[0]) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) store_page(pair + i * g.token_stride, both[i]);
       }
       __syncwarp();
     }

@@ -305,8 +305,9 @@ void run_case(Case c) {
   uint32_t vectors = 0;
   for (const kvz_segment& s : c.segments) vectors = std::max(vectors, s.tokens * s.heads);
   if (c.rice) {
-    emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, vectors),
-                      [&](uint8_t* shared) { encode_rice(p, shared, vectors); });
+    const uint32_t slots = below(2) ? 128 : 4;  // one a strip for all pages, or for small ones alone
+    emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, vectors, slots),
+                      [&](uint8_t* shared) { encode_rice(p, shared, vectors, slots); });
   } else if (c.fast) {
     p.teams = 1 + below(std::min(segments, 3u));
     p.team_warps = warps;
@@ -465,7 +466,7 @@ void run_case(Case c) {
     k.most_pieces = static_cast<uint32_t>((worst + worst / 8) / kPieceBytes) + 1;
     emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { check(d, k); });
     if (c.rice) {
-      emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, 0),
+      emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, 0, 0),
                         [&](uint8_t* shared) { decode_rice(d, shared); });
     } else if (c.fast) {
       emulation::launch(ctas, warps * 32, fast_decode_bytes(strips), [&](uint8_t* shared) {
