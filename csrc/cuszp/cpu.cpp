@@ -290,7 +290,7 @@ bool valid_rice(const kvz_segment& s, uint8_t coding, uint8_t param, const uint8
   const uint64_t rows = group_rows(page), columns = group_columns(page), groups = rows * columns;
   const uint32_t bits = 8 * value_bytes(s.dtype);
   const uint32_t extra = !lossless ? 0 : s.dtype == KVZ_BF16 ? 8 : s.dtype == KVZ_FP16 ? 11 : 24;
-  const uint32_t most = lossless ? KVZ_RICE_MOST_EXPONENT : s.dtype == KVZ_FP32 ? 24 : 14;
+  const uint32_t most = lossless ? uint32_t{KVZ_RICE_MOST_EXPONENT} : s.dtype == KVZ_FP32 ? 24 : 14;
   const uint64_t start = rice_head_bytes(lossless);
   if (size < start) return false;
   RicePage rice = rice_of_param(param);
@@ -334,7 +334,7 @@ bool valid_rice(const kvz_segment& s, uint8_t coding, uint8_t param, const uint8
   for (uint64_t i = 0; i < strips; ++i) {
     const uint64_t g = i / per_row * columns + i % per_row * KVZ_STRIP_GROUPS;
     const uint64_t left = columns - i % per_row * KVZ_STRIP_GROUPS;
-    const uint64_t count = left < KVZ_STRIP_GROUPS ? left : KVZ_STRIP_GROUPS;
+    const uint64_t count = left < KVZ_STRIP_GROUPS ? left : uint64_t{KVZ_STRIP_GROUPS};
     uint64_t coded = count;
     for (uint64_t k = 0; k < count && raws != nullptr; ++k) coded -= raws[(g + k) / 8] >> (g + k) % 8 & 1u;
     const uint32_t length = load16(lengths + 2 * i);

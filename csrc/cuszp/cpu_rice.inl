@@ -143,8 +143,8 @@ KVZ_NOINLINE RicePage lossless_rice_codes(const Geometry& geo, Scratch& scratch)
       classes += count;
     }
   }
-  const int k = rice_parameter(static_cast<uint32_t>(total / groups));
-  page.least = static_cast<uint32_t>(k < KVZ_RICE_MOST_EXPONENT ? k : KVZ_RICE_MOST_EXPONENT);
+  const uint32_t k = static_cast<uint32_t>(rice_parameter(static_cast<uint32_t>(total / groups)));
+  page.least = least(k, KVZ_RICE_MOST_EXPONENT);
   return page;
 }
 
