@@ -331,6 +331,7 @@ def transport_section() -> list[str]:
         plot(name),
         "### GB/s, largest transfer\n",
         table(["way", "ratio", "out", "in"], link_rows(rows, WAYS)),
+        *_missing_ways({r["way"] for r in rows}),
     ]
     for direction in ("out", "in"):
         cells = {(r["way"], r["pages"]): f"{r['us']:,.0f}" for r in rows if r["direction"] == direction}
@@ -357,6 +358,24 @@ def transport_section() -> list[str]:
                 ],
             ),
         ]
+    return parts
+
+
+def _missing_ways(shown: set[str]) -> list[str]:
+    """Ways that did not run there, from a run on another GPU."""
+    parts = []
+    for path in sorted(RESULTS.glob("*_transport.json"))[1:]:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        lines = link_rows(data["rows"], [w for w in WAYS if w not in shown])
+        if lines:
+            found = "; ".join(f"{way}: ratio {ratio}, {out} out, {into} in" for way, ratio, out, into in lines)
+            e = data["environment"]
+            parts.append(
+                paragraph(
+                    f"Not in this run, but in an earlier one on {e['gpu']}: {found} "
+                    f"([{path.name}](../bench/results/{path.name}))."
+                )
+            )
     return parts
 
 

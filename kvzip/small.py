@@ -11,6 +11,7 @@ What depends on the layout alone is kept in plans, so that a call costs microsec
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ class _Bound:
     arrays: tuple[npt.NDArray[Any], ...]
 
 
-class _Direction:
+class _Direction(abc.ABC):
     """Stream, memory, tickets and plans of one direction. The caller's lock guards it.
 
     All memory is taken when it is made, so that no call waits for an allocation.
@@ -165,8 +166,9 @@ class _Direction:
         self._plans[key] = made
         return made
 
+    @abc.abstractmethod
     def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
-        raise NotImplementedError
+        """The call for so many blocks, with the memory of a ticket."""
 
     def _ticket_memory(self, ticket: int) -> tuple[npt.NDArray[np.uint8], int]:
         at = ticket * TICKET_BYTES
