@@ -15,7 +15,7 @@ from kvzip.bounds import BoundPolicy
 from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError
 from kvzip.policy import make_policy
-from kvzip.types import ErrorBound
+from kvzip.types import BoundKind, ErrorBound
 
 _log = logging.getLogger("kvzip")
 
@@ -34,6 +34,8 @@ VLLM_KEYS = frozenset(
 )
 
 
+_WITHIN_PAGES = frozenset({BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE})
+
 #: What `KvzipOffloadingWorker.configure` can change while vLLM runs.
 CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode"})
 
@@ -48,7 +50,7 @@ class AdapterSettings:
         bound: error bound of the values, in any form of `kvzip.calibration.parse_bounds`: a number or ``rel:1e-3`` (of
             each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE:T``.
         layer_bounds: bounds of single layers, by the layer's number, in the forms above except those of a table.
-        mode: encoding mode of the codec; None = its first.
+        mode: encoding mode of the codec; None = see `coding_mode`.
         verify: part of the stores, from 0 to 1, that are decoded again to count values outside the bound; slower.
         max_ctas: most thread blocks of a codec kernel on the GPU at a time; 0 = as many as fit.
         chunk_bytes: raw bytes that the GPU pipelines take in one step.
@@ -134,6 +136,18 @@ class AdapterSettings:
             return self.bound
         policy = self.bound if isinstance(self.bound, BoundPolicy) else BoundPolicy(self.bound, self.bound)
         return replace(policy, layers={**policy.layers, **self.layer_bounds})
+
+    @property
+    def coding_mode(self) -> str:
+        """`mode`; without one the codec's first, or ``rice`` where bounds differ within a page.
+
+        The CUDA codec has these bounds in that mode alone; in others the host would code the blocks, much slower.
+        """
+        if self.mode is not None:
+            return self.mode
+        modes = get_codec(self.codec).modes
+        kinds = self.bounds.kinds if isinstance(self.bounds, BoundPolicy) else {self.bounds.kind}
+        return "rice" if "rice" in modes and kinds & _WITHIN_PAGES else modes[0]
 
 
 def parse_bound(value: Any) -> ErrorBound | BoundPolicy:

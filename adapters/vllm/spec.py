@@ -208,7 +208,7 @@ class KvzipOffloadingSpec(OffloadingSpec):
                 pool,
                 codec=settings.codec,
                 bound=settings.bounds,
-                mode=settings.mode,
+                mode=settings.coding_mode,
                 policy=policy,
                 threads=settings.threads,
                 staging=Staging(chunk_bytes=settings.chunk_bytes, max_ctas=settings.max_ctas),

@@ -215,7 +215,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
             )
         settings = self.settings.change(**changes)
         bounds = self._group_bounds(settings)
-        self.engine.configure(codec=settings.codec, bound=settings.bounds, mode=settings.mode)
+        self.engine.configure(codec=settings.codec, bound=settings.bounds, mode=settings.coding_mode)
         self._bounds, self.settings = bounds, settings
         return settings
 

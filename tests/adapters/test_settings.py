@@ -181,3 +181,21 @@ def test_keys_by_head_with_channels_as_heads() -> None:
 
 def vars_of(segment: Any) -> dict[str, Any]:
     return {name: getattr(segment, name) for name in ("tokens", "heads", "head_dim", "kind")}
+
+
+@pytest.mark.parametrize(
+    ("extra", "mode"),
+    [
+        ({}, "fixed"),
+        ({"bound": "k=1e-3,v=rms:0.15"}, "rice"),
+        ({"layer_bounds": {"3": "rms:0.1"}}, "rice"),
+        ({"bound": "rms:0.15", "mode": "fixed"}, "fixed"),
+        ({"bound": "lossless", "codec": "raw"}, "none"),
+    ],
+)
+def test_bounds_within_pages_take_the_mode_that_the_gpu_has(extra: dict[str, Any], mode: str) -> None:
+    assert read(**extra).coding_mode == mode
+
+
+def test_a_bound_without_them_goes_back_to_the_first_mode() -> None:
+    assert read(bound="rms:0.15").change(bound="1e-3").coding_mode == "fixed"
