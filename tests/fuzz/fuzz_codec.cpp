@@ -158,9 +158,9 @@ static std::vector<uint8_t> MakeValid(std::mt19937_64& random) {
   uint64_t room = 0;
   for (size_t i = 0; i < pages; ++i) {
     kvz_segment s = SegmentOf(&shapes[i * kShapeBytes]);
-    if (s.dtype != KVZ_OPAQUE) s.coding = static_cast<uint8_t>(KVZ_FIXED + random() % 4);
+    if (s.dtype != KVZ_OPAQUE) s.coding = static_cast<uint8_t>(KVZ_FIXED + random() % 6);
     channel_bounds.push_back(ChannelBoundsOf(&shapes[i * kShapeBytes], s));
-    if (s.coding == KVZ_LOSSLESS || s.dtype == KVZ_OPAQUE) {
+    if (s.coding == KVZ_LOSSLESS || s.coding == KVZ_LOSSLESS_RICE || s.dtype == KVZ_OPAQUE) {
       s.bound_kind = KVZ_BOUND_LOSSLESS;
     } else if (!channel_bounds.back().empty()) {
       s.bound_kind = KVZ_BOUND_CHANNEL_TABLE;

@@ -239,7 +239,8 @@ def mutate_coding(rng: random.Random, record: bytearray, records: list[bytes]) -
     """Another coding, bound or param for a segment."""
     runs, segments = struct.unpack_from("<H", record, 40)[0], struct.unpack_from("<I", record, 36)[0]
     entry = 96 + 24 * runs + 16 * rng.randrange(segments)
-    record[entry + 12] = rng.choice((0, 1, 2, 3, 4, 5, rng.randrange(256)))
+    steps = rng.choice((0, 0, 0x10, 0x20))
+    record[entry + 12] = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 2 | steps, 6 | steps, rng.randrange(256)))
     if rng.random() < 0.7:
         struct.pack_into("<f", record, entry + 8, rng.choice((1.0, 0.01, 2.0**-96, 2.0**120, *FLOATS)))
     if rng.random() < 0.3:
