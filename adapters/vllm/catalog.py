@@ -196,30 +196,34 @@ class RecordCatalog:
             self._charge(record, 1)
         return StorePlan(tuple(fresh), tuple(numbers), tuple(victims))
 
-    def report(self, number: int, worker: int, nbytes: int) -> None:
+    def report(self, number: int, worker: int, nbytes: int) -> bytes | None:
         """A worker says what a record takes there; 0 = it has none (any more).
 
         Args:
             number: of the record; unknown ones are passed over.
             worker: index of the worker.
             nbytes: bytes of its pool.
+
+        Returns:
+            The key, where it could be loaded until now; else None.
         """
         key = self._keys.get(number)
         if key is None:
-            return
+            return None
         record = self._records[key]
         if nbytes == 0:
             self.counts.lost += not record.lost
             if record.ready:
                 self._remove(key, evicted=False)
-            else:  # the store is under way elsewhere, and `finish_store` knows it by its key alone
-                record.lost = True
-            return
+                return key
+            record.lost = True  # the store is under way elsewhere, and `finish_store` knows it by its key alone
+            return None
         self._used[worker] += nbytes - record.charges[worker]
         record.charges[worker] = nbytes
         if record.group not in self._recent:
             self._recent[record.group] = [deque(maxlen=_RECENT) for _ in self._used]
         self._recent[record.group][worker].append(nbytes)
+        return None
 
     def finish_store(self, keys: Iterable[bytes]) -> list[bytes]:
         """All workers are done with a store; returns the keys that can be loaded now."""

@@ -168,8 +168,8 @@ class KvzipOffloadingManager(OffloadingManager):
     def apply(self, reports: Mapping[int, WorkerReport]) -> None:
         """Take in what the workers report; before vLLM hears that their jobs are done."""
         for rank, report in reports.items():
-            for number, nbytes in report.sizes.items():
-                self.catalog.report(number, rank, nbytes)
+            left = [self.catalog.report(number, rank, nbytes) for number, nbytes in report.sizes.items()]
+            self._announce([key for key in left if key is not None], removed=True)
             self._metrics.update(rank, report.totals)
 
     # ---- inner

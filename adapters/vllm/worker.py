@@ -78,6 +78,7 @@ class Job:
         parts: what it moves, a part a group.
         transfers: what is under way, with the part that it moves.
         failed: positions of blocks that were not moved, with the part that they are in.
+        unmatched: the blocks, where they and the records do not add up; none was moved.
         error: the first reason for that.
         started: by `time.perf_counter`.
     """
@@ -88,6 +89,7 @@ class Job:
     parts: list[Part] = field(default_factory=list)
     transfers: list[tuple[Transfer, Part]] = field(default_factory=list)
     failed: list[tuple[Part, tuple[int, ...]]] = field(default_factory=list)
+    unmatched: tuple[int, ...] = ()
     error: Exception | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -138,6 +140,7 @@ class KvzipOffloadingWorker(OffloadingWorker):
         self._bad_blocks: set[int] = set()
         self._bad_jobs: set[int] = set()
         self._failed_blocks = {True: 0, False: 0}  # of stores, of loads
+        self._warned: set[tuple[bool, type[Exception]]] = set()
 
     # ---- what vLLM calls
 
@@ -154,7 +157,10 @@ class KvzipOffloadingWorker(OffloadingWorker):
     def get_finished(self) -> list[TransferResult]:
         """Jobs that have ended since the last call, all of them a success as far as vLLM is concerned."""
         ended = [job for job in self._jobs.values() if job.done()]
-        return [self._settle(job) for job in ended]
+        results = [self._settle(job) for job in ended]
+        if not self._recover:
+            self.take_report()  # nobody asks for it, and it would grow
+        return results
 
     def wait(self, job_ids: Collection[int]) -> None:
         """Block the host until these jobs have ended."""
@@ -230,10 +236,9 @@ class KvzipOffloadingWorker(OffloadingWorker):
         try:
             self._obey(spec)
             job.parts = list(self._parts(gpu, spec))
-        except Exception:
-            if not store:
-                raise  # the blocks to load are not known: nothing can be reported in their place
-            _log.exception("vLLM's store job %d is not understood, its chunks are not kept", job_id)
+        except Exception as error:
+            job.unmatched = tuple(int(block) for block in gpu.block_ids)
+            job.error = error
             return True
         for part in job.parts:
             (self._start_store if store else self._start_load)(job, part)
@@ -326,18 +331,15 @@ class KvzipOffloadingWorker(OffloadingWorker):
             except Exception as error:
                 job.fail(part, range(len(part.keys)), error)
         if job.error is not None:
-            _log.warning(
-                "%d of %d KV blocks could not be %s, vLLM goes on without them: %s: %s",
-                sum(len(positions) for _, positions in job.failed),
-                sum(len(part.keys) for part in job.parts),
-                "stored" if job.store else "loaded",
-                type(job.error).__name__,
-                str(job.error),  # who keeps the message shall not keep the transfer
-            )
+            self._warn(job, job.error)
         for part, positions in job.failed:
             self._failed_blocks[job.store] += len(positions)
             if not job.store:
-                self._load_failed(job, part, positions)
+                self._load_failed(job, part.blocks[list(positions)].tolist(), {part.numbers[i] for i in positions})
+        if job.unmatched:
+            self._failed_blocks[job.store] += len(job.unmatched)
+            if not job.store:
+                self._load_failed(job, job.unmatched, job.numbers)
         if job.store:
             self._stored(job)
         return _result(job, moved)
@@ -355,15 +357,31 @@ class KvzipOffloadingWorker(OffloadingWorker):
         self._sizes.update((number, nbytes) for number, nbytes in taken.items() if number not in dropped)
         self._drop(dropped)
 
-    def _load_failed(self, job: Job, part: Part, positions: Sequence[int]) -> None:
+    def _load_failed(self, job: Job, blocks: Sequence[int], numbers: Collection[int]) -> None:
         if not self._recover:
             raise RuntimeError(
-                f"{len(positions)} KV blocks could not be loaded, and vLLM's own OffloadingConnector cannot compute "
+                f"{len(blocks)} KV blocks could not be loaded, and vLLM's own OffloadingConnector cannot compute "
                 "them again: use kv_connector KvzipConnector with kv_load_failure_policy recompute"
             )
-        self._bad_blocks.update(int(part.blocks[i]) for i in positions)
+        self._bad_blocks.update(blocks)
         self._bad_jobs.add(job.job_id)
-        self._drop({part.numbers[i] for i in positions})
+        self._drop(numbers)
+
+    def _warn(self, job: Job, error: Exception) -> None:
+        """Log the first failure of a kind as a warning: what goes on failing would fill the log, and is counted."""
+        kind = (job.store, type(error))
+        level = logging.DEBUG if kind in self._warned else logging.WARNING
+        self._warned.add(kind)
+        _log.log(
+            level,
+            "%d of %d KV blocks could not be %s, vLLM goes on without them (logged once; the metrics count them): "
+            "%s: %s",
+            sum(len(positions) for _, positions in job.failed) + len(job.unmatched),
+            sum(len(part.keys) for part in job.parts) + len(job.unmatched),
+            "stored" if job.store else "loaded",
+            type(error).__name__,
+            str(error),  # who keeps the message shall not keep the transfer
+        )
 
     def _drop(self, numbers: Collection[int]) -> None:
         """Give records up, and say so."""

@@ -26,6 +26,7 @@ class CatalogModel(RuleBasedStateMachine):
         self.pools: list[dict[int, int]] = [{} for _ in range(workers)]
         self.stores: list[tuple[Any, list[set[int]], bool]] = []  # plan, numbers still due from each worker, stale
         self.loads: list[tuple[list[bytes], tuple[int, ...]]] = []
+        self.numbers: set[int] = set()  # all that were given out
 
     def obey(self) -> None:
         discards, first = self.catalog.take_discards(), self.catalog.first_number
@@ -34,9 +35,10 @@ class CatalogModel(RuleBasedStateMachine):
                 if number in discards or number < first:
                     del pool[number]
 
-    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True))
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6))
     def begin_store(self, keys: list[bytes]) -> None:
         before = {key for key in KEYS if self.catalog.state(key) is State.READY}
+        numbers_before = {key: self.catalog._records[key].number for key in before}
         plan = self.catalog.begin_store(keys)
         after = {key for key in KEYS if self.catalog.state(key) is State.READY}
         if plan is None:
@@ -44,9 +46,12 @@ class CatalogModel(RuleBasedStateMachine):
             return
         assert before - after == set(plan.evicted)
         assert not set(plan.evicted) & set(keys), "what is asked for stays"
-        assert not set(plan.evicted) & {key for asked, _ in self.loads for key in asked if key in before}
+        loading = {number for _, numbers in self.loads for number in numbers}
+        assert not loading & {numbers_before[key] for key in plan.evicted}, "a record that is being loaded stays"
         if plan.keys:
             self.obey()
+            assert not self.numbers & set(plan.numbers), "a number is never used again"
+            self.numbers.update(plan.numbers)
             self.stores.append((plan, [set(plan.numbers) for _ in self.pools], False))
 
     @precondition(lambda self: self.stores)
@@ -77,6 +82,33 @@ class CatalogModel(RuleBasedStateMachine):
             victim = next((number for number in pool if number not in loading), max(pool))
             del pool[victim]
             self.catalog.report(victim, worker, 0)
+
+    @precondition(lambda self: any(not stale for _, _, stale in self.stores))
+    @rule(data=st.data())
+    def abandon_store(self, data: st.DataObject) -> None:
+        plan, due, _ = at = data.draw(st.sampled_from([store for store in self.stores if not store[2]]))
+        self.stores[self.stores.index(at)] = (plan, due, True)
+        self.catalog.abandon_store(set(plan.keys))
+        assert all(self.catalog.state(key) is State.MISSING for key in plan.keys)
+
+    @rule(data=st.data())
+    def report_late_or_twice(self, data: st.DataObject) -> None:
+        worker = data.draw(st.integers(0, len(self.pools) - 1))
+        pool = self.pools[worker]
+        gone = sorted(self.numbers - set(self.catalog._keys))
+        if gone:
+            self.catalog.report(data.draw(st.sampled_from(gone)), worker, data.draw(st.integers(0, WORST)))
+        if pool:
+            number = data.draw(st.sampled_from(sorted(pool)))
+            self.catalog.report(number, worker, pool[number])
+
+    @rule(key=st.sampled_from(KEYS))
+    def load_what_is_not_ready(self, key: bytes) -> None:
+        if self.catalog.state(key) is not State.READY:
+            numbers = self.catalog.begin_load([key])
+            assert not any(numbers[0] in pool for pool in self.pools)
+            self.numbers.update(numbers)
+            self.loads.append(([key], numbers))
 
     @rule(data=st.data())
     def load(self, data: st.DataObject) -> None:
@@ -118,6 +150,9 @@ class CatalogModel(RuleBasedStateMachine):
             if self.catalog.state(key) is State.READY:
                 number = self.catalog._records[key].number
                 assert all(number in pool for pool in self.pools)
+            record = self.catalog._records.get(key)
+            protected = (0 if record is None else record.loads) + self.catalog._loads_of_gone.get(key, 0)
+            assert protected == sum(key in keys for keys, _ in self.loads), "no record is protected for ever"
 
 
 TestCatalogModel = CatalogModel.TestCase

@@ -177,6 +177,17 @@ def test_events() -> None:
     assert list(m.take_events()) == []
 
 
+def test_a_lost_chunk_is_announced_as_removed() -> None:
+    m, r = manager(workers=2, events=True), request()
+    output = m.prepare_store(k(1, 2), r)
+    assert output is not None
+    first, second = output.store_spec.numbers
+    m.apply({0: WorkerReport({first: 10, second: 10}), 1: WorkerReport({first: 10, second: 0})})
+    m.complete_store(set(k(1, 2)), r)
+    m.apply({0: WorkerReport({first: 0}), 1: WorkerReport({first: 0})})
+    assert [(event.keys, event.removed) for event in m.take_events()] == [(k(1), False), (k(1), True)]
+
+
 def test_reports_of_several_workers() -> None:
     def meta(rank: int, jobs: dict[int, int], sizes: dict[int, int]) -> KvzipWorkerMetadata:
         base = OffloadingWorkerMetadata(completed_jobs=jobs)

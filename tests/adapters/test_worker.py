@@ -237,6 +237,51 @@ def test_a_store_job_that_does_not_add_up_is_not_kept(make: Make) -> None:
     assert sizes(worker) == {0: 0, 1: 0}
 
 
+def test_a_load_job_that_does_not_add_up_is_computed_again(make: Make) -> None:
+    (cache,) = tensors = caches()
+    worker = make(tensors)
+    worker.submit_store(1, gpu((0, [1, 2])), RecordSpec((0, 1)))
+    finish(worker, 1)
+    sizes(worker)
+    before = cache.clone()
+    assert worker.submit_load(2, RecordSpec((0, 1)), gpu((0, [10, 11, 12])))
+    finish(worker, 2)
+    assert worker.take_bad_blocks() == {10, 11, 12}
+    assert worker.take_bad_jobs() == {2}
+    report = worker.take_report()
+    assert report is not None
+    assert report.sizes == {0: 0, 1: 0}, "vLLM would ask for the same load again"
+    assert report.totals["failed_load_blocks"] == 3
+    assert torch.equal(cache, before)
+
+
+def test_without_the_connector_nothing_waits_to_be_reported(make: Make) -> None:
+    worker = make(caches(), capacity=10_000, recover=False)
+    for number in range(40):
+        worker.submit_store(number, gpu((0, [number % BLOCKS])), RecordSpec((number,)))
+        finish(worker, number)
+    assert not worker._sizes
+    assert not worker._policy.evicted
+
+
+def test_what_goes_on_failing_does_not_fill_the_log(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    worker = make(caches())
+    for job in range(5):
+        worker.submit_load(job, RecordSpec((100 + job,)), gpu((0, [job])))
+        finish(worker, job)
+    for job in range(5, 10):
+        worker.submit_store(job, gpu((0, [1, 2])), RecordSpec((job,)))
+        finish(worker, job)
+    warned = [record.getMessage() for record in caplog.records if record.name == "kvzip"]
+    assert len(warned) == 2
+    assert "1 of 1 KV blocks could not be loaded" in warned[0]
+    assert "2 of 2 KV blocks could not be stored" in warned[1]
+    report = worker.take_report()
+    assert report is not None
+    assert report.totals["failed_load_blocks"] == 5
+    assert report.totals["failed_store_blocks"] == 10
+
+
 def test_verifying_stores_count_violations(make: Make) -> None:
     worker = make(caches(), verify=1.0)
     worker.submit_store(1, gpu((0, [1])), RecordSpec((0,)))
