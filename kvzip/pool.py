@@ -682,10 +682,11 @@ class HostPool:
     def _return_room(self, room: Room, left: list[tuple[int, int]]) -> None:
         room._taken = None
         self._rooms.remove(room)
+        piece = self._region.piece_bytes // self._extent
         for start, length in left:
             self._reserved -= length
             top, rest = self._top
-            if rest and start + length == top:
+            if rest and start + length == top and not (piece and top % piece == 0):
                 self._top = (start, length + rest)
             else:
                 self._free.release(start, length)

@@ -648,7 +648,19 @@ def test_a_room_that_is_too_small_stays_as_it_is() -> None:
     room.close()
 
 
-@pytest.mark.parametrize("piece", [0, 1 << 20])
+def test_rooms_that_return_out_of_order_stay_within_their_pieces() -> None:
+    with HostPool(16 * MIB, resource=Pieces(4 * MIB)) as pool:
+        rooms = [pool.take(2 * MIB) for _ in range(3)]
+        for room in reversed(rooms):  # the last one began a piece, where the one before it ends
+            room.close()
+        pool.check()
+        whole = pool.take(8 * MIB)
+        assert len(whole.runs) == 2
+        assert all(offset % (4 * MIB) + nbytes <= 4 * MIB for offset, nbytes in whole.runs)
+        whole.close()
+
+
+@pytest.mark.parametrize("piece", [0, 1 << 20, 4 << 20])
 def test_rooms_beside_allocations(piece: int) -> None:
     """Rooms in any order, of small and large sizes, in a pool that gets full: exact accounting, no overlap."""
 
