@@ -30,7 +30,7 @@ from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import coding_of
 from kvzip.bounds import PageBounds, summary, table_id
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
-from kvzip.errors import CorruptRecordError, CudaError, NativeError
+from kvzip.errors import ConfigError, CorruptRecordError, CudaError, NativeError
 from kvzip.index import Contents, Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
 from kvzip.pool import HostPool, Room
@@ -132,15 +132,27 @@ class _Worker:
         self._name = name
         self._start = start
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._closed = False
         self._submitted = self._ended = 0
 
     def submit(self, job: _Job) -> None:
-        self._submitted += 1
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
+        """Queue a job.
+
+        Raises:
+            ConfigError: the worker is closed.
+            RuntimeError: the system gives no thread. The job was not queued.
+        """
+        with self._lock:  # one thread, whoever comes first: a pipeline is not for two
+            if self._closed:
+                raise ConfigError("the engine is closed: make a new one")
+            if self._thread is None:
+                thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+            self._submitted += 1
+            self._jobs.put(job)
 
     def _loop(self) -> None:
         self._start()
@@ -160,10 +172,12 @@ class _Worker:
 
     def close(self) -> None:
         """Let the jobs that were submitted end, then the thread. Blocks the host."""
-        if self._thread is not None:
+        with self._lock:
+            self._closed = True
+            thread, self._thread = self._thread, None
             self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+        if thread is not None:
+            thread.join()
 
 
 class _Reaper:
@@ -189,10 +203,15 @@ class _Reaper:
         """A transfer was queued."""
         if self._parked:
             with self._lock:
-                self._parked = False
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError as error:  # the transfer is queued: it ends when somebody asks for it
+                        _log.warning("no thread looks after transfers that nobody waits for: %s", str(error))
+                        return
+                    self._thread = thread
+                self._parked = False
                 self._wake.set()
 
     def _loop(self) -> None:
@@ -309,7 +328,11 @@ class DeviceSwap:
             self._host.count_store(result)
             return result
 
-        self._out.submit(_Job(run, transfer, "store"))
+        try:
+            self._out.submit(_Job(run, transfer, "store"))
+        except BaseException:
+            self._driver.event_destroy(after)
+            raise
         return transfer
 
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
@@ -338,7 +361,12 @@ class DeviceSwap:
             self._host.count_load(result)
             return result
 
-        self._into.submit(_Job(run, transfer, "load"))
+        try:
+            self._into.submit(_Job(run, transfer, "load"))
+        except BaseException:
+            self._index.end_load(entries)
+            self._driver.event_destroy(after)
+            raise
         return transfer
 
     def close(self) -> None:
@@ -349,6 +377,8 @@ class DeviceSwap:
         self._out.close()
         self._into.close()
         for pending in (self._small_out, self._small_into):
+            with pending.lock:  # whoever is queueing one; later ones find the swap closed
+                pass
             pending.drain()
         self._reaper.close()
         self._driver.set_device(self._device)
@@ -363,7 +393,11 @@ class DeviceSwap:
         self._driver.set_device(self._device)
         handle = stream_handle(stream, self._device)
         event = self._driver.event_create()
-        self._driver.event_record(event, handle)
+        try:
+            self._driver.event_record(event, handle)
+        except BaseException:
+            self._driver.event_destroy(event)
+            raise
         return event
 
     # ---- small transfers, in the caller's thread
@@ -393,6 +427,8 @@ class DeviceSwap:
         try:
             index.check_open()
             with queue.lock:
+                if self._closed:
+                    return None
                 small = self._small_stores()
                 plan = small.plan_for(blocks, codec, part.request)
                 if plan is None:
@@ -490,6 +526,8 @@ class DeviceSwap:
         records = self._records(entries)
         try:
             with queue.lock:
+                if self._closed:
+                    return None
                 small = self._small_loads()
                 plan = small.plan_for(view, contents)
                 if plan is None:

@@ -165,6 +165,7 @@ class SwapEngine:
         integrity = integrity or Integrity()
         self._verify_store, self._check_load = Sampler(integrity.bound), Sampler(integrity.checksum)
         self._closing = False
+        self._close_lock = threading.Lock()  # who closes second returns when the first has
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
         self._tables: dict[int, PageBounds] = {}  # what records were coded with, by the name of its channel tables
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
@@ -362,8 +363,8 @@ class SwapEngine:
             keys,
             replacing=replacing,
         )
-        for (key, record, _), entry in zip(records, entries, strict=True):
-            fresh[key] = entry
+        fresh.update(zip((key for key, _, _ in records), entries, strict=True))
+        for (_, record, _), entry in zip(records, entries, strict=True):
             self.pool.write(entry.allocation, record.header)
             self.pool.write(entry.allocation, record.payload, offset_bytes=record.header.size)
 
@@ -546,6 +547,8 @@ class SwapEngine:
         """The GPU side for ``"cuda:N"``, made at its first use."""
         with self._lock:
             if name not in self._devices:
+                if self._closing:
+                    raise ConfigError("the engine is closed: make a new one")
                 kind, _, number = name.partition(":")
                 if kind != "cuda":
                     raise LayoutError(f"blocks on {name}: kvzip works on host memory and CUDA GPUs; copy them there")
@@ -659,13 +662,14 @@ class SwapEngine:
 
         Waits for transfers under way; may be called twice.
         """
-        with self._lock:
-            swaps, self._closing = ([] if self._closing else list(self._devices.values())), True
-        for swap in swaps:
-            swap.close()
-        with self._store_lock:
-            if self._index.close() and self._owns_pool:
-                self.pool.close()
+        with self._close_lock:
+            with self._lock:
+                swaps, self._closing = ([] if self._closing else list(self._devices.values())), True
+            for swap in swaps:
+                swap.close()
+            with self._store_lock:
+                if self._index.close() and self._owns_pool:
+                    self.pool.close()
 
     def __enter__(self) -> SwapEngine:
         return self

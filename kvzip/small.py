@@ -125,23 +125,28 @@ class _Direction(abc.ABC):
         self._device = device
         self._driver = driver
         self._staging = staging
-        self._stream = driver.stream_create()
-        self._order = driver.event_create()
-        self._memory = DeviceMemory(driver, self._stream)
-        self._memory.fit(
-            # Records have headers, and begin at multiples of 256: their number is bounded by what a ticket holds.
-            arena=staging.small_bytes + TICKET_BYTES + MOST_BLOCKS * 3 * RECORD_ALIGNMENT,
-            workspace=driver.workspace_bytes(TICKET_BYTES // ENTRY_DTYPE.itemsize // MOST_BLOCKS, MOST_BLOCKS),
-            crc_scratch=8 * MOST_BLOCKS,
-            meta=TICKET_BYTES,
-            segments=PLANS_BYTES,
-        )
-        self._region = resource.allocate(TICKETS * TICKET_BYTES + PLANS_BYTES)
         self._free = list(range(TICKETS - 1, -1, -1))
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._plans_end = 0
         self._events: list[int] = []
         self._closed = False
+        with contextlib.ExitStack() as undo:  # a GPU that is full must not get fuller at every try
+            self._stream = driver.stream_create()
+            undo.callback(driver.stream_destroy, self._stream)
+            self._order = driver.event_create()
+            undo.callback(driver.event_destroy, self._order)
+            self._memory = DeviceMemory(driver, self._stream)
+            undo.callback(self._memory.close)
+            self._memory.fit(
+                # Records have headers, and begin at multiples of 256: their number is bounded by what a ticket holds.
+                arena=staging.small_bytes + TICKET_BYTES + MOST_BLOCKS * 3 * RECORD_ALIGNMENT,
+                workspace=driver.workspace_bytes(TICKET_BYTES // ENTRY_DTYPE.itemsize // MOST_BLOCKS, MOST_BLOCKS),
+                crc_scratch=8 * MOST_BLOCKS,
+                meta=TICKET_BYTES,
+                segments=PLANS_BYTES,
+            )
+            self._region = resource.allocate(TICKETS * TICKET_BYTES + PLANS_BYTES)
+            undo.pop_all()
 
     def _new_plan(
         self, key: tuple[int, ...], keep: tuple[Any, ...], blocks: BlockView, segments: npt.NDArray[Any]

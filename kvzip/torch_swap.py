@@ -77,8 +77,8 @@ class TorchSwap:
     def coded_blocks(self) -> dict[str, int]:
         """Blocks encoded and decoded so far, by what coded them: ``"triton"`` or ``"host"``."""
         total: dict[str, int] = {}
-        for codec in self._codecs.values():
-            for coder, blocks in codec.blocks.items():
+        for codec in list(self._codecs.values()):  # copies: the workers add to both
+            for coder, blocks in codec.blocks.copy().items():
                 total[coder] = total.get(coder, 0) + blocks
         return total
 
@@ -123,7 +123,11 @@ class TorchSwap:
             return result
 
         transfer = Transfer()
-        self._into.submit(_Job(run, transfer, "load"))
+        try:
+            self._into.submit(_Job(run, transfer, "load"))
+        except BaseException:
+            self._index.end_load(entries)
+            raise
         return transfer
 
     def close(self) -> None:

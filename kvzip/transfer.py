@@ -139,8 +139,13 @@ class Transfer:
     def _mark_queued(self, stream: int) -> None:
         """All kernels are queued on this stream of the pipeline."""
         assert self._driver is not None
-        event = self._driver.event_create()
-        self._driver.event_record(event, stream)
+        event = self._event or self._driver.event_create()  # a store whose encoder failed is queued twice
+        try:
+            self._driver.event_record(event, stream)
+        except BaseException:
+            if not self._event:
+                self._driver.event_destroy(event)
+            raise
         self._event = event
         self._queued.set()
 

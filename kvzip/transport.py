@@ -17,6 +17,7 @@ of the caller's streams: ordering against them is by events.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -508,11 +509,12 @@ class _Pipeline:
 
     def drain(self) -> None:
         """Wait until every slot is free. Blocks the host."""
-        for slot in self._slots:
-            if slot.busy:
-                self._driver.event_synchronize(slot.kernel_done)
-                self._driver.event_synchronize(slot.copy_done)
-                slot.busy = False
+        with ExitStack() as each:  # every one, even where the device fails: the next transfer asks it anew
+            for slot in self._slots:
+                if slot.busy:
+                    slot.busy = False
+                    each.callback(self._driver.event_synchronize, slot.copy_done)
+                    each.callback(self._driver.event_synchronize, slot.kernel_done)
 
     def close(self) -> None:
         """Wait for the device and free everything. Blocks the host."""
@@ -539,10 +541,13 @@ class EncodePipeline(_Pipeline):
         """
         header = header_nbytes(blocks.layout)
         chunks = [np.zeros(0, np.uint64)]
-        for slot, call, _ in self._encode(blocks, bound, coding, after):
-            self._wait(slot.kernel_done)
-            slot.busy = False
-            chunks.append(call.payload_bytes + np.uint64(header))
+        try:
+            for slot, call, _ in self._encode(blocks, bound, coding, after):
+                self._wait(slot.kernel_done)
+                slot.busy = False
+                chunks.append(call.payload_bytes + np.uint64(header))
+        finally:
+            self.drain()
         return np.concatenate(chunks)
 
     def run(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -35,7 +36,7 @@ from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
 from kvzip.memory import PageableMemory, Region
 from kvzip.record import read_header
-from kvzip.small import MOST_PLANS, TICKETS
+from kvzip.small import MOST_PLANS, TICKETS, SmallLoads, SmallStores
 from kvzip.transport import CudaTransport, Staging, chunk_bounds
 from kvzip.types import DType
 
@@ -602,6 +603,137 @@ def test_closing_ends_small_transfers_under_way() -> None:
     assert transfer.done()
     assert transfer.result().blocks == BLOCKS
     del transfer
+    rig.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_closing_engine_takes_nothing_more(small: bool) -> None:
+    """Stores and loads that come between the end of the device's side and that of the index."""
+    rig = Rig(bound=ErrorBound.lossless(), small=small)
+    rig.engine.store(rig.keys, rig.view).wait()
+    rig.swap.close()
+    with pytest.raises(ConfigError, match="closed"):
+        rig.engine.store(rig.keys, rig.view)
+    with pytest.raises(ConfigError, match="closed"):
+        rig.engine.load(rig.keys, rig.view)
+    assert not rig.driver.memory
+    rig.close()  # waits for no load
+
+
+def test_whoever_closes_second_waits_for_the_first() -> None:
+    rig = small_rig()
+    rig.engine.store(rig.keys[:1], rig.view[[0]]).wait()
+    rig.driver.hold.clear()
+    transfer = rig.engine.store(rig.keys, rig.view)
+    threads = [threading.Thread(target=rig.engine.close) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(TransferError, match="not ended"):
+        transfer.result(0.05)
+    assert all(thread.is_alive() for thread in threads)
+    rig.driver.hold.set()
+    for thread in threads:
+        thread.join(10)
+    assert transfer.result(10).blocks == BLOCKS
+    del transfer
+    rig.close()
+
+
+def test_first_loads_at_once_share_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline is not for two: they would write into each other's staging memory."""
+    rig = Rig(bound=ErrorBound.lossless())
+    rig.engine.store(rig.keys, rig.view).wait()
+    make, makers = threading.Thread, []
+
+    def slowly(**arguments: Any) -> threading.Thread:
+        makers.append(arguments["name"])
+        time.sleep(0.05)
+        return make(**arguments)
+
+    monkeypatch.setattr("kvzip.device.threading.Thread", slowly)
+    threads = [make(target=lambda: rig.engine.load(rig.keys, rig.view).wait(10)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert makers == ["kvzip-in-0"]
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    rig.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_where_the_system_gives_no_thread(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(bound=ErrorBound.lossless(), small=small)
+    rig.engine.store(rig.keys, rig.view).wait()
+    rig.swap._reaper.close()
+    rig.swap._reaper._halt = False
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        rig.poison()
+        if small:  # it ends when somebody asks
+            rig.engine.load(rig.keys, rig.view).wait()
+            assert rig.engine.store([b"k"], rig.view[[0]]).result().blocks == 1
+        else:
+            with pytest.raises(RuntimeError, match="new thread"):
+                rig.engine.load(rig.keys, rig.view)
+    rig.engine.load(rig.keys, rig.view).wait()
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    assert rig.engine._index._loads == 0
+    rig.close()
+
+
+@pytest.mark.parametrize("call", ["malloc", "event_create", "allocate"])
+@pytest.mark.parametrize("direction", [SmallStores, SmallLoads])
+def test_a_full_gpu_does_not_get_fuller(
+    call: str, direction: type[SmallStores | SmallLoads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small transfers take their memory at the first one: where they cannot, nothing of it stays."""
+    driver, resource = FakeDriver(), PageableMemory()
+    owner: Any = resource if call == "allocate" else driver
+    real, calls = getattr(owner, call), []
+
+    def full(*arguments: Any) -> Any:
+        calls.append(call)
+        if call != "malloc" or len(calls) == 3:
+            raise cuda_error()
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, call, full)
+    with pytest.raises(CudaError):
+        direction(0, driver, Staging(), resource)
+    assert not driver.memory
+    assert not driver.events
+    assert not driver.streams
+
+
+@pytest.mark.parametrize("call", ["event_wait", "encode_call", "copy_between", "malloc"])
+@pytest.mark.parametrize("at_call", [1, 2, 3, 5])
+def test_a_store_after_one_that_the_device_failed(call: str, at_call: int) -> None:
+    """Whatever fails wherever, sizes that are asked first included: the next one finds all staging free."""
+    rig = Rig(bound=ErrorBound.lossless(), capacity=60_000, chunk_blocks=1)
+    real, calls = rig.driver._called, []
+
+    def failing(name: str, *, held: bool = True) -> None:
+        calls.append(name)
+        if name == call and calls.count(call) == at_call:
+            raise cuda_error()
+        real(name, held=held)
+
+    rig.driver._called = failing  # type: ignore[method-assign]
+    keys, view = rig.keys[:9], rig.view[range(9)]
+    for _ in range(2):
+        with contextlib.suppress(CudaError):
+            rig.engine.store(keys, view).wait(10)
+        rig.engine.discard(keys)
+    assert calls.count(call) >= at_call
+    assert rig.engine.store(keys, view).result(10).blocks == 9
+    rig.poison()
+    rig.engine.load(keys, view).wait(10)
+    assert all(np.array_equal(a[:9], o[:9]) for a, o in zip(rig.arrays, rig.original, strict=True))
     rig.close()
 
 
