@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch", reason="vLLM needs torch")
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 
 from vllm.v1.kv_offload import base as vllm_base
 

@@ -288,7 +288,7 @@ def test_the_decoded_host_buffer_holds_values_within_the_bound(cache: Any) -> No
 @pytest.fixture
 def cuda_platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's own class for CUDA. A build for the CPU lacks the kernels that its module loads; none is called here."""
-    pytest.importorskip("vllm", reason="needs vLLM")
+    pytest.importorskip("vllm.v1", reason="needs vLLM")
     name = "vllm._C_stable_libtorch"
     if importlib.util.find_spec(name) is None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

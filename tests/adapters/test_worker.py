@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="vLLM needs torch")
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine  # noqa: E402
 from kvzip.adapters.vllm.layout import Group, Page  # noqa: E402

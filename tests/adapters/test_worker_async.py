@@ -15,7 +15,7 @@ import pytest
 from fake_cuda import FakeDriver, FakeTensor, cuda_error
 
 pytest.importorskip("torch", reason="vLLM needs torch")
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine
 from kvzip.adapters.vllm.layout import Group, Page

@@ -21,7 +21,7 @@ from engine_harness import (
     transfer_config,
     version_of_vllm,
 )
-from test_engine import PREFIX, check_pages
+from test_one_engine import PREFIX, check_pages
 
 from kvzip import ErrorBound
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""Two workers with a pool each: answers, damage in one of them, accounts. Run by ``test_engine.py``."""
+"""Two workers with a pool each: answers, damage in one of them, accounts. Run by ``test_engines.py``."""
 
 from __future__ import annotations
 
