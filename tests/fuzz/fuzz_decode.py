@@ -73,6 +73,10 @@ def corpus() -> list[bytes]:
             for mode in (ref.MODE_FIXED, ref.MODE_RICE):
                 records.append(ref.encode_record(pages, mode=mode, bound_kind=ref.BOUND_LOSSLESS, bound=0.0))
                 records.append(ref.encode_record(pages, mode=mode, bound_kind=ref.BOUND_TOKEN_RMS, bound=0.1))
+        geometry = ref.Geometry(16, 1, 70, dtype, 16)
+        for flavour in ("normal", "some_specials"):  # large enough for lossless_rice to be smaller than raw
+            page = ref.Page(adv.page_bits(flavour, 3, geometry), geometry)
+            records.append(ref.encode_record([page], mode=ref.MODE_RICE, bound_kind=ref.BOUND_LOSSLESS, bound=0.0))
     opaque = ref.Geometry(1, 1, 50, ref.OPAQUE, 1)
     records.append(ref.encode_record([ref.Page(adv.page_bits("any_bits", 1, opaque), opaque)]))
     records.append(ref.encode_record([ref.Page(adv.page_bits("constant", 1, opaque), opaque)] * 2))
