@@ -9,6 +9,7 @@ the engine's GPU side run where there is no GPU.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -62,7 +63,7 @@ class FakeDriver:
         self._later: deque[Callable[[], object]] = deque()  # work of held streams, in order
         self._working = threading.Lock()
         self.peak_bytes = 0
-        self._next = 1
+        self._handles = itertools.count(2)  # several threads make them
 
     def _called(self, name: str, *, held: bool = True) -> None:
         self.calls.append(name)
@@ -71,10 +72,6 @@ class FakeDriver:
         error = self.fail.pop(name, None)
         if error is not None:
             raise error
-
-    def _handle(self) -> int:
-        self._next += 1
-        return self._next
 
     def set_device(self, device: int) -> None:
         assert device >= 0
@@ -120,8 +117,9 @@ class FakeDriver:
         assert stream in self.streams
 
     def stream_create(self, priority: int = 0) -> int:
-        self.streams.add(self._handle())
-        return self._next
+        stream = next(self._handles)
+        self.streams.add(stream)
+        return stream
 
     def stream_destroy(self, stream: int) -> None:
         self.streams.remove(stream)
@@ -130,8 +128,9 @@ class FakeDriver:
         assert event in self.events
 
     def event_create(self, *, timing: bool = False) -> int:
-        self.events.add(self._handle())
-        return self._next
+        event = next(self._handles)
+        self.events.add(event)
+        return event
 
     def event_destroy(self, event: int) -> None:
         self.events.remove(event)
