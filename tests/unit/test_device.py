@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import fake_cuda
 import numpy as np
 import pytest
 from fake_cuda import FakeDriver, FakeTensor, cuda_error
@@ -305,6 +306,23 @@ def test_encoder_failure_stores_raw(rig: Rig, caplog: pytest.LogCaptureFixture) 
     rig.poison()
     rig.engine.load(rig.keys, rig.view).wait()
     assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+
+
+def test_an_encoder_that_fails_behind_its_queue_stores_raw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels are queued when the first status is read: the raw ones are queued again."""
+    rig = Rig(bound=ErrorBound.lossless())
+    encode, failed = FakeDriver.encode, []
+
+    def report(driver: FakeDriver, a: Any, stream: int) -> None:
+        encode(driver, a, stream)
+        if not failed:
+            failed.append(1)
+            fake_cuda.at(a.status, np.uint32, 1)[0] = 1
+
+    monkeypatch.setattr(FakeDriver, "encode", report)
+    result = rig.engine.store(rig.keys[:1], rig.view[[0]]).result(10)
+    assert result.fallbacks == {"encoder_failed": 4}
+    rig.close()  # no event is left
 
 
 def test_failures_of_other_kinds_become_transfer_errors(rig: Rig) -> None:
