@@ -119,7 +119,7 @@ class Transfer:
             stream: a CUDA stream handle, anything with ``cuda_stream`` (torch), or None for torch's current stream.
 
         Raises:
-            TransferError: the transfer has failed, or was never queued.
+            TransferError: the transfer failed before all of its work was queued. What fails later, `result` says.
         """
         if self._driver is None:
             self.wait()
