@@ -33,23 +33,12 @@ from cuda_bridge import (
     check_both_ways,
 )
 
-from kvzip.errors import BackendUnavailableError, KvzipError, NativeError
+from kvzip.errors import KvzipError, NativeError
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"bfloat16": BF16, "float16": FP16, "float32": FP32, "opaque": OPAQUE}
 CODINGS = {"fixed": FIXED, "plain": PLAIN, "outlier": OUTLIER, "lossless": LOSSLESS, "raw": RAW}
-
-
-@pytest.fixture(scope="module")
-def cuda() -> tuple[Any, Any]:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU that torch can use")
-    try:
-        return bridge.load()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
 
 
 #: tokens, heads, head_dim: what the fast path takes, at its edges

@@ -31,7 +31,6 @@ from cuda_bridge import (
 )
 
 from kvzip import BlockView, CalibrationTable, HostPool, SwapEngine
-from kvzip.errors import BackendUnavailableError
 from kvzip.memory import PinnedMemory
 
 pytestmark = pytest.mark.gpu
@@ -58,17 +57,6 @@ SHAPES = [
     (1, 1, 4097),
     (1, 1, 1),
 ]
-
-
-@pytest.fixture(scope="module")
-def cuda() -> tuple[Any, Any]:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU that torch can use")
-    try:
-        return bridge.load()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
