@@ -283,10 +283,12 @@ class CompressedSwapManager:
             if src_cache.shape[1:] != dst_cache.shape[1:] or src_cache.dtype != dst_cache.dtype:
                 raise LayoutError(
                     f"blocks of {tuple(src_cache.shape[1:])} {src_cache.dtype} do not fit a host cache of "
-                    f"{tuple(dst_cache.shape[1:])} {dst_cache.dtype}"
+                    f"{tuple(dst_cache.shape[1:])} {dst_cache.dtype}: make it of the same blocks"
                 )
             if max(target, default=-1) >= dst_cache.shape[0]:
-                raise LayoutError(f"block {max(target)}: the host cache has {dst_cache.shape[0]}")
+                raise LayoutError(
+                    f"block {max(target)}: the host cache has blocks 0 to {dst_cache.shape[0] - 1}: make it larger"
+                )
             engine = self._engine_for(src_cache)
             view = BlockView([src_cache], self._layout(src_cache), source)
             result = engine.store(keys, view).result()
