@@ -1,50 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// The CUDA codec behind kvz.h: kernels, the choice between them, and their launch. cuda_device.inl and cuda_general.inl
-// hold the code that runs on the device.
+// The CUDA codec behind kvz.h: the choice between kernels, and their launch. The kernels themselves are in cuda_*.cu,
+// which compile side by side; what they share, and the code that runs on the device, is in headers and *.inl.
 #include <atomic>
 
-#include "cuda_crc.inl"
-#include "cuda_general.inl"
-#include "cuda_rice.inl"
+#include "cuda_kernels.h"
 #include "cuda_swap.inl"
 #include "cuda_transport.inl"
+#include "cuda_validate.inl"
 
 namespace kvz {
 namespace gpu {
 namespace {
 
-extern __shared__ __align__(16) uint8_t g_shared[];
-
 constexpr uint32_t kCheckThreads = 256;
 
-// Three CTAs of eight warps fit on a multiprocessor, so that the phases of pages overlap, and when encoding the
-// controllers beside them.
-template <int DTYPE>
-__global__ void __launch_bounds__((kMaxWarps + 3) * kWarp, 1)
-    encode_fast_kernel(const __grid_constant__ EncodeParams p) {
-  encode_fast<DTYPE>(p, g_shared);
-}
-template <int DTYPE>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) decode_fast_kernel(const __grid_constant__ DecodeParams p) {
-  wait_for_previous_kernel();
-  decode_fast<DTYPE>(p, g_shared);
-}
-__global__ void __launch_bounds__(kGeneralThreads, 2) encode_general_kernel(const __grid_constant__ EncodeParams p) {
-  encode_general(p, g_shared);
-}
-__global__ void __launch_bounds__(kGeneralThreads, 2) decode_general_kernel(const __grid_constant__ DecodeParams p) {
-  wait_for_previous_kernel();
-  decode_general(p, g_shared);
-}
-__global__ void __launch_bounds__(kRiceWarps* kWarp, 2) encode_rice_kernel(const __grid_constant__ EncodeParams p) {
-  encode_rice(p, g_shared, p.team_bytes / 4, p.teams);
-}
-__global__ void __launch_bounds__(kRiceWarps* kWarp, 2) decode_rice_kernel(const __grid_constant__ DecodeParams p) {
-  wait_for_previous_kernel();
-  decode_rice(p, g_shared);
-}
 __global__ void __launch_bounds__(kCheckThreads)
     check_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ CrcParams c) {
   let_next_kernel_start();
@@ -60,36 +31,20 @@ __global__ void __launch_bounds__(kCheckThreads) crc_kernel(const __grid_constan
 
 constexpr int kMaxDevices = 64;
 
-enum Kernel {
-  kEncodeBf16,
-  kEncodeFp16,
-  kEncodeGeneral,
-  kEncodeRice,
-  kDecodeBf16,
-  kDecodeFp16,
-  kDecodeGeneral,
-  kDecodeRice,
-  kKernels
-};
-
 const void* function_of(Kernel kernel) {
   switch (kernel) {
     case kEncodeBf16:
-      return reinterpret_cast<const void*>(encode_fast_kernel<KVZ_BF16>);
     case kEncodeFp16:
-      return reinterpret_cast<const void*>(encode_fast_kernel<KVZ_FP16>);
-    case kEncodeGeneral:
-      return reinterpret_cast<const void*>(encode_general_kernel);
-    case kEncodeRice:
-      return reinterpret_cast<const void*>(encode_rice_kernel);
-    case kDecodeRice:
-      return reinterpret_cast<const void*>(decode_rice_kernel);
+      return encode_fast_function(kernel);
     case kDecodeBf16:
-      return reinterpret_cast<const void*>(decode_fast_kernel<KVZ_BF16>);
     case kDecodeFp16:
-      return reinterpret_cast<const void*>(decode_fast_kernel<KVZ_FP16>);
+      return decode_fast_function(kernel);
+    case kEncodeRice:
+      return encode_rice_function();
+    case kDecodeRice:
+      return decode_rice_function();
     default:
-      return reinterpret_cast<const void*>(decode_general_kernel);
+      return general_function(kernel);
   }
 }
 

@@ -241,20 +241,5 @@ KVZ_DEV void checksum(const CrcParams& a) {
   for (uint64_t id = blockIdx.x * warps + warp_of(threadIdx.x); id < work; id += step) checksum_piece(a, id, lane);
 }
 
-// What comes before decoding: checksums, where they are asked for, a piece a warp, and validation.
-KVZ_DEV void check(const DecodeParams& p, const CrcParams& c) {
-  const uint32_t lane = lane_of(threadIdx.x), warps = blockDim.x / kWarp;
-  const uint32_t pages = p.num_blocks * p.num_segments, together = kWarp / p.validate_lanes;
-  const uint64_t pieces = c.expected == nullptr ? 0 : static_cast<uint64_t>(c.count) * c.most_pieces;
-  const uint64_t work = pieces + (pages + together - 1) / together, step = static_cast<uint64_t>(gridDim.x) * warps;
-  for (uint64_t id = blockIdx.x * warps + warp_of(threadIdx.x); id < work; id += step) {
-    if (id < pieces) {
-      checksum_piece(c, id, lane);
-    } else {
-      validate_pages(p, static_cast<uint32_t>(id - pieces) * together, lane);
-    }
-  }
-}
-
 }  // namespace gpu
 }  // namespace kvz

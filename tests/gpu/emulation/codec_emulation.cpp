@@ -10,9 +10,7 @@
 #include <random>
 
 #define KVZ_EMULATE 1
-#include "cuda_crc.inl"
-#include "cuda_general.inl"
-#include "cuda_rice.inl"
+#include "cuda_validate.inl"
 
 namespace {
 

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// Encoders for pages of strips (cuda_device.inl).
+#include "cuda_device.inl"
+#include "cuda_kernels.h"
+
+namespace kvz {
+namespace gpu {
+namespace {
+
+extern __shared__ __align__(16) uint8_t g_shared[];
+
+// Three CTAs of eight warps fit on a multiprocessor, so that the phases of pages overlap, and the controllers beside
+// them.
+template <int DTYPE>
+__global__ void __launch_bounds__((kMaxWarps + 3) * kWarp, 1)
+    encode_fast_kernel(const __grid_constant__ EncodeParams p) {
+  encode_fast<DTYPE>(p, g_shared);
+}
+
+}  // namespace
+
+const void* encode_fast_function(Kernel kernel) {
+  return kernel == kEncodeBf16 ? reinterpret_cast<const void*>(encode_fast_kernel<KVZ_BF16>)
+                               : reinterpret_cast<const void*>(encode_fast_kernel<KVZ_FP16>);
+}
+
+}  // namespace gpu
+}  // namespace kvz

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// The kernels of the CUDA codec, each family in a file of its own, as the addresses that cudaLaunchKernelExC takes.
+#pragma once
+
+namespace kvz {
+namespace gpu {
+
+enum Kernel {
+  kEncodeBf16,
+  kEncodeFp16,
+  kEncodeGeneral,
+  kEncodeRice,
+  kDecodeBf16,
+  kDecodeFp16,
+  kDecodeGeneral,
+  kDecodeRice,
+  kKernels
+};
+
+const void* encode_fast_function(Kernel kernel);  // cuda_encode_fast.cu
+const void* decode_fast_function(Kernel kernel);  // cuda_decode_fast.cu
+const void* general_function(Kernel kernel);      // cuda_general.cu
+const void* encode_rice_function();               // cuda_encode_rice.cu
+const void* decode_rice_function();               // cuda_decode_rice.cu
+
+}  // namespace gpu
+}  // namespace kvz
