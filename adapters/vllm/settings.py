@@ -10,12 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from kvzip.adapters.settings import (
+    default_mode,
+    parse_bound,
+    parse_fraction,
+    parse_integer,
+    parse_layer_bounds,
+    parse_name,
+    with_layers,
+)
 from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy
-from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError
 from kvzip.policy import make_policy
-from kvzip.types import BoundKind, ErrorBound
+from kvzip.types import ErrorBound
 
 _log = logging.getLogger("kvzip")
 
@@ -33,8 +41,6 @@ VLLM_KEYS = frozenset(
     }
 )
 
-
-_WITHIN_PAGES = frozenset({BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE})
 
 #: What `KvzipOffloadingWorker.configure` can change while vLLM runs.
 CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode"})
@@ -91,7 +97,7 @@ class AdapterSettings:
                 "cpu_bytes_to_use is not set: put the bytes of host memory for KV records into "
                 'kv_connector_extra_config, for instance "cpu_bytes_to_use": 8589934592'
             )
-        nbytes = _integer("cpu_bytes_to_use", given.pop("cpu_bytes_to_use"), 1 << 20)
+        nbytes = parse_integer("cpu_bytes_to_use", given.pop("cpu_bytes_to_use"), 1 << 20)
         return cls(nbytes).change(**given)
 
     def change(self, **changes: Any) -> AdapterSettings:
@@ -104,17 +110,17 @@ class AdapterSettings:
         values: dict[str, Any] = {}
         for name, value in changes.items():
             if name in ("max_ctas", "threads"):
-                values[name] = _integer(name, value, 0)
+                values[name] = parse_integer(name, value, 0)
             elif name == "chunk_bytes":
-                values[name] = _integer(name, value, 1 << 20)
+                values[name] = parse_integer(name, value, 1 << 20)
             elif name == "verify":
-                values[name] = _fraction(name, value)
+                values[name] = parse_fraction(name, value)
             elif name == "bound":
                 values[name] = parse_bound(value)
             elif name == "layer_bounds":
-                values[name] = _layer_bounds(value)
+                values[name] = parse_layer_bounds(value)
             elif name in ("codec", "policy") or (name == "mode" and value is not None):
-                values[name] = _name(name, value)
+                values[name] = parse_name(name, value)
             elif name == "mode":
                 values[name] = None
             else:
@@ -132,75 +138,9 @@ class AdapterSettings:
     @property
     def bounds(self) -> ErrorBound | BoundPolicy:
         """`bound` and `layer_bounds` together, by layers of the model."""
-        if not self.layer_bounds:
-            return self.bound
-        policy = self.bound if isinstance(self.bound, BoundPolicy) else BoundPolicy(self.bound, self.bound)
-        return replace(policy, layers={**policy.layers, **self.layer_bounds})
+        return with_layers(self.bound, self.layer_bounds)
 
     @property
     def coding_mode(self) -> str:
-        """`mode`; without one the codec's first, or ``rice`` where bounds differ within a page.
-
-        The CUDA codec has these bounds in that mode alone; in others the host would code the blocks, much slower.
-        """
-        if self.mode is not None:
-            return self.mode
-        modes = get_codec(self.codec).modes
-        kinds = self.bounds.kinds if isinstance(self.bounds, BoundPolicy) else {self.bounds.kind}
-        return "rice" if "rice" in modes and kinds & _WITHIN_PAGES else modes[0]
-
-
-def parse_bound(value: Any) -> ErrorBound | BoundPolicy:
-    """Error bounds as they stand in JSON: a number is a fraction of each page's range.
-
-    Raises:
-        ConfigError: they are no bounds.
-        FormatError: a calibration table is none.
-    """
-    if isinstance(value, (ErrorBound, BoundPolicy)):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return ErrorBound.relative(float(value))
-    if isinstance(value, str):
-        try:
-            return parse_bounds(value)
-        except OSError as error:
-            raise ConfigError(f"bound {value!r}: the calibration table cannot be read: {error}") from error
-    raise ConfigError(f"bound {value!r}: give a number such as 1e-3, or a text such as 'abs:1e-2' or 'lossless'")
-
-
-def _layer_bounds(value: Any) -> dict[int, tuple[ErrorBound, ErrorBound]]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f'layer_bounds {value!r}: give bounds by layer, such as {{"0": "lossless"}}')
-    found = {}
-    for layer, bound in value.items():
-        number = _integer("layer", layer, 0)
-        parsed = parse_bound(bound)
-        if isinstance(parsed, BoundPolicy):
-            if parsed.layers:
-                raise ConfigError(f"bound {bound!r} of layer {number}: a table is for all layers; put it into bound")
-            found[number] = (parsed.key, parsed.value)
-        else:
-            found[number] = (parsed, parsed)
-    return found
-
-
-def _name(what: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{what} {value!r}: give a name")
-    return value
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    number = value
-    if (isinstance(value, str) and value.strip().isdigit()) or (isinstance(value, float) and value.is_integer()):
-        number = int(value)
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise ConfigError(f"{name} {value!r}: give a whole number, at least {least}")
-    return number
-
-
-def _fraction(name: str, value: Any) -> float:
-    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} {value!r}: give a part from 0 (none) to 1 (all), or false or true")
-    return float(value)
+        """`mode`, or without one `kvzip.adapters.settings.default_mode`."""
+        return default_mode(self.codec, self.bounds) if self.mode is None else self.mode

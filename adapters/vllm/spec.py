@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingManager, OffloadingSpec, OffloadingWorker
 
-from kvzip.adapters.vllm.bounds import Shard
+from kvzip.adapters.shard import Shard
 from kvzip.adapters.vllm.catalog import RecordCatalog
 from kvzip.adapters.vllm.layout import Group, group_view, layers_of
 from kvzip.adapters.vllm.manager import KvzipOffloadingManager

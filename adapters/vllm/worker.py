@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, OffloadingWorker, TransferResult
 
-from kvzip.adapters.vllm.bounds import Shard, group_bounds
+from kvzip.adapters.shard import Shard
+from kvzip.adapters.vllm.bounds import group_bounds
 from kvzip.adapters.vllm.layout import Group
 from kvzip.adapters.vllm.messages import RecordSpec, WorkerReport
 from kvzip.adapters.vllm.metrics import worker_totals

@@ -13,7 +13,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the adapter's layouts are those of torch tensors")
 
 from kvzip import ErrorBound, SwapEngine  # noqa: E402
-from kvzip.adapters.vllm.bounds import Shard, group_bounds  # noqa: E402
+from kvzip.adapters.shard import Shard  # noqa: E402
+from kvzip.adapters.vllm.bounds import group_bounds  # noqa: E402
 from kvzip.adapters.vllm.layout import LayerCache, group_view, layer_number, layers_of  # noqa: E402
 from kvzip.types import DType  # noqa: E402
 

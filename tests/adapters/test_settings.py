@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from kvzip import BlockLayout, BlockView, CalibrationTable, CodecNotFoundError, ErrorBound
-from kvzip.adapters.vllm.bounds import Shard, group_bounds
+from kvzip.adapters.shard import Shard
+from kvzip.adapters.vllm.bounds import group_bounds
 from kvzip.adapters.vllm.layout import Group, Page
 from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.bounds import BoundPolicy

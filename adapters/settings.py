@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""How an operator says in JSON what records are coded with: the same words in every adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kvzip.backends.registry import get_codec
+from kvzip.bounds import BoundPolicy
+from kvzip.calibration import parse_bounds
+from kvzip.errors import ConfigError
+from kvzip.types import BoundKind, ErrorBound
+
+#: Kinds of bound that differ within a page.
+WITHIN_PAGES = frozenset({BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE})
+
+
+def with_layers(
+    bound: ErrorBound | BoundPolicy, layers: Mapping[int, tuple[ErrorBound, ErrorBound]]
+) -> ErrorBound | BoundPolicy:
+    """A bound, with the pairs (K, V) of single layers in its place."""
+    if not layers:
+        return bound
+    policy = bound if isinstance(bound, BoundPolicy) else BoundPolicy(bound, bound)
+    return replace(policy, layers={**policy.layers, **layers})
+
+
+def bound_kinds(bounds: ErrorBound | BoundPolicy) -> frozenset[BoundKind]:
+    """Kinds of bound that are used."""
+    return bounds.kinds if isinstance(bounds, BoundPolicy) else frozenset({bounds.kind})
+
+
+def default_mode(codec: str, bounds: ErrorBound | BoundPolicy) -> str:
+    """The codec's first mode, or ``rice`` where bounds differ within a page.
+
+    The CUDA codec has these bounds in that mode alone; in others the host would code the blocks, much slower.
+    """
+    modes = get_codec(codec).modes
+    return "rice" if "rice" in modes and bound_kinds(bounds) & WITHIN_PAGES else modes[0]
+
+
+def parse_bound(value: Any) -> ErrorBound | BoundPolicy:
+    """Error bounds as they stand in JSON: a number is a fraction of each page's range.
+
+    Raises:
+        ConfigError: they are no bounds.
+        FormatError: a calibration table is none.
+    """
+    if isinstance(value, (ErrorBound, BoundPolicy)):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return ErrorBound.relative(float(value))
+    if isinstance(value, str):
+        try:
+            return parse_bounds(value)
+        except OSError as error:
+            raise ConfigError(f"bound {value!r}: the calibration table cannot be read: {error}") from error
+    raise ConfigError(f"bound {value!r}: give a number such as 1e-3, or a text such as 'abs:1e-2' or 'lossless'")
+
+
+def parse_layer_bounds(value: Any) -> dict[int, tuple[ErrorBound, ErrorBound]]:
+    """Bounds by number of a layer, as pairs (K, V).
+
+    Raises:
+        ConfigError: they are none.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'layer_bounds {value!r}: give bounds by layer, such as {{"0": "lossless"}}')
+    found = {}
+    for layer, bound in value.items():
+        number = parse_integer("layer", layer, 0)
+        parsed = parse_bound(bound)
+        if isinstance(parsed, BoundPolicy):
+            if parsed.layers:
+                raise ConfigError(f"bound {bound!r} of layer {number}: a table is for all layers; put it into bound")
+            found[number] = (parsed.key, parsed.value)
+        else:
+            found[number] = (parsed, parsed)
+    return found
+
+
+def parse_name(what: str, value: Any) -> str:
+    """A name, as text."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{what} {value!r}: give a name")
+    return value
+
+
+def parse_integer(name: str, value: Any, least: int) -> int:
+    """A whole number, at least `least`; also as text or as a float without fraction."""
+    number = value
+    if (isinstance(value, str) and value.strip().isdigit()) or (isinstance(value, float) and value.is_integer()):
+        number = int(value)
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise ConfigError(f"{name} {value!r}: give a whole number, at least {least}")
+    return number
+
+
+def parse_fraction(name: str, value: Any) -> float:
+    """A part from 0 to 1; false and true are 0 and 1."""
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} {value!r}: give a part from 0 (none) to 1 (all), or false or true")
+    return float(value)
