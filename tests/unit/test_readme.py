@@ -36,7 +36,7 @@ def blocks(name: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```$", read(name), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/tutorial.md"])
 def test_the_code_of_the_document_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,7 +47,7 @@ def test_the_code_of_the_document_runs(
         if language == "python":
             exec(compile(text, name, "exec"), namespace)
             ran += 1
-        elif language == "sh" and name != "README.md":  # .ci/run runs those of the README in a shell
+        elif language == "sh" and name.startswith("docs"):  # .ci/run runs the others in a shell
             for line in text.splitlines():
                 command, *arguments = shlex.split(line)
                 assert command == "kvzip"
