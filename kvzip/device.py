@@ -624,6 +624,8 @@ class DeviceSwap:
         except CudaError:
             raise  # the device is at fault: another encoder would fail as well
         except NativeError as error:
+            if not transfer._recall():
+                raise  # the caller's stream was let go: the pages may hold other values by now
             _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
             raw = [Coding.RAW] * len(parts)
             return self._encode(parts, raw, codec, Reason.ENCODER_FAILED, measure_error, after, transfer)

@@ -72,7 +72,10 @@ class Transfer:
         self._error: KvzipError | None = None
         self._driver = driver
         self._device = device
-        self._event = 0
+        self._event = 0  # behind the last kernel; 0 until that is queued
+        self._recalled = 0  # an event to use again
+        self._lock = threading.Lock()  # guards the three around it
+        self._released = False  # somebody may go on behind the event
 
     def done(self) -> bool:
         """Whether the transfer has ended, well or not. Never blocks."""
@@ -113,7 +116,9 @@ class Transfer:
         After a load, kernels of that stream see the loaded values; after a store, they may overwrite the pages. Blocks
         the host only until the transfer's kernels are queued. On the CPU it does nothing: the work is done.
 
-        Whether a load found every record intact is known at its end: ask `result` before the values are trusted.
+        Whether a load found every record intact is known at its end: ask `result` before the values are trusted. A
+        store whose encoder fails after this call fails, where it would have stored raw bytes: the pages may have
+        changed.
 
         Args:
             stream: a CUDA stream handle, anything with ``cuda_stream`` (torch), or None for torch's current stream.
@@ -124,27 +129,44 @@ class Transfer:
         if self._driver is None:
             self.wait()
             return
-        self._queued.wait()
-        if self._event == 0:
-            self.wait()
-            return
+        while not self._release():
+            self._queued.wait()
+            if self._finished.is_set() and self._event == 0:
+                self.wait()
+                return
         self._driver.set_device(self._device)
         self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
 
     @property
     def cuda_event(self) -> int:
         """Handle of the event behind the last kernel, for integrators; 0 before it is queued, and on the CPU."""
+        self._release()
         return self._event
+
+    def _release(self) -> bool:
+        """Whether all kernels are queued: then they are not queued again (`_recall`)."""
+        with self._lock:
+            self._released = self._event != 0
+            return self._released
+
+    def _recall(self) -> bool:
+        """Take `_mark_queued` back. False when it is too late: what comes behind the event may overwrite the pages."""
+        with self._lock:
+            if self._released:
+                return False
+            self._queued.clear()
+            self._event, self._recalled = 0, self._event or self._recalled
+            return True
 
     def _mark_queued(self, stream: int) -> None:
         """All kernels are queued on this stream of the pipeline."""
         assert self._driver is not None
-        event = self._event or self._driver.event_create()  # a store whose encoder failed is queued twice
+        event = self._recalled or self._driver.event_create()
+        self._recalled = 0
         try:
             self._driver.event_record(event, stream)
         except BaseException:
-            if not self._event:
-                self._driver.event_destroy(event)
+            self._driver.event_destroy(event)
             raise
         self._event = event
         self._queued.set()
@@ -160,9 +182,10 @@ class Transfer:
         self._queued.set()
 
     def __del__(self) -> None:
-        if self._event and self._driver is not None:
+        event = getattr(self, "_event", 0) or getattr(self, "_recalled", 0)
+        if event and self._driver is not None:
             with contextlib.suppress(KvzipError):  # at the interpreter's end the device may be gone already
-                self._driver.event_destroy(self._event)
+                self._driver.event_destroy(event)
 
 
 Land = Callable[[Exception | None], TransferResult]
@@ -209,6 +232,9 @@ class QueuedTransfer(Transfer):
         assert self._driver is not None
         self._driver.set_device(self._device)
         self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
+
+    def _release(self) -> bool:
+        return self._event != 0  # queued whole, and never again
 
     def _finish(self, result: TransferResult) -> None:
         self._result = result

@@ -29,6 +29,7 @@ from kvzip import (
     HostPool,
     PoolExhaustedError,
     SwapEngine,
+    Transfer,
     TransferError,
 )
 from kvzip.backends.base import EncodeRequest, PageCodec
@@ -308,10 +309,13 @@ def test_encoder_failure_stores_raw(rig: Rig, caplog: pytest.LogCaptureFixture) 
     assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
 
 
-def test_an_encoder_that_fails_behind_its_queue_stores_raw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kernels are queued when the first status is read: the raw ones are queued again."""
-    rig = Rig(bound=ErrorBound.lossless())
-    encode, failed = FakeDriver.encode, []
+@pytest.mark.parametrize("released", ["nobody", "a stream", "an integrator"])
+def test_an_encoder_that_fails_behind_its_queue(monkeypatch: pytest.MonkeyPatch, released: str) -> None:
+    """All kernels are queued when the first status is read. They are queued again for raw records, unless somebody was
+    let go behind the first ones: the pages may have other values by then."""
+    rig = Rig(bound=ErrorBound.lossless(), slots=1)
+    encode, failed, recalled = FakeDriver.encode, [], []
+    recall = Transfer._recall
 
     def report(driver: FakeDriver, a: Any, stream: int) -> None:
         encode(driver, a, stream)
@@ -319,9 +323,32 @@ def test_an_encoder_that_fails_behind_its_queue_stores_raw(monkeypatch: pytest.M
             failed.append(1)
             fake_cuda.at(a.status, np.uint32, 1)[0] = 1
 
+    def note(transfer: Transfer) -> bool:
+        recalled.append(recall(transfer))
+        return recalled[-1]
+
+    rig.engine.store(rig.keys[1:2], rig.view[[1]]).wait(10)  # which takes the memory
     monkeypatch.setattr(FakeDriver, "encode", report)
-    result = rig.engine.store(rig.keys[:1], rig.view[[0]]).result(10)
-    assert result.fallbacks == {"encoder_failed": 4}
+    monkeypatch.setattr(Transfer, "_recall", note)
+    rig.driver.hold.clear()  # no status comes before the caller has gone on
+    transfer = rig.engine.store(rig.keys[:1], rig.view[[0]])
+    deadline = time.monotonic() + 10
+    while transfer._event == 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if released == "a stream":
+        transfer.wait_stream(7)
+    elif released == "an integrator":
+        assert transfer.cuda_event in rig.driver.events
+    rig.driver.hold.set()
+    if released == "nobody":
+        assert transfer.result(10).fallbacks == {"encoder_failed": 4}
+        transfer.wait_stream(7)
+    else:
+        with pytest.raises(NativeError, match="encoding on the GPU"):
+            transfer.result(10)
+        assert not rig.engine.contains(rig.keys[0])
+    assert recalled == [released == "nobody"]
+    del transfer
     rig.close()  # no event is left
 
 
