@@ -5,7 +5,7 @@
 // from and to device memory. It reads a page up to three times, which the caches mostly absorb.
 #pragma once
 
-#include "cuda_device.inl"
+#include "cuda_bounds.inl"
 
 namespace kvz {
 namespace gpu {
@@ -13,33 +13,12 @@ namespace gpu {
 // ---- groups
 // -----------------------------------------------------------------------------------------------------------
 
-template <int DTYPE>
-KVZ_DEV uint32_t load_value(const uint8_t* from) {
-  return *reinterpret_cast<const typename Traits<DTYPE>::word*>(from);
-}
-
 // Call visit(i, address) for the values of a group that lie inside the page. Unrolled: i is a constant in each call.
 template <class Visit>
 KVZ_DEV void for_group(const Geometry& g, uint32_t index, Visit visit) {
-  const uint32_t row = index / g.columns, column = index - row * g.columns;
-  const uint32_t token = row << g.log_tokens;
-  uint32_t channel = column << (4 - g.log_tokens);
-  uint32_t head = channel / g.head_dim, d = channel - head * g.head_dim;
-  const uint32_t within = g.group_tokens - 1;
-#pragma unroll
-  for (uint32_t i = 0; i < 16; ++i) {
-    if (i > 0 && (i & within) == 0) {
-      ++channel;
-      if (++d == g.head_dim) {
-        d = 0;
-        ++head;
-      }
-    }
-    const uint32_t t = token + (i & within);
-    if (t < g.tokens && channel < g.channels) {
-      visit(i, g.base + t * g.token_stride + head * g.head_stride + static_cast<uint64_t>(d) * g.value_bytes);
-    }
-  }
+  const uint32_t row = index / g.columns;
+  for_places(g, row, index - row * g.columns,
+             [&](uint32_t i, uint8_t* at, uint32_t, uint32_t, uint32_t) { visit(i, at); });
 }
 
 // Values outside the page are 0. Returns a mask of those inside.

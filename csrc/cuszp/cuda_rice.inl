@@ -25,7 +25,6 @@ struct RiceShared {
   uint32_t any_raw, highest;
   uint32_t words[kRiceWarps], stream[kRiceWarps];  // of the strips of a round
   RicePage page;
-  float largest;
 };
 
 // A slot keeps the codes of a strip, a column a lane, with the two classes in the last row. Codes of 16-bit values are
@@ -46,62 +45,8 @@ constexpr uint32_t rice_shared_bytes(uint32_t warps, uint32_t value_bits, uint32
          slots * rice_slot_bytes(value_bits);
 }
 
-KVZ_DEV float reciprocal(float x) {  // as inverse_step
-#if defined(KVZ_EMULATE)
-  return 1.0f / x;
-#else
-  return __frcp_rn(x);
-#endif
-}
-
 // ---- places
 // ---------------------------------------------------------------------------------------------------------
-
-struct Bounds {
-  uint32_t steps;
-  float page;
-  const float* vectors;   // of tokens x heads, in shared memory
-  const float* inverses;  // of their steps of 1 to 8 significant bits, or null
-  const uint8_t* scales;  // or their scale bytes
-  const float* channels;
-  uint32_t heads;
-};
-
-KVZ_DEV float no_bound() { return float_of(0x7fc00000u); }
-
-KVZ_DEV float bound_at(const Bounds& b, uint32_t token, uint32_t head, uint32_t channel) {
-  if (b.steps == KVZ_STEPS_PAGE) return b.page;
-  if (b.steps == KVZ_STEPS_CHANNEL) {
-    const float bound = b.channels[channel];
-    return bound >= kLeastBound && bound <= kLargestBound ? bound : no_bound();
-  }
-  const uint32_t vector = token * b.heads + head;
-  return b.vectors != nullptr ? b.vectors[vector] : bound_of_scale(b.scales[vector], b.page);
-}
-
-// Call visit(i, address, token, head, channel) for the values of a group that lie inside the page.
-template <class Visit>
-KVZ_DEV void for_places(const Geometry& g, uint32_t row, uint32_t column, Visit visit) {
-  const uint32_t token = row << g.log_tokens;
-  uint32_t channel = column << (4 - g.log_tokens);
-  uint32_t head = channel / g.head_dim, d = channel - head * g.head_dim;
-  const uint32_t within = g.group_tokens - 1;
-#pragma unroll
-  for (uint32_t i = 0; i < 16; ++i) {
-    if (i > 0 && (i & within) == 0) {
-      ++channel;
-      if (++d == g.head_dim) {
-        d = 0;
-        ++head;
-      }
-    }
-    const uint32_t t = token + (i & within);
-    if (t < g.tokens && channel < g.channels) {
-      visit(i, g.base + t * g.token_stride + head * g.head_stride + static_cast<uint64_t>(d) * g.value_bytes, t, head,
-            channel);
-    }
-  }
-}
 
 // The strips of a page.
 struct RiceStrips {
@@ -505,71 +450,6 @@ KVZ_DEV RicePage rice_bases_warp(const uint32_t* histogram, uint64_t groups, uin
   page.planes = found / lowers;
   page.base = highest - (found - page.planes * lowers);
   return page;
-}
-
-// ---- bounds of tokens
-// -----------------------------------------------------------------------------------------------
-
-// Sum over a vector as the format adds it: neighbours first. By one warp, the same in all lanes.
-template <int DTYPE>
-KVZ_DEV float square_sum(const uint8_t* from, uint32_t dim, float scale, uint32_t lane, uint32_t& magnitudes) {
-  constexpr uint32_t kBlock = 64;
-  float partial[32];
-  uint32_t count = 0, any = 0;
-  for (uint32_t first = 0; first < dim; first += kBlock) {
-    float s = 0.0f;
-#pragma unroll
-    for (uint32_t a = 0; a < 2; ++a) {
-      const uint32_t d = first + 2 * lane + a;
-      uint32_t v =
-          d < dim ? load_value<DTYPE>(from + static_cast<uint64_t>(d) * sizeof(typename Traits<DTYPE>::word)) : 0;
-      v = is_finite<DTYPE>(v) ? v : 0;
-      any |= v & ((1u << (Traits<DTYPE>::kBits - 1)) - 1u);
-      const float y = Traits<DTYPE>::to_float(v) * scale;
-      s = a == 0 ? y * y : s + y * y;
-    }
-#pragma unroll
-    for (uint32_t d = 1; d < 32; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
-    uint32_t level = 0;
-    for (uint32_t n = count; (n & 1u) != 0; n >>= 1) s = partial[level++] + s;
-    partial[level] = s;
-    ++count;
-  }
-  magnitudes = __reduce_add_sync(kAllLanes, any != 0 ? 1u : 0u);
-  float sum = 0.0f;
-  for (uint32_t level = 0; (count >> level) != 0; ++level) {
-    if ((count >> level & 1u) != 0) sum = partial[level] + sum;
-  }
-  return sum;
-}
-
-// Bounds of all tokens and heads into shared memory; the largest one to rice.largest. By the whole CTA.
-template <int DTYPE>
-KVZ_DEV void token_bounds(const Geometry& g, double r, uint32_t page_exponent, uint32_t heads, float* vectors,
-                          Shared& shared, RiceShared& rice) {
-  const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const float scale = square_scale<DTYPE>(page_exponent);
-  const uint32_t count = g.tokens * heads;
-  uint32_t largest = 0;  // bits of non-negative numbers order like them
-  for (uint32_t v = warp; v < count; v += warps) {
-    const uint32_t token = v / heads, head = v - token * heads;
-    uint32_t magnitudes;
-    const float sum =
-        square_sum<DTYPE>(g.base + token * g.token_stride + head * g.head_stride, g.head_dim, scale, lane, magnitudes);
-    const float bound = token_bound(r, sum, g.head_dim, scale);
-    largest = bits_of(bound) > largest ? bits_of(bound) : largest;
-    if (lane == 0) vectors[v] = magnitudes == 0 ? 0.0f : bound == 0.0f ? no_bound() : bound;
-  }
-  if (lane == 0) shared.words[warp] = largest;
-  __syncthreads();
-  for (uint32_t i = 0; i < warps; ++i) largest = shared.words[i] > largest ? shared.words[i] : largest;
-  const float page = float_of(largest);
-  for (uint32_t v = threadIdx.x; v < count; v += blockDim.x) {
-    const float b = vectors[v];
-    if (b > 0.0f && scale_of(b, page) > KVZ_SCALE_LARGEST) vectors[v] = no_bound();
-  }
-  if (threadIdx.x == 0) rice.largest = page;
-  __syncthreads();
 }
 
 // ---- encode
@@ -1021,7 +901,7 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
   bounds.heads = segment.heads;
   if (lossy && any_finite && !constant) {
     if (segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
-      token_bounds<DTYPE>(g, segment.bound, largest, segment.heads, vectors, shared, rice);
+      bounds.page = token_bounds<DTYPE>(g, segment.bound, largest, segment.heads, vectors, shared);
       bounds.steps = KVZ_STEPS_TOKEN;
       bounds.vectors = vectors;
       if (vectors_room <= kRiceInverses && DTYPE != KVZ_FP32) {
@@ -1033,23 +913,10 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
         __syncthreads();
         bounds.inverses = inverses;
       }
-      bounds.page = rice.largest;
     } else if (segment.bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
       bounds.steps = KVZ_STEPS_CHANNEL;
       bounds.channels = reinterpret_cast<const float*>(segment.channel_bounds);
-      int32_t most = 0;  // bits of non-negative numbers order like them
-      for (uint32_t c = thread; c < g.channels; c += blockDim.x) {
-        const float bound = bound_at(bounds, 0, 0, c);
-        if (bound > 0.0f && static_cast<int32_t>(bits_of(bound)) > most) most = static_cast<int32_t>(bits_of(bound));
-      }
-      most = __reduce_max_sync(kAllLanes, most);
-      __syncthreads();
-      if (lane_of(thread) == 0) shared.words[warp] = static_cast<uint32_t>(most);
-      __syncthreads();
-      for (uint32_t i = 0; i < warps; ++i) {
-        most = static_cast<int32_t>(shared.words[i]) > most ? static_cast<int32_t>(shared.words[i]) : most;
-      }
-      bounds.page = float_of(static_cast<uint32_t>(most));
+      bounds.page = largest_channel_bound(bounds, g.channels, shared);
     } else {
       bounds.page = page_bound(segment.bound_kind, segment.bound, low, high);
     }

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// Pages of any geometry: where the values of a group lie, and what their bounds are when these differ within a page, by
+// token and head or by channel.
+#pragma once
+
+#include "cuda_device.inl"
+
+namespace kvz {
+namespace gpu {
+
+// ---- values of a group
+// ---------------------------------------------------------------------------------------------------
+
+template <int DTYPE>
+KVZ_DEV uint32_t load_value(const uint8_t* from) {
+  return *reinterpret_cast<const typename Traits<DTYPE>::word*>(from);
+}
+
+// Call visit(i, address, token, head, channel) for the values of a group that lie inside the page. Unrolled: i is a
+// constant in each call.
+template <class Visit>
+KVZ_DEV void for_places(const Geometry& g, uint32_t row, uint32_t column, Visit visit) {
+  const uint32_t token = row << g.log_tokens;
+  uint32_t channel = column << (4 - g.log_tokens);
+  uint32_t head = channel / g.head_dim, d = channel - head * g.head_dim;
+  const uint32_t within = g.group_tokens - 1;
+#pragma unroll
+  for (uint32_t i = 0; i < 16; ++i) {
+    if (i > 0 && (i & within) == 0) {
+      ++channel;
+      if (++d == g.head_dim) {
+        d = 0;
+        ++head;
+      }
+    }
+    const uint32_t t = token + (i & within);
+    if (t < g.tokens && channel < g.channels) {
+      visit(i, g.base + t * g.token_stride + head * g.head_stride + static_cast<uint64_t>(d) * g.value_bytes, t, head,
+            channel);
+    }
+  }
+}
+
+KVZ_DEV float reciprocal(float x) {  // as inverse_step
+#if defined(KVZ_EMULATE)
+  return 1.0f / x;
+#else
+  return __frcp_rn(x);
+#endif
+}
+
+// ---- bounds of values
+// ---------------------------------------------------------------------------------------------------
+
+struct Bounds {
+  uint32_t steps;
+  float page;
+  const float* vectors;   // of tokens x heads, in shared memory
+  const float* inverses;  // of their steps of 1 to 8 significant bits, or null
+  const uint8_t* scales;  // or their scale bytes
+  const float* channels;
+  uint32_t heads;
+};
+
+KVZ_DEV float no_bound() { return float_of(0x7fc00000u); }
+
+KVZ_DEV float bound_at(const Bounds& b, uint32_t token, uint32_t head, uint32_t channel) {
+  if (b.steps == KVZ_STEPS_PAGE) return b.page;
+  if (b.steps == KVZ_STEPS_CHANNEL) {
+    const float bound = b.channels[channel];
+    return bound >= kLeastBound && bound <= kLargestBound ? bound : no_bound();
+  }
+  const uint32_t vector = token * b.heads + head;
+  return b.vectors != nullptr ? b.vectors[vector] : bound_of_scale(b.scales[vector], b.page);
+}
+
+// ---- bounds of tokens
+// ---------------------------------------------------------------------------------------------------
+
+// Sum over a vector as the format adds it: neighbours first. By one warp, the same in all lanes.
+template <int DTYPE>
+KVZ_DEV float square_sum(const uint8_t* from, uint32_t dim, float scale, uint32_t lane, uint32_t& magnitudes) {
+  constexpr uint32_t kBlock = 64;
+  float partial[32];
+  uint32_t count = 0, any = 0;
+  for (uint32_t first = 0; first < dim; first += kBlock) {
+    float s = 0.0f;
+#pragma unroll
+    for (uint32_t a = 0; a < 2; ++a) {
+      const uint32_t d = first + 2 * lane + a;
+      uint32_t v =
+          d < dim ? load_value<DTYPE>(from + static_cast<uint64_t>(d) * sizeof(typename Traits<DTYPE>::word)) : 0;
+      v = is_finite<DTYPE>(v) ? v : 0;
+      any |= v & ((1u << (Traits<DTYPE>::kBits - 1)) - 1u);
+      const float y = Traits<DTYPE>::to_float(v) * scale;
+      s = a == 0 ? y * y : s + y * y;
+    }
+#pragma unroll
+    for (uint32_t d = 1; d < 32; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
+    uint32_t level = 0;
+    for (uint32_t n = count; (n & 1u) != 0; n >>= 1) s = partial[level++] + s;
+    partial[level] = s;
+    ++count;
+  }
+  magnitudes = __reduce_add_sync(kAllLanes, any != 0 ? 1u : 0u);
+  float sum = 0.0f;
+  for (uint32_t level = 0; (count >> level) != 0; ++level) {
+    if ((count >> level & 1u) != 0) sum = partial[level] + sum;
+  }
+  return sum;
+}
+
+// Bounds of all tokens and heads into shared memory; returns the largest one. By the whole CTA.
+template <int DTYPE>
+KVZ_DEV float token_bounds(const Geometry& g, double r, uint32_t page_exponent, uint32_t heads, float* vectors,
+                           Shared& shared) {
+  const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const float scale = square_scale<DTYPE>(page_exponent);
+  const uint32_t count = g.tokens * heads;
+  uint32_t largest = 0;  // bits of non-negative numbers order like them
+  for (uint32_t v = warp; v < count; v += warps) {
+    const uint32_t token = v / heads, head = v - token * heads;
+    uint32_t magnitudes;
+    const float sum =
+        square_sum<DTYPE>(g.base + token * g.token_stride + head * g.head_stride, g.head_dim, scale, lane, magnitudes);
+    const float bound = token_bound(r, sum, g.head_dim, scale);
+    largest = bits_of(bound) > largest ? bits_of(bound) : largest;
+    if (lane == 0) vectors[v] = magnitudes == 0 ? 0.0f : bound == 0.0f ? no_bound() : bound;
+  }
+  if (lane == 0) shared.words[warp] = largest;
+  __syncthreads();
+  for (uint32_t i = 0; i < warps; ++i) largest = shared.words[i] > largest ? shared.words[i] : largest;
+  const float page = float_of(largest);
+  for (uint32_t v = threadIdx.x; v < count; v += blockDim.x) {
+    const float b = vectors[v];
+    if (b > 0.0f && scale_of(b, page) > KVZ_SCALE_LARGEST) vectors[v] = no_bound();
+  }
+  __syncthreads();
+  return page;
+}
+
+// ---- bounds of channels
+// ---------------------------------------------------------------------------------------------------
+
+// The largest usable bound of a page's channels, 0 if there is none. By the whole CTA.
+KVZ_DEV float largest_channel_bound(const Bounds& bounds, uint32_t channels, Shared& shared) {
+  const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  int32_t most = 0;  // bits of non-negative numbers order like them
+  for (uint32_t c = threadIdx.x; c < channels; c += blockDim.x) {
+    const float bound = bound_at(bounds, 0, 0, c);
+    if (bound > 0.0f && static_cast<int32_t>(bits_of(bound)) > most) most = static_cast<int32_t>(bits_of(bound));
+  }
+  most = __reduce_max_sync(kAllLanes, most);
+  __syncthreads();
+  if (lane == 0) shared.words[warp] = static_cast<uint32_t>(most);
+  __syncthreads();
+  for (uint32_t i = 0; i < warps; ++i) {
+    most = static_cast<int32_t>(shared.words[i]) > most ? static_cast<int32_t>(shared.words[i]) : most;
+  }
+  return float_of(static_cast<uint32_t>(most));
+}
+
+}  // namespace gpu
+}  // namespace kvz
