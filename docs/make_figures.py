@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """Writes the measured figures into the documentation: ``docs/performance.md``, those of the README and of fidelity.
 
+And the constants of ``kvzip plan`` into the package: see bench/planner_rates.py.
+
 Run ``python docs/make_figures.py`` after a benchmark has written to ``bench/results/``. Every figure in the
 documentation comes from there; a test fails when the documents say anything else.
 """
@@ -9,6 +11,8 @@ documentation comes from there; a test fails when the documents say anything els
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -708,6 +712,7 @@ def main() -> None:
         path = ROOT / name
         path.write_text(replaced(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
     (ROOT / "docs" / "performance.md").write_text(performance(), encoding="utf-8")
+    subprocess.run([sys.executable, str(ROOT / "bench" / "planner_rates.py")], check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""The command line: ``kvzip demo``, ``bench``, ``info``, ``inspect``, ``calibrate``, ``verify``.
+"""The command line: ``kvzip demo``, ``bench``, ``plan``, ``info``, ``inspect``, ``calibrate``, ``verify``.
 
 Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated or a scheme is
 worse than fp8, 2 = unusable arguments or input.
@@ -15,15 +15,17 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvzip._log import logger
+from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy
 from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError, KvzipError
 from kvzip.record import Coding, Reason, RecordHeader, Steps, read_header, read_record
-from kvzip.types import ErrorBound
+from kvzip.types import DType, ErrorBound
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +88,43 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="few repetitions of 4 MiB: whether it works")
     bench.add_argument("--out", type=Path, metavar="FILE.json", help="write the results to a file as well")
     bench.set_defaults(run=_bench)
+
+    plan = commands.add_parser("plan", help="what a host pool holds and its transfers take, for a model and a link")
+    plan.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help="config.json of a model of Hugging Face, or its folder"
+    )
+    plan.add_argument("--layers", type=int, metavar="N", help="layers that keep keys and values")
+    plan.add_argument("--kv-heads", type=int, metavar="N", help="heads of K, and of V")
+    plan.add_argument("--head-dim", type=int, metavar="N", help="values of one head and token")
+    plan.add_argument("--dtype", metavar="DTYPE", help="of the cache: bfloat16, float16 or float32; default bfloat16")
+    plan.add_argument(
+        "--parameters", type=float, metavar="N", help="parameters that a token passes through, such as 8e9"
+    )
+    plan.add_argument(
+        "--prefill-tokens-per-s", type=float, metavar="N", help="speed of a prefill, where it was measured"
+    )
+    plan.add_argument(
+        "--budget", type=_bytes, default="16GiB", metavar="BYTES", help="bytes of the host pool; default 16GiB"
+    )
+    plan.add_argument(
+        "--link-gb-per-s", type=float, metavar="N", help="1e9 bytes a second of one large copy; default: a measured one"
+    )
+    plan.add_argument("--bound", type=_bound, default="1e-3", help="as for demo; default 1e-3")
+    plan.add_argument("--mode", help="encoding mode; default: the codec's first")
+    plan.add_argument(
+        "--ratio", type=float, metavar="R", help="raw bytes over encoded bytes; default: measured on --input"
+    )
+    plan.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.npy",
+        help="KV cache to measure the ratio on, as for demo; default: a sample",
+    )
+    plan.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 8192, 32768, 131072], metavar="N", help="lengths of sequences"
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=_plan)
 
     info = commands.add_parser("info", help="what this installation can do")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -272,6 +311,90 @@ def _bench_table(result: dict[str, Any]) -> str:
         for row in result["codec_rows"]
     ]
     return "\n".join([*lines, "", f"violations  {result['violations']}"])
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from kvzip import demo
+    from kvzip.planner import Model, Plan, Rates
+
+    numbers = {
+        "layers": arguments.layers,
+        "kv_heads": arguments.kv_heads,
+        "head_dim": arguments.head_dim,
+        "dtype": None if arguments.dtype is None else DType.parse(arguments.dtype),
+        "parameters": arguments.parameters,
+    }
+    given = {name: value for name, value in numbers.items() if value is not None}
+    missing = [f"--{name.replace('_', '-')}" for name in ("layers", "kv_heads", "head_dim") if name not in given]
+    if arguments.config:
+        model = replace(Model.from_config(arguments.config), **given)
+    elif missing:
+        raise ConfigError(f"{', '.join(missing)} not given: give the numbers of the model, or its config.json")
+    else:
+        model = Model(**given)
+    rates = Rates.measured()
+    if arguments.link_gb_per_s is not None:
+        rates = rates.with_link(arguments.link_gb_per_s)
+    mode = get_codec("cuszp").check_mode(arguments.mode or get_codec("cuszp").modes[0])
+    ratio = arguments.ratio
+    if ratio is None:
+        ratio = demo.measure_ratio(arguments.input, bound=arguments.bound, mode=mode)
+    plan = Plan(model, rates, arguments.budget, ratio, mode, arguments.prefill_tokens_per_s)
+    result = {
+        **plan.as_dict(arguments.tokens),
+        "bound": str(arguments.bound).removeprefix("rel:"),
+        "ratio_from": "given" if arguments.ratio is not None else str(arguments.input or "the sample of kvzip"),
+    }
+    print(_json(result) if arguments.json else _plan_table(result))
+    return 0
+
+
+def _plan_table(r: dict[str, Any]) -> str:
+    model, held, each, link = r["model"], r["tokens_held"], r["bytes_per_token"], r["link_gb_per_s"]
+
+    def tokens(count: int | None) -> str:
+        return "never, or too little is known" if count is None else f"from {count:,} tokens on"
+
+    def ms(seconds: float | None) -> str:
+        return f"{'-':>10}" if seconds is None else f"{seconds * 1e3:>10,.2f}"
+
+    lines = [
+        _table(
+            [
+                (
+                    "model",
+                    f"{model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']}, {model['dtype']}",
+                ),
+                ("bound", f"{r['bound']}, mode {r['mode']}: ratio {r['ratio']:.2f} ({r['ratio_from']})"),
+                ("a token", f"{each['raw']:,} bytes raw, {each['encoded']:,.0f} encoded"),
+                (
+                    f"{r['budget_bytes'] / 2**30:,.1f} GiB hold",
+                    f"{held['raw']:,} tokens raw, {held['encoded']:,} encoded",
+                ),
+                ("link", f"{link['out']:.1f} GB/s out, {link['in']:.1f} in"),
+            ]
+        ),
+        "",
+        f"{'ms for':>14} {'out, raw':>10} {'encoded':>10} {'in, raw':>10} {'encoded':>10} {'recompute':>10}",
+    ]
+    for row in r["rows"]:
+        times = [row[f"{name}_{what}_seconds"] for name in ("store", "load") for what in ("raw", "encoded")]
+        lines.append(f"{row['tokens']:>7,} tokens {' '.join(ms(t) for t in [*times, row['recompute_seconds']])}")
+    even = r["break_even_tokens"]
+    names = {
+        "store": "stores: encoded beats raw",
+        "load": "loads: encoded beats raw",
+        "recompute": "loading beats recomputing",
+    }
+    return "\n".join(
+        [
+            *lines,
+            "",
+            _table([(text, tokens(even[name])) for name, text in names.items()]),
+            "",
+            f"Rates of: {r['machine']}",
+        ]
+    )  # fmt: skip
 
 
 def _info(arguments: argparse.Namespace) -> int:

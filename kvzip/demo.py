@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip.backends.portable import device_codec
+from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy, bound_of_page, resolve
 from kvzip.coding import compare_pages, max_record_bytes
 from kvzip.engine import SwapEngine
@@ -120,6 +121,25 @@ def choose_device(wanted: str) -> str:
     if reason and wanted == "cuda":
         raise BackendUnavailableError(f"there is no GPU that can be used: {reason}")
     return "cpu" if reason else "cuda"
+
+
+def measure_ratio(path: Path | None = None, *, bound: ErrorBound | BoundPolicy, mode: str | None = None) -> float:
+    """Raw bytes of a KV cache over the bytes of its records, as ``kvzip plan`` needs it.
+
+    Args:
+        path: see `read_input`.
+        bound: error bound.
+        mode: encoding mode; None takes the codec's first.
+
+    Raises:
+        ConfigError: an argument or the input cannot be used.
+    """
+    cache, dtype = read_input(path)
+    view = BlockView(paged(cache, 16), "2NHD", dtype=dtype)
+    capacity = len(view) * (max_record_bytes(get_codec("cuszp"), view.layout) + 4096)
+    with SwapEngine(capacity, bound=bound, mode=mode) as engine:
+        engine.store([b"%d" % i for i in range(len(view))], view)
+        return engine.stats().ratio
 
 
 def run(
