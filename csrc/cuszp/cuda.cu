@@ -5,6 +5,8 @@
 // which compile side by side; what they share, and the code that runs on the device, is in headers and *.inl.
 #include <atomic>
 
+#include "cuda_decode_strips.inl"
+#include "cuda_encode_strips.inl"
 #include "cuda_kernels.h"
 #include "cuda_swap.inl"
 #include "cuda_transport.inl"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// Decoders for pages of strips (cuda_device.inl).
-#include "cuda_device.inl"
+// Decoders for pages of strips (cuda_decode_strips.inl).
+#include "cuda_decode_strips.inl"
 #include "cuda_kernels.h"
 
 namespace kvz {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: The kvzip authors
 //
-// Encoders for pages of strips (cuda_device.inl).
-#include "cuda_device.inl"
+// Encoders for pages of strips (cuda_encode_strips.inl).
+#include "cuda_encode_strips.inl"
 #include "cuda_kernels.h"
 
 namespace kvz {

@@ -10,6 +10,8 @@
 #include <random>
 
 #define KVZ_EMULATE 1
+#include "cuda_decode_strips.inl"
+#include "cuda_encode_strips.inl"
 #include "cuda_validate.inl"
 
 namespace {

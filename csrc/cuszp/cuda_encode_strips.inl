@@ -1,0 +1,898 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: The kvzip authors
+//
+// The fast path's encoder (docs/reference/format.md, "What the encoder does"). A team of warps reads a page once from
+// device memory into shared memory, decides coding and size, builds the segment in place of the page, and writes it to
+// its final position in the arena. One more warp, the *controller*, finds that position while the teams build the bit
+// planes, and looks up what comes next.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda_strips.inl"
+
+namespace kvz {
+namespace gpu {
+
+// Shared memory of a page of n strips: partial results, states, then the segment, whose words follow the classes while
+// the strips that they replace lie a little further on: a segment that is worth writing never overtakes the strips.
+KVZ_HD constexpr uint32_t team_head_bytes(uint32_t strips) {
+  return (static_cast<uint32_t>(sizeof(TeamShared)) + strips * 8 + 15) / 16 * 16;
+}
+KVZ_HD constexpr uint32_t fast_encode_bytes(uint32_t strips) {
+  return team_head_bytes(strips) + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
+}
+KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, uint32_t strips) {
+  Team t;
+  const uint32_t warp = warp_of(threadIdx.x);
+  t.index = warp / p.team_warps;
+  t.warp = warp - t.index * p.team_warps;
+  t.warps = p.team_warps;
+  t.lane = lane_of(threadIdx.x);
+  t.thread = t.warp * kWarp + t.lane;
+  t.threads = t.warps * kWarp;
+  uint8_t* const start = memory + kTileSharedBytes + t.index * p.team_bytes;
+  t.shared = reinterpret_cast<TeamShared*>(start);
+  t.words = reinterpret_cast<uint32_t*>(t.shared + 1);
+  t.lossless_words = t.words + strips;
+  t.states = reinterpret_cast<uint32_t*>(start + team_head_bytes(strips));
+  t.out = start + team_head_bytes(strips) + strips * kStripStateBytes;
+  t.input = t.out + strips * kStripClassBytes;
+  return t;
+}
+
+// Word b of both groups to its place. A mask of bits is faster to test than a width to compare with: predicates come
+// seven at a time.
+KVZ_DEV void store_pair(uint16_t* to0, uint16_t* to1, uint32_t have0, uint32_t have1, int b, uint32_t word) {
+  if (have0 & (1u << b)) to0[b] = static_cast<uint16_t>(word);
+  if (have1 & (1u << b)) to1[b] = static_cast<uint16_t>(word >> 16);
+}
+
+template <int DTYPE>
+KVZ_DEV void store_words(uint16_t* to, const uint32_t (&a)[16], uint32_t coding, const Pair& g, bool narrow,
+                         uint32_t first) {
+  uint16_t* to0 = to;
+  uint16_t* to1 = to + g.words0;
+  const uint32_t have0 = (1u << g.width0) - 1u, have1 = (1u << g.width1) - 1u;
+  if (coding == KVZ_LOSSLESS) {
+    constexpr int f = Traits<DTYPE>::kFraction;
+#pragma unroll
+    for (int b = 0; b < 16; ++b) store_pair(to0, to1, have0, have1, b, b < f ? a[b] : a[b == f ? 15 : b - 1]);
+    return;
+  }
+  if (coding == KVZ_OUTLIER) {
+    if (g.apart & 1u) *to0++ = static_cast<uint16_t>(first);
+    if (g.apart >> 31) *to1++ = static_cast<uint16_t>(first >> 16);
+  }
+  // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
+  const uint32_t sign = narrow ? a[7] : a[15];
+#pragma unroll
+  for (int b = 0; b < 8; ++b) store_pair(to0, to1, have0, have1, b, b == 0 ? sign : a[b - 1] ^ sign);
+  if (narrow) return;
+#pragma unroll
+  for (int b = 8; b < 16; ++b) store_pair(to0, to1, have0, have1, b, a[b - 1] ^ sign);
+}
+
+// Strips of a warp are index = k * warps + warp for k = 0, 1, ...; this one is read by its own warp alone until it is
+// packed. Fetches them in the background.
+KVZ_DEV void fetch_strips(const Strips& strips, uint8_t* input, uint32_t warp, uint32_t warps, uint32_t lane) {
+  const uint32_t row = lane >> 3, chunk = lane & 7u;
+  const int32_t stride = static_cast<int32_t>(strips.token_stride);
+  const int64_t step = strip_step(strips, warps);
+  const uint8_t* from = value_address(strips, row, warp * kStripChannels + chunk * 8);
+  uint8_t* to = input + warp * kStripBytes + row * 128 + chunk * 16;
+#pragma unroll 1
+  for (uint32_t index = warp; index < strips.count; index += warps) {
+    bool inside = true;
+    if (step == 0) {
+      const Strip at = strip_at(strips, index);
+      inside = at.channel + chunk * 8 < strips.channels;
+      from = value_address(strips, at.row * 16 + row, at.channel + chunk * 8);
+    }
+    if (inside) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) copy_async_16(to + i * 512, row_of(from, stride, i * 4));
+    }
+    from += step;
+    to += warps * kStripBytes;
+  }
+}
+
+// A lane's column of a strip: two channels, a token every 32 words.
+KVZ_DEV const uint32_t* column_of(const uint8_t* input, uint32_t index, uint32_t lane) {
+  return reinterpret_cast<const uint32_t*>(input + index * kStripBytes) + lane;
+}
+
+// Least and largest of a column under a mask, halves apart; NaN wins in both.
+template <int DTYPE>
+KVZ_DEV void column_extremes(const uint32_t* column, uint32_t mask, uint32_t& low, uint32_t& high) {
+  low = high = column[0] & mask;
+#pragma unroll
+  for (int t = 1; t < 16; ++t) {
+    const uint32_t x = column[t * 32] & mask;
+    low = min2<DTYPE>(low, x);
+    high = max2<DTYPE>(high, x);
+  }
+}
+
+// Controller and teams meet, each at a place of its own in the program, which the numbered barrier says plainly.
+KVZ_DEV void meet() { sync_threads(15, blockDim.x); }
+
+// What a team has decided, for the controller. Every thread of a team passes here once a tile.
+KVZ_DEV void announce(TileShared& shared, const Team& team, const kvz_entry& entry) {
+  if (team.thread == 0) shared.entries[team.index] = entry;
+  meet();
+}
+
+// A page whose strips are in shared memory, in any coding and with any values; what fits no coding
+// stays where it is. By every thread of the team.
+template <int DTYPE>
+KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
+  using Tr = Traits<DTYPE>;
+  constexpr uint32_t kInfinity2 = Tr::kInfinity * 0x00010001u;
+  constexpr uint32_t kFractionBits = Tr::kFraction;
+  constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
+  TileShared& tile_shared = *reinterpret_cast<TileShared*>(memory);
+  const Tile& tile = tile_shared.tile;
+  const kvz_segment segment = tile.segments[warp_of(threadIdx.x) / p.team_warps];
+  const Strips strips = strips_of(segment, tile.block_id);
+  const uint32_t count = strips.count;
+  const Team team = team_of(p, memory, count);
+  const uint32_t thread = team.thread, lane = team.lane, warp = team.warp, warps = team.warps;
+  const uint32_t rounds = (count + warps - 1) / warps;
+  const uint32_t groups = segment.tokens / 16 * strips.channels;
+  const uint32_t raw_bytes = groups * 32;
+  TeamShared& shared = *team.shared;
+  // Of each strip and lane: the state of its groups in the quantised candidate, and, shifted by 16, their classes and
+  // bases in the lossless one.
+  uint32_t* const states = team.states;
+  uint8_t* const out = team.out;
+  const uint8_t* const input = team.input;
+
+  uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u, nonfinite = 0;
+  for (uint32_t k = 0; k < rounds; ++k) {
+    const uint32_t index = k * warps + warp;
+    if (index >= count) break;
+    const uint32_t* const column = column_of(input, index, lane);
+    uint32_t low, high;
+    column_extremes<DTYPE>(column, 0xffffffffu, low, high);
+    const bool inside = groups_at(strips, index, lane).inside;
+    if (!inside) {
+      low = kInfinity2;
+      high = kInfinity2 | 0x80008000u;
+    }
+    const uint32_t bad = inside ? nonfinite_2<DTYPE>(low, high) : 0u;
+    if (__any_sync(kAllLanes, bad != 0)) {
+      nonfinite = 1;
+#pragma unroll 1
+      for (uint32_t shift = 0; shift < 32; shift += 16) {
+        if (((bad >> shift) & 0x8000u) == 0) continue;
+        const uint32_t half = 0xffffu << shift;
+        const uint2 finite = finite_extremes<DTYPE>(column, shift);
+        low = (low & ~half) | finite.x;
+        high = (high & ~half) | finite.y;
+      }
+    }
+    page_low = min2<DTYPE>(page_low, low);
+    page_high = max2<DTYPE>(page_high, high);
+  }
+  {
+    const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
+    const int32_t high0 = key_16(page_high), high1 = key_16(page_high >> 16);
+    const int32_t low = __reduce_min_sync(kAllLanes, low0 < low1 ? low0 : low1);
+    const int32_t high = __reduce_max_sync(kAllLanes, high0 > high1 ? high0 : high1);
+    uint32_t equal = low == high ? value_of_key_16(low) : kDiffers;
+    if (nonfinite) {  // the extremes do not tell: compare every value of the warp's strips with the first
+      const uint32_t first = *reinterpret_cast<const uint16_t*>(input + warp * kStripBytes) * 0x00010001u;
+      uint32_t differs = 0;
+#pragma unroll 1
+      for (uint32_t index = warp; index < count; index += warps) {
+        if (!groups_at(strips, index, lane).inside) continue;
+        const uint32_t* const column = column_of(input, index, lane);
+#pragma unroll 1
+        for (int t = 0; t < 16; ++t) differs |= column[t * 32] ^ first;
+      }
+      equal = __any_sync(kAllLanes, differs != 0) ? kDiffers : first & 0xffffu;
+    }
+    if (lane == 0) {
+      shared.low[warp] = low;
+      shared.high[warp] = high;
+      shared.equal[warp] = equal;
+    }
+  }
+  sync_team(team);
+
+  const uint32_t busy = warps < count ? warps : count;  // warps that have a strip
+  const uint32_t slot = lane < busy ? lane : 0;
+  const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
+  const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
+  const uint32_t equal = shared.equal[0];
+  const bool constant = equal != kDiffers && __all_sync(kAllLanes, shared.equal[slot] == equal);
+  const uint32_t low_bits = value_of_key_16(low_key), high_bits = value_of_key_16(high_key);
+  const uint32_t lossy_coding = segment.coding;  // or raw, or lossless
+
+  const bool lossy = lossy_coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
+
+  float bound = 0.0f;
+  if (lossy && low_key <= high_key) {
+    bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
+  }
+  uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
+  uint32_t size = raw_bytes, param = 0;
+  const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
+  float finer = 0.0f;    // lane w: 1 / S for width w
+  bool settled = false;  // the quantised candidate is small enough: there is no lossless one
+
+  if (lossy_coding == KVZ_RAW) {
+    reason = KVZ_AS_ASKED;
+  } else if (constant) {
+    coding = KVZ_CONSTANT;
+    reason = KVZ_AS_ASKED;
+    size = KVZ_CONSTANT_BYTES;
+  } else {
+    // Widths of the quantised candidate.
+    if (bound > 0.0f) {
+      finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
+      for (uint32_t k = 0; k < rounds; ++k) {
+        const uint32_t index = k * warps + warp;
+        if (index >= count) break;
+        const Groups at = groups_at(strips, index, lane);
+        const uint32_t* const column = column_of(input, index, lane);
+        uint32_t low, high;
+        column_extremes<DTYPE>(column, 0xffffffffu, low, high);
+        const float low0 = widen<DTYPE>(low), low1 = widen_high<DTYPE>(low);
+        const float high0 = widen<DTYPE>(high), high1 = widen_high<DTYPE>(high);
+        const bool fits0 = quantisable<DTYPE>(low0, high0, bound, inverse);
+        const bool fits1 = quantisable<DTYPE>(low1, high1, bound, inverse);
+        uint32_t w0, w1;
+        if (lossy_coding == KVZ_FIXED) {
+          const int32_t top0 = top_bit(widest_code(low0, high0, inverse)),
+                        top1 = top_bit(widest_code(low1, high1, inverse));
+          const uint32_t less0 = static_cast<uint32_t>(top0 > 0 ? top0 : 0),
+                         less1 = static_cast<uint32_t>(top1 > 0 ? top1 : 0);
+          // Lanes past 15 repeat those below, so that the shuffle may have any width of a group that does not fit.
+          const float finer0 = __shfl_sync(kAllLanes, finer, static_cast<int>(less0));
+          const float finer1 = __shfl_sync(kAllLanes, finer, static_cast<int>(less1));
+          w0 = (widest_code(low0, high0, finer0) >> less0) == 0 ? less0 : static_cast<uint32_t>(top0 + 1);
+          w1 = (widest_code(low1, high1, finer1) >> less1) == 0 ? less1 : static_cast<uint32_t>(top1 + 1);
+          w0 = fits0 ? w0 : 16u | kStateRaw;
+          w1 = fits1 ? w1 : 16u | kStateRaw;
+        } else {
+          uint32_t before0 = kCodeZero, before1 = kCodeZero, rest = 0, first = 0;
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t u0, u1;
+            quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
+            const uint32_t code = zigzag_2(low_half(u0 - before0, u1 - before1));
+            if (t == 0) {
+              first = code;
+            } else {
+              rest |= code;
+            }
+            before0 = u0;
+            before1 = u1;
+          }
+          const uint32_t all = rest | first;
+          w0 = static_cast<uint32_t>(bit_length(all & 0xffffu));
+          w1 = static_cast<uint32_t>(bit_length(all >> 16));
+          uint32_t apart0 = 0, apart1 = 0;
+          if (lossy_coding == KVZ_OUTLIER) {
+            const uint32_t rest0 = static_cast<uint32_t>(bit_length(rest & 0xffffu));
+            const uint32_t rest1 = static_cast<uint32_t>(bit_length(rest >> 16));
+            apart0 = rest0 + 1 < w0 ? kStateApart : 0u;
+            apart1 = rest1 + 1 < w1 ? kStateApart : 0u;
+            w0 = apart0 ? rest0 : w0;
+            w1 = apart1 ? rest1 : w1;
+          }
+          w0 = fits0 && w0 <= Tr::kMaxWidth ? w0 | apart0 : 16u | kStateRaw;
+          w1 = fits1 && w1 <= Tr::kMaxWidth ? w1 | apart1 : 16u | kStateRaw;
+        }
+        const uint32_t state = at.inside ? make_state(w0, w1) : 0u;
+        states[index * kWarp + lane] = state;
+        if (at.inside) {
+          if (lossy_coding == KVZ_OUTLIER) {
+            const uint32_t class0 = w0 & kStateRaw ? KVZ_BYTE_RAW : w0 + (w0 & kStateApart);  // bit 5 moves to bit 6
+            const uint32_t class1 = w1 & kStateRaw ? KVZ_BYTE_RAW : w1 + (w1 & kStateApart);
+            *reinterpret_cast<uint16_t*>(out + at.first) = static_cast<uint16_t>(class0 | class1 << 8);
+          } else {
+            out[at.first / 2] = static_cast<uint8_t>((w0 < 15u ? w0 : 15u) | (w1 < 15u ? w1 : 15u) << 4);
+          }
+        }
+        const uint32_t words = __reduce_add_sync(kAllLanes, state_words(state));
+        if (lane == 0) team.words[index] = words;
+      }
+      sync_team(team);
+      const uint32_t quantised =
+          (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(team.words, count, lane);
+      if (quantised < size) {
+        size = quantised;
+        coding = static_cast<uint8_t>(lossy_coding);
+        reason = KVZ_AS_ASKED;
+      }
+      settled = static_cast<uint64_t>(quantised) * 8 <= static_cast<uint64_t>(raw_bytes) * 5;
+    }
+
+    // Widths of the lossless candidate.
+    if (!settled) {
+      const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
+      const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
+      for (uint32_t k = 0; k < rounds; ++k) {
+        const uint32_t index = k * warps + warp;
+        if (index >= count) break;
+        uint32_t least, most;
+        column_extremes<DTYPE>(column_of(input, index, lane), 0x7fff7fffu, least, most);
+        uint32_t known = 0, words = 0;
+#pragma unroll
+        for (uint32_t h = 0; h < 2; ++h) {
+          const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
+          const bool raw = !is_finite<DTYPE>(most >> (16 * h));
+          const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
+          const uint32_t w = static_cast<uint32_t>(bit_length(largest - base - bottom));
+          known |= raw ? static_cast<uint32_t>(KVZ_NIBBLE_RAW) << (4 * h) : w << (4 * h) | base << (8 + 4 * h);
+          words += raw ? 16u : kFractionBits + 1 + w;
+        }
+        uint32_t& state = states[index * kWarp + lane];
+        state = (bound > 0.0f ? state : 0u) | known << 16;
+        words = __reduce_add_sync(kAllLanes, groups_at(strips, index, lane).inside ? words : 0u);
+        if (lane == 0) team.lossless_words[index] = words;
+      }
+      sync_team(team);
+      const uint32_t lossless = groups + 2 * sum_words(team.lossless_words, count, lane);
+      if (lossless < size) {
+        reason = !lossy ? KVZ_AS_ASKED : bound > 0.0f ? KVZ_LOSSLESS_SMALLER : KVZ_BOUND_TOO_FINE;
+        size = lossless;
+        coding = KVZ_LOSSLESS;
+        param = largest;
+      }
+    }
+  }
+  const uint32_t units = units_of(size);
+  announce(
+      tile_shared, team,
+      make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason));
+
+  if (coding >= KVZ_FIXED) {
+    // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
+    // strips.
+    const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? team.lossless_words : team.words;
+    const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
+    const bool few = count <= kWarp;
+    const uint32_t held = few && lane < count ? strip_words[lane] : 0u;
+    for (uint32_t k = 0; k < rounds; ++k) {
+      const uint32_t index = k * warps + warp;
+      const bool busy_warp = index < count;
+      uint32_t a[16];
+      uint32_t first = 0, position = 0;
+      Pair g = {};
+      bool narrow = false;
+      if (busy_warp) {
+        const uint32_t* const column = column_of(input, index, lane);
+        const Groups at = groups_at(strips, index, lane);
+        const uint32_t state = states[index * kWarp + lane], known = state >> 16;
+        if (coding != KVZ_LOSSLESS) {
+          g = pair_of_state(state);
+        } else if (at.inside) {
+          g = pair_of_classes<DTYPE>(KVZ_LOSSLESS, known & 15u, (known >> 4) & 15u);
+        }
+        const uint32_t mine = g.words0 + g.words1;
+        const uint32_t before =
+            few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(strip_words, index, lane);
+        position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
+        narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
+
+        if (coding == KVZ_FIXED) {
+          const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width0 & 15u));
+          const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width1 & 15u));
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t u0, u1;
+            quantise_2<DTYPE>(column[t * 32], inverse0, inverse1, u0, u1);
+            a[t] = low_half(u0, u1);
+          }
+        } else if (coding == KVZ_LOSSLESS) {
+          if (at.inside) {
+            out[at.first / 2] = static_cast<uint8_t>(known);
+            out[groups / 2 + at.first / 2] = static_cast<uint8_t>(known >> 8);
+          }
+          const uint32_t top0 = (param - ((known >> 8) & 15u)) << kFractionBits;
+          const uint32_t top1 = (param - ((known >> 12) & 15u)) << kFractionBits;
+          const uint32_t top = low_half(top0, top1);
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            const uint32_t x = column[t * 32];
+            // No borrow passes between the halves: no exponent is above its group's top, and raw halves are replaced
+            // below.
+            a[t] = (((top | 0x80008000u) - (x & kExponentMask)) & kExponentMask) | (x & ~kExponentMask);
+          }
+        } else {
+          uint32_t before0 = kCodeZero, before1 = kCodeZero;
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            uint32_t u0, u1;
+            quantise_2<DTYPE>(column[t * 32], inverse, inverse, u0, u1);
+            a[t] = low_half(u0 - before0, u1 - before1);
+            before0 = u0;
+            before1 = u1;
+          }
+          first = a[0];
+          a[0] &= ~g.apart;
+        }
+        if (__any_sync(kAllLanes, g.raw != 0)) {
+          // A raw group is one whose codes, after zigzag or in the order of lossless words, are the values' bits.
+#pragma unroll
+          for (int t = 0; t < 16; ++t) {
+            const uint32_t x = column[t * 32];
+            const uint32_t y = coding == KVZ_LOSSLESS ? sign_to_top<DTYPE>(x) : unzigzag_2(x);
+            a[t] = (a[t] & ~g.raw) | (y & g.raw);
+          }
+        }
+        if (narrow) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) a[i] = __byte_perm(a[i], a[i + 8], 0x6240);
+          transpose_8(a);
+        } else {
+          transpose_16(a);
+        }
+      }
+      sync_team(team);
+      if (busy_warp) store_words<DTYPE>(reinterpret_cast<uint16_t*>(out) + position, a, coding, g, narrow, first);
+    }
+    if (thread < units * 16 - size) out[size + thread] = 0;
+  } else if (coding == KVZ_CONSTANT && thread < 4) {
+    reinterpret_cast<uint32_t*>(out)[thread] = thread == 0 ? equal : 0u;
+  }
+}
+
+// ---- fast path: coders
+//
+// A coder knows one coding of a page of strips: how wide the groups of a strip are, what planes they have, and how
+// planes become words. What is common to codings, where words go and when they may go there, is in pack_page. Coders
+// leave pages with values that are not finite, and other rare ones, to encode_any.
+
+// Codes of `fixed` at the finest step that each group's width allows.
+template <int DTYPE>
+struct FixedCoder {
+  float bound, inverse;
+  float finer;  // lane w: 1 / S for width w
+  static constexpr uint32_t kCoding = KVZ_FIXED;
+
+  KVZ_DEV FixedCoder(float page_bound, float power_of_two, uint32_t lane) : bound(page_bound), inverse(power_of_two) {
+    finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
+  }
+
+  KVZ_DEV static uint32_t class_bytes(uint32_t groups) { return groups / 2; }
+
+  // Width of a group between two extremes, all quantisable.
+  KVZ_DEV uint32_t width(float low, float high) const {
+    const int32_t top = top_bit(widest_code(low, high, inverse));
+    const uint32_t less = static_cast<uint32_t>(top > 0 ? top : 0);
+    const float step = __shfl_sync(kAllLanes, finer, static_cast<int>(less));
+    return (widest_code(low, high, step) >> less) == 0 ? less : static_cast<uint32_t>(top + 1);
+  }
+
+  // Classes of a lane's two groups.
+  KVZ_DEV uint32_t classes(uint32_t low, uint32_t high) const {
+    const uint32_t w0 = width(widen<DTYPE>(low), widen<DTYPE>(high));
+    const uint32_t w1 = width(widen_high<DTYPE>(low), widen_high<DTYPE>(high));
+    return w0 | w1 << 4;
+  }
+
+  // One pass of packing: planes of a strip in a[], then words[].
+  uint32_t width0, width1, level;  // level: planes that any group of the strip has, rounded up to 8, 12 or 16
+  KVZ_DEV uint32_t begin(uint32_t c) {
+    width0 = c & 15u;
+    width1 = c >> 4;
+    return width0 + width1;
+  }
+  KVZ_DEV void planes(uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    begin(c);
+    const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(width0));
+    const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(width1));
+    const uint32_t widest = width0 > width1 ? width0 : width1;
+    level = !__any_sync(kAllLanes, widest > 8) ? 8 : !__any_sync(kAllLanes, widest > 12) ? 12 : 16;
+    // Numbers are rounded by adding 2^23 and an even bias that makes codes positive: integers are then in the low bits
+    // of the sums, which multiplication and addition of integers put beside each other.
+    if (level == 8) {
+      constexpr float kBias = 8388608.0f + 65536.0f + 128.0f;  // 65,536: no sum is below 2^23
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
+        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0 + kBias);
+        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0 + kBias);
+        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1 + kBias);
+        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1 + kBias);
+        a[t] = low_half(v0 * 256u + u0, v1 * 256u + u1);
+      }
+      transpose_8(a);
+    } else {
+      // The exponent of the lower code, 0x4b00, runs into the higher one, whose bias makes up for it: both are q +
+      // 0x8000 in the end.
+      constexpr float kLow = 8388608.0f + 32768.0f, kHigh = 8388608.0f + 32768.0f - 19200.0f;
+#pragma unroll
+      for (int t = 0; t < 8; ++t) {
+        const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
+        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0 + kLow);
+        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0 + kHigh);
+        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1 + kLow);
+        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1 + kHigh);
+        const uint32_t both0 = v0 * 65536u + u0, both1 = v1 * 65536u + u1;
+        a[t] = __byte_perm(both0, both1, 0x6420);
+        a[t + 8] = __byte_perm(both0, both1, 0x7531);
+      }
+      transpose_8(a);
+      if (level == 12) {
+        transpose_low_4(a + 8);
+      } else {
+        transpose_8(a + 8);
+      }
+    }
+  }
+  // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
+  template <int LEVEL>
+  KVZ_DEV void store_level(uint16_t* to, const uint32_t (&a)[16]) const {
+    uint16_t* const to1 = to + width0;
+    const uint32_t have0 = (1u << width0) - 1u, have1 = (1u << width1) - 1u;
+    const uint32_t positive = LEVEL == 12 ? ~a[11] : a[LEVEL - 1];
+#pragma unroll
+    for (int b = 0; b < (LEVEL == 16 ? 14 : LEVEL); ++b) {
+      store_pair(to, to1, have0, have1, b, b == 0 ? ~positive : ~(a[b - 1] ^ positive));
+    }
+  }
+  KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
+    if (level == 8) {
+      store_level<8>(to, a);
+    } else if (level == 12) {
+      store_level<12>(to, a);
+    } else {
+      store_level<16>(to, a);
+    }
+  }
+};
+
+// The lossless coding. A class holds the widths of both groups and their bases.
+template <int DTYPE>
+struct LosslessCoder {
+  uint32_t largest;  // exponent of the page
+  static constexpr uint32_t kCoding = KVZ_LOSSLESS;
+  static constexpr int kFraction = Traits<DTYPE>::kFraction;
+
+  KVZ_DEV explicit LosslessCoder(uint32_t exponent) : largest(exponent) {}
+
+  KVZ_DEV static uint32_t class_bytes(uint32_t groups) { return groups; }
+
+  // From the extremes of the magnitudes.
+  KVZ_DEV uint32_t classes(uint32_t least, uint32_t most) const {
+    uint32_t c = 0;
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t top = exponent_of<DTYPE>(most >> (16 * h)), bottom = exponent_of<DTYPE>(least >> (16 * h));
+      const uint32_t gap = largest - top, base = gap < 15 ? gap : 15;
+      c |= static_cast<uint32_t>(bit_length(largest - base - bottom)) << (4 * h) | base << (8 + 4 * h);
+    }
+    return c;
+  }
+
+  uint32_t width0, width1;
+  KVZ_DEV uint32_t begin(uint32_t c) {
+    width0 = kFraction + 1 + (c & 15u);
+    width1 = kFraction + 1 + ((c >> 4) & 15u);
+    return width0 + width1;
+  }
+  KVZ_DEV void planes(uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    begin(c);
+    const uint32_t top =
+        low_half((largest - ((c >> 8) & 15u)) << kFraction, (largest - ((c >> 12) & 15u)) << kFraction);
+    // Exponents are subtracted, sign and fraction come out turned over, and nothing is borrowed: no exponent is above
+    // its group's top.
+    const uint32_t all = top | 0x80008000u | ((1u << kFraction) - 1u) * 0x00010001u;
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      const uint32_t x = all - column[t * 32], y = all - column[(t + 8) * 32];
+      a[t] = __byte_perm(x, y, 0x6240);
+      a[t + 8] = __byte_perm(x, y, 0x7351);
+    }
+    transpose_8(a);
+    transpose_8(a + 8);
+  }
+  KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
+    uint16_t* const to1 = to + width0;
+    const uint32_t have0 = (1u << width0) - 1u, have1 = (1u << width1) - 1u;
+    if (width0 != 0) {
+#pragma unroll
+      for (int b = 0; b <= kFraction; ++b) {
+        const uint32_t word = ~(b < kFraction ? a[b] : a[15]);
+        to[b] = static_cast<uint16_t>(word);
+        to1[b] = static_cast<uint16_t>(word >> 16);
+      }
+    }
+#pragma unroll
+    for (int b = kFraction + 1; b < 16; ++b) store_pair(to, to1, have0, have1, b, a[b - 1]);
+  }
+};
+
+// Classes of a strip in shared memory.
+template <class Coder>
+KVZ_DEV void store_classes(uint8_t* out, uint32_t groups, uint32_t first, uint32_t c) {
+  out[first / 2] = static_cast<uint8_t>(c);
+  if (Coder::kCoding == KVZ_LOSSLESS) out[groups / 2 + first / 2] = static_cast<uint8_t>(c >> 8);
+}
+template <class Coder>
+KVZ_DEV uint32_t load_classes(const uint8_t* out, uint32_t groups, uint32_t first) {
+  uint32_t c = out[first / 2];
+  if (Coder::kCoding == KVZ_LOSSLESS) c |= static_cast<uint32_t>(out[groups / 2 + first / 2]) << 8;
+  return c;
+}
+
+// Words of a page whose classes are in place, in place of the strips. Words follow the classes and reach only strips
+// that were packed before, or at the same time: those are in registers, once all warps have met.
+template <class Coder>
+KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, const Prefix& prefix, uint32_t groups) {
+  uint8_t* const out = team.out;
+  const uint8_t* const input = team.input;
+  const uint32_t warp = team.warp, warps = team.warps, lane = team.lane;
+  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  const uint32_t class_bytes = Coder::class_bytes(groups);
+  const uint32_t strips_at = static_cast<uint32_t>(input - out);
+  uint32_t read_until = strips_at;  // all warps have read the strips before
+  for (uint32_t k = 0; k < rounds; k += 2) {
+    uint32_t c[2], words[2];
+#pragma unroll
+    for (uint32_t j = 0; j < 2; ++j) {
+      const uint32_t index = (k + j) * warps + warp;
+      const Groups at = groups_at(strips, index, lane);
+      const bool inside = index < count && at.inside;
+      c[j] = inside ? load_classes<Coder>(out, groups, at.first) : 0u;
+      words[j] = inside ? coder.begin(c[j]) : 0u;
+    }
+    const uint32_t both = words[0] | words[1] << 16, before = inclusive_sum(both, lane) - both;
+#pragma unroll
+    for (uint32_t j = 0; j < 2; ++j) {
+      if (k + j >= rounds) break;
+      const uint32_t index = (k + j) * warps + warp, next = (k + j + 1) * warps;
+      const bool busy = index < count;
+      const uint32_t start = words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
+      uint32_t a[16];
+      if (busy) coder.planes(c[j], column_of(input, index, lane), a);
+      const uint32_t end = (class_bytes + 2 * words_before(prefix, next, lane) + 15) & ~15u;
+      if (end > read_until) {
+        sync_team(team);
+        read_until = strips_at + next * kStripBytes;
+      }
+      if (busy) {
+        if (words[j] == 0) coder.width0 = coder.width1 = 0;
+        coder.store(reinterpret_cast<uint16_t*>(out + class_bytes) + start, a);
+      }
+    }
+  }
+}
+
+constexpr uint32_t kBatch = 4;  // strips of a warp whose extremes stay in registers
+
+// A page in the coding of a coder, or nothing, and false, when it is one for encode_any, which finds the page as it
+// was. `Quantised`: FixedCoder, else LosslessCoder.
+template <int DTYPE, bool QUANTISED>
+KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz_segment& segment,
+                            const Strips& strips) {
+  using Coder = std::conditional_t<QUANTISED, FixedCoder<DTYPE>, LosslessCoder<DTYPE>>;
+  constexpr uint32_t kInfinity = Traits<DTYPE>::kInfinity, kInfinity2 = kInfinity * 0x00010001u;
+  constexpr uint32_t kMask = QUANTISED ? 0xffffffffu : 0x7fff7fffu;
+  TeamShared& shared = *team.shared;
+  const uint32_t thread = team.thread, lane = team.lane, warp = team.warp, warps = team.warps;
+  const uint32_t count = strips.count;
+  const uint32_t groups = segment.tokens / 16 * strips.channels, raw_bytes = groups * 32;
+  uint8_t* const out = team.out;
+  const uint8_t* const input = team.input;
+
+  // The least values of a warp's first strips stay in registers, the largest in team.states: there are not registers
+  // for both. Larger pages are looked at twice.
+  uint32_t low[kBatch] = {};
+  uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u;
+  const auto look_at = [&](uint32_t index, uint32_t& least, uint32_t& most) {
+    column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
+    if (!groups_at(strips, index, lane).inside) return;
+    page_low = min2<DTYPE>(page_low, least);
+    page_high = max2<DTYPE>(page_high, most);
+  };
+#pragma unroll
+  for (uint32_t j = 0; j < kBatch; ++j) {
+    const uint32_t index = j * warps + warp;
+    if (index >= count) break;
+    uint32_t most;
+    look_at(index, low[j], most);
+    team.states[index * kWarp + lane] = most;
+  }
+#pragma unroll 1
+  for (uint32_t index = kBatch * warps + warp; index < count; index += warps) {
+    uint32_t least, most;
+    look_at(index, least, most);
+  }
+  {
+    const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);
+    const int32_t high0 = key_16(page_high), high1 = key_16(page_high >> 16);
+    const int32_t least = __reduce_min_sync(kAllLanes, low0 < low1 ? low0 : low1);
+    const int32_t most = __reduce_max_sync(kAllLanes, high0 > high1 ? high0 : high1);
+    if (lane == 0) {
+      shared.low[warp] = least;
+      shared.high[warp] = most;
+    }
+  }
+  sync_team(team);
+  const uint32_t slot = lane < warps && lane < count ? lane : 0;
+  const int32_t low_key = __reduce_min_sync(kAllLanes, shared.low[slot]);
+  const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
+  if (low_key <= key_16(kInfinity | 0x8000u) || high_key >= key_16(kInfinity) || low_key == high_key) return false;
+
+  float bound = 0.0f, inverse = 0.0f;
+  uint32_t param = 0;
+  if (QUANTISED) {
+    const float page_least = widen<DTYPE>(value_of_key_16(low_key)),
+                page_most = widen<DTYPE>(value_of_key_16(high_key));
+    bound = page_bound(segment.bound_kind, segment.bound, page_least, page_most);
+    if (!(bound > 0.0f)) return false;
+    inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
+    if (!quantisable<DTYPE>(page_least, page_most, bound, inverse)) return false;
+  } else {
+    param = exponent_of<DTYPE>(static_cast<uint32_t>(high_key));
+  }
+  Coder coder = [&] {
+    if constexpr (QUANTISED) {
+      return FixedCoder<DTYPE>(bound, inverse, lane);
+    } else {
+      return LosslessCoder<DTYPE>(param);
+    }
+  }();
+
+  const auto classify = [&](uint32_t index, uint32_t least, uint32_t most) {
+    const Groups at = groups_at(strips, index, lane);
+    const uint32_t c = coder.classes(least, most);
+    uint32_t words = 0;
+    if (at.inside) {
+      store_classes<Coder>(out, groups, at.first, c);
+      words = coder.begin(c);
+    }
+    words = __reduce_add_sync(kAllLanes, words);
+    if (lane == 0) team.words[index] = words;
+  };
+#pragma unroll
+  for (uint32_t j = 0; j < kBatch; ++j) {
+    const uint32_t index = j * warps + warp;
+    if (index >= count) break;
+    classify(index, low[j], team.states[index * kWarp + lane]);
+  }
+#pragma unroll 1
+  for (uint32_t index = kBatch * warps + warp; index < count; index += warps) {
+    uint32_t least, most;
+    column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
+    classify(index, least, most);
+  }
+  sync_team(team);
+  const Prefix prefix = prefix_of(team.words, count, lane);
+  const uint32_t size = Coder::class_bytes(groups) + 2 * prefix.total;
+  // A quantised candidate that is not small enough has a lossless one beside it.
+  if (QUANTISED ? static_cast<uint64_t>(size) * 8 > static_cast<uint64_t>(raw_bytes) * 5 : size >= raw_bytes) {
+    return false;
+  }
+  announce(tile_shared, team,
+           make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding), bound, param, KVZ_AS_ASKED));
+  pack_page(coder, team, strips, prefix, groups);
+  if (thread < units_of(size) * 16 - size) out[size + thread] = 0;
+  return true;
+}
+
+// The next tile of this CTA. By one warp; the others see it after a barrier.
+KVZ_DEV void take_tile(const EncodeParams& p, Tile& tile, uint32_t lane) {
+  uint32_t index = 0;
+  if (lane == 0) index = atomicAdd(&p.counters->ticket, 1u);
+  index = __shfl_sync(kAllLanes, index, 0);
+  if (index >= p.num_blocks * p.tiles) {
+    if (lane == 0) tile.pages = 0;
+    return;
+  }
+  const uint32_t block = index / p.tiles, within = index - block * p.tiles, first = within * p.teams;
+  const uint32_t left = p.num_segments - first, pages = left < p.teams ? left : p.teams;
+  const uint64_t* const from = reinterpret_cast<const uint64_t*>(p.segments + first);
+  for (uint32_t i = lane; i < pages * (sizeof(kvz_segment) / 8); i += kWarp) {
+    reinterpret_cast<uint64_t*>(tile.segments)[i] = from[i];
+  }
+  if (lane == 0) {
+    tile.index = index;
+    tile.block = block;
+    tile.within = within;
+    tile.pages = pages;
+    tile.block_id = p.block_ids[block];
+  }
+}
+
+// What one warp does for the teams of a CTA.
+KVZ_DEV void control_encode(const EncodeParams& p, TileShared& shared, uint32_t lane) {
+  const Tile& tile = shared.tile;
+  take_tile(p, shared.tile, lane);
+  meet();
+  while (tile.pages != 0) {
+    meet();  // all teams have announced
+    const uint32_t pages = tile.pages, index = tile.index, block = tile.block, within = tile.within;
+    kvz_entry entry = {};
+    if (lane < pages) entry = shared.entries[lane];
+    const uint32_t units = units_of(entry.size), sum = inclusive_sum(units, lane);
+    const uint32_t total = __shfl_sync(kAllLanes, sum, 31);
+    if (lane == 0) publish_size(p, index, block, within, total);
+    const Place at = place(p, index, block, within, total, lane);
+    if (lane < pages) {
+      const uint32_t page = block * p.num_segments + within * p.teams + lane;
+      shared.destinations[lane] = place_page(p, at, sum - units, page, entry);
+    }
+    meet();
+    // Not before the teams are ready for it: whoever has a later tile waits until this one has been looked at.
+    take_tile(p, shared.tile, lane);
+    meet();
+  }
+}
+
+// What a team does, tile after tile.
+template <int DTYPE>
+KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
+  TileShared& shared = *reinterpret_cast<TileShared*>(memory);
+  const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
+  const Tile& tile = shared.tile;
+  meet();
+  while (tile.pages != 0) {
+    const uint32_t index = warp / p.team_warps;
+    if (index >= tile.pages) {
+      for (int meeting = 0; meeting < 3; ++meeting) meet();
+      continue;
+    }
+    const kvz_segment segment = tile.segments[index];
+    const Strips strips = strips_of(segment, tile.block_id);
+    const Team team = team_of(p, memory, strips.count);
+    fetch_strips(strips, team.input, team.warp, team.warps, lane);
+    copy_async_wait();
+    __syncwarp();
+
+    bool encoded = false;
+    const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
+    if (segment.coding == KVZ_FIXED && lossy) {
+      encoded = encode_page_of<DTYPE, true>(shared, team, segment, strips);
+    } else if (segment.coding != KVZ_RAW && !lossy) {
+      encoded = encode_page_of<DTYPE, false>(shared, team, segment, strips);
+    }
+    if (!encoded) {
+      sync_team(team);  // some may still look at what the others left in shared memory
+      encode_any<DTYPE>(p, memory);
+    }
+    meet();  // the controller knows where to
+
+    const uint64_t destination = shared.destinations[index];
+    if (destination != ~0ull) {
+      const uint32_t units = units_of(shared.entries[index].size);
+      uint4* const to = reinterpret_cast<uint4*>(p.arena) + destination;
+      if (shared.entries[index].coding == KVZ_RAW) {
+        const uint32_t chunks = strips.channels / 8;  // of a token
+        for (uint32_t i = team.thread; i < units; i += team.threads) {
+          const uint32_t token = i / chunks, chunk = i - token * chunks;
+          const uint32_t strip = token / 16 * strips.per_row + chunk / 8;
+          to[i] = *reinterpret_cast<const uint4*>(team.input + strip * kStripBytes + token % 16 * 128 + chunk % 8 * 16);
+        }
+      } else {
+        for (uint32_t i = team.thread; i < units; i += team.threads) {
+          to[i] = reinterpret_cast<const uint4*>(team.out)[i];
+        }
+      }
+    }
+    meet();  // the controller has the next tile
+  }
+}
+
+template <int DTYPE>
+KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
+  TileShared& shared = *reinterpret_cast<TileShared*>(memory);
+  const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
+  if (warp == p.teams * p.team_warps) {
+    control_encode(p, shared, lane);
+  } else {
+    encode_tiles<DTYPE>(p, memory);
+  }
+  finish_encode(p, shared.last);
+}
+
+}  // namespace gpu
+}  // namespace kvz
