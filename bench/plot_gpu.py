@@ -15,74 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvzip import plots
+from kvzip.plots import COLOURS, subtitle
+
 Row = dict[str, Any]
-
-COLOURS = {
-    "kvzip-1e-2": "#b2182b",
-    "kvzip-1e-3": "#ef6548",
-    "kvzip-lossless": "#fdae61",
-    "raw-link": "#000000",
-    "raw-batch": "#525252",
-    "raw-gather": "#969696",
-    "raw-loop": "#c0c0c0",
-    "nvcomp-ans": "#1b7837",
-    "fp8": "#2166ac",
-    "int8": "#67a9cf",
-}
-
-
-def size_name(nbytes: float) -> str:
-    """``65536`` is ``"64 KiB"``."""
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << shift:
-            return f"{nbytes / (1 << shift):g} {unit}"
-    return f"{nbytes:g} B"
-
-
-def subtitle(environment: Row) -> str:
-    """What the figures depend on, in a line."""
-    link = environment.get("pcie_link_gen_max")
-    parts = [environment.get("gpu", ""), f"PCIe {link} x{environment.get('pcie_link_width_current')}" if link else ""]
-    parts += [f"driver {environment['driver_version']}" if "driver_version" in environment else ""]
-    parts += [str(environment.get("time", ""))[:10], str(environment.get("commit", ""))[:10]]
-    return ", ".join(p for p in parts if p)
-
-
-def transport(pyplot: Any, content: Row) -> Any:
-    """GB/s of raw bytes against the size of a transfer, out and in."""
-    rows: list[Row] = content["rows"]
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for panel, direction, title in zip(panels, ("out", "in"), ("GPU to host", "host to GPU"), strict=True):
-        own = [r for r in rows if r["direction"] == direction]
-        found = {r["way"] for r in own}
-        for way in [w for w in COLOURS if w in found] + sorted(found - set(COLOURS)):
-            points = sorted((r for r in own if r["way"] == way), key=lambda r: r["raw_bytes"])
-            sizes = [r["raw_bytes"] for r in points]
-            ratio = points[-1]["ratio"]
-            label = way if abs(ratio - 1) < 0.005 else f"{way} (ratio {ratio:.2f})"
-            low, high = ([r["raw_bytes"] / r[key] / 1e3 for r in points] for key in ("us_p90", "us_p10"))
-            colour = COLOURS.get(way)
-            width = 2.2 if way.startswith("kvzip") else 1.3
-            style = "--" if way == "raw-link" else "-"
-            (line,) = panel.plot(
-                sizes, [r["gb_per_s"] for r in points], style, marker="o", ms=3.5, lw=width, color=colour, label=label
-            )
-            panel.fill_between(sizes, low, high, color=line.get_color(), alpha=0.12, lw=0)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        ticks = sorted({r["raw_bytes"] for r in own})
-        panel.set_xticks(ticks, [size_name(t) for t in ticks], rotation=30)
-        panel.minorticks_off()
-        panel.set_yticks([1, 2, 5, 10, 20, 50, 100, 200, 500], ["1", "2", "5", "10", "20", "50", "100", "200", "500"])
-        if own:
-            panel.set_ylim(min(r["gb_per_s"] for r in own) * 0.8, max(r["gb_per_s"] for r in own) * 1.3)
-        panel.set_title(title)
-        panel.set_xlabel("raw bytes of a transfer, in scattered pages of 64 KiB")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="lower right")
-    panels[0].set_ylabel("GB/s of raw bytes, as a caller sees it (median; band p10-p90)")
-    figure.suptitle("Swapping KV pages: " + subtitle(content["environment"]), fontsize=11)
-    return figure
 
 
 def interference(pyplot: Any, content: Row) -> Any:
@@ -144,7 +80,7 @@ def vllm_sessions(pyplot: Any, content: Row) -> Any:
     return figure
 
 
-PLOTS = {"transport": transport, "interference": interference, "vllm_sessions": vllm_sessions}
+PLOTS = {"transport": plots.bandwidth, "interference": interference, "vllm_sessions": vllm_sessions}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,12 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="with <gpu>_transport.json and the like")
     options = parser.parse_args(argv)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kvzip"  # the same file from the same figures
-    from matplotlib import pyplot
-
     written = 0
     for name, draw in PLOTS.items():
         for path in sorted(options.folder.glob(f"*_{name}.json")):
@@ -165,12 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not content["rows"]:
                 print(f"{path.name} has no rows", file=sys.stderr)
                 continue
-            figure = draw(pyplot, content)
-            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                figure.savefig(path.with_suffix(suffix), dpi=130, metadata=metadata)
+            for suffix in (".png", ".svg"):
+                plots.save(draw, content, path.with_suffix(suffix))
                 print(path.with_suffix(suffix))
                 written += 1
-            pyplot.close(figure)
     if not written:
         print(f"nothing to draw in {options.folder}: run bench/gpu_transport.py first", file=sys.stderr)
     return 0 if written else 1

@@ -30,6 +30,7 @@ from kvzip import _native
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import get_codec
+from kvzip.bounds import BoundPolicy, bound_of_page, resolve
 from kvzip.coding import compare_pages, max_record_bytes, on_host
 from kvzip.demo import choose_device, paged, read_input
 from kvzip.engine import SwapEngine
@@ -319,13 +320,14 @@ class Found:
     max_error_over_bound: float
 
 
-def compare(source: BlockView, target: BlockView, bound: ErrorBound) -> Found:
+def compare(source: BlockView, target: BlockView, bound: ErrorBound | BoundPolicy) -> Found:
     """Compare the blocks of two views, value by value, on the host."""
     source, target = on_host(source), on_host(target)
+    bounds = resolve(bound, source.layout)
     violations, worst = 0, 0.0
     for b in range(len(source)):
         for s, segment in enumerate(source.layout.segments):
-            found = compare_pages(source.page(b, s), target.page(b, s), segment.dtype, bound)
+            found = compare_pages(source.page(b, s), target.page(b, s), segment.dtype, bound_of_page(bounds, s))
             violations += found.violations
             worst = max(worst, found.over_bound)
     return Found(source.nbytes // source.layout.segments[0].dtype.itemsize, violations, worst)

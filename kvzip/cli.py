@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""The command line: ``kvzip demo``, ``bench``, ``plan``, ``info``, ``inspect``, ``calibrate``, ``verify``.
+"""The command line, ``kvzip COMMAND``.
 
-Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a bound is violated or a scheme is
-worse than fp8, 2 = unusable arguments or input.
+Results go to stdout, progress and errors to stderr. Exit status: 0 = all holds, 1 = a check failed (a bound is
+violated, other bytes were written, a scheme is worse than fp8), 2 = unusable arguments or input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvzip._log import logger
 from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy
 from kvzip.calibration import parse_bounds
-from kvzip.errors import ConfigError, KvzipError
+from kvzip.errors import BackendUnavailableError, ConfigError, KvzipError
 from kvzip.record import Coding, Reason, RecordHeader, Steps, read_header, read_record
 from kvzip.types import DType, ErrorBound
 
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--quick", action="store_true", help="few repetitions of 4 MiB: whether it works")
     bench.add_argument("--out", type=Path, metavar="FILE.json", help="write the results to a file as well")
+    _add_plot(bench, "bandwidth against size")
     bench.set_defaults(run=_bench)
 
     plan = commands.add_parser("plan", help="what a host pool holds and its transfers take, for a model and a link")
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--tokens", type=int, nargs="+", default=[1024, 8192, 32768, 131072], metavar="N", help="lengths of sequences"
     )
+    _add_plot(plan, "the time against the length")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=_plan)
 
@@ -144,8 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.set_defaults(run=_calibrate)
 
-    verify = commands.add_parser("verify", help="measure what coded keys and values do to a model's output")
-    _model_options(verify)
+    verify = commands.add_parser(
+        "verify", help="check this build on this machine; with --model, what a scheme does to a model's output"
+    )
+    _model_options(verify, required=False)
     verify.add_argument(
         "--bound",
         type=_named_bound,
@@ -159,7 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         "--prefix", type=int, default=1536, metavar="N", help="tokens whose cache is swapped; default 1536"
     )
     verify.add_argument("--continuation", type=int, default=512, metavar="N", help="tokens behind it; default 512")
+    _add_plot(verify, "ratio against fidelity")
     verify.set_defaults(run=_verify)
+
+    completion = commands.add_parser("completion", help="print a script that completes kvzip's arguments in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    completion.set_defaults(run=_completion)
     return parser
 
 
@@ -180,12 +189,16 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {what} into a .png, .svg or .pdf file")
+
+
+def _model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What the commands that run a model share."""
     parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="folder, GGUF file, or name of the Hugging Face hub"
+        "--model", required=required, metavar="MODEL", help="folder, GGUF file, or name of the Hugging Face hub"
     )
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="texts, UTF-8")
+    parser.add_argument("--text", type=Path, nargs="+", required=required, metavar="FILE", help="texts, UTF-8")
     parser.add_argument("--device", default="auto", help="torch device of the model; default auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -272,10 +285,9 @@ def _demo_rows(r: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from kvzip import benchmark
+    from kvzip import benchmark, plots
 
-    if arguments.out and not arguments.out.parent.is_dir():
-        raise ConfigError(f"{arguments.out.parent} is no folder: make it, or choose another --out")
+    _check_files(arguments.out, arguments.plot)
     result = benchmark.run(
         arguments.input,
         bounds=arguments.bound or [ErrorBound.parse(text) for text in ("1e-3", "1e-2", "lossless")],
@@ -289,6 +301,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
     if arguments.out:
         benchmark.write_json(arguments.out, _plain(result))
+    if arguments.plot:
+        plots.save(plots.bandwidth, result, arguments.plot)
     if arguments.json:
         print(_json(result))
     else:
@@ -314,9 +328,10 @@ def _bench_table(result: dict[str, Any]) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from kvzip import demo
+    from kvzip import demo, plots
     from kvzip.planner import Model, Plan, Rates
 
+    _check_files(arguments.plot)
     numbers = {
         "layers": arguments.layers,
         "kv_heads": arguments.kv_heads,
@@ -345,11 +360,16 @@ def _plan(arguments: argparse.Namespace) -> int:
         "bound": str(arguments.bound).removeprefix("rel:"),
         "ratio_from": "given" if arguments.ratio is not None else str(arguments.input or "the sample of kvzip"),
     }
+    if arguments.plot:
+        lengths = sorted({int(10 ** (step / 10)) for step in range(10, 61)})  # 10 to a million
+        plots.save(plots.break_even, {**result, "rows": [plan.row(tokens) for tokens in lengths]}, arguments.plot)
     print(_json(result) if arguments.json else _plan_table(result))
     return 0
 
 
 def _plan_table(r: dict[str, Any]) -> str:
+    from kvzip.planner import BREAK_EVENS
+
     model, held, each, link = r["model"], r["tokens_held"], r["bytes_per_token"], r["link_gb_per_s"]
 
     def tokens(count: int | None) -> str:
@@ -380,17 +400,11 @@ def _plan_table(r: dict[str, Any]) -> str:
     for row in r["rows"]:
         times = [row[f"{name}_{what}_seconds"] for name in ("store", "load") for what in ("raw", "encoded")]
         lines.append(f"{row['tokens']:>7,} tokens {' '.join(ms(t) for t in [*times, row['recompute_seconds']])}")
-    even = r["break_even_tokens"]
-    names = {
-        "store": "stores: encoded beats raw",
-        "load": "loads: encoded beats raw",
-        "recompute": "loading beats recomputing",
-    }
     return "\n".join(
         [
             *lines,
             "",
-            _table([(text, tokens(even[name])) for name, text in names.items()]),
+            _table([(BREAK_EVENS[name], tokens(at)) for name, at in r["break_even_tokens"].items()]),
             "",
             f"Rates of: {r['machine']}",
         ]
@@ -468,8 +482,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from kvzip.adapters.transformers.moments import calibrate
 
     texts = list(_texts(arguments.text).values())
-    if not arguments.out.resolve().parent.is_dir():  # before a long run, not after it
-        raise ConfigError(f"{arguments.out}: there is no folder {arguments.out.resolve().parent}")
+    _check_files(arguments.out)
     model = load_model(arguments.model, device=arguments.device)
     table = calibrate(model, texts, max_tokens=arguments.tokens, progress=_progress("texts"))
     if arguments.gradients:
@@ -491,9 +504,41 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.model:
+        return _verify_model(arguments)
+    if arguments.text or arguments.bound or arguments.mode or arguments.plot:
+        raise ConfigError("--text, --bound, --mode and --plot are for a model: give --model, or none of them")
+    from kvzip import selfcheck
+
+    result = selfcheck.run(arguments.device, _progress("cases"))
+    if arguments.json:
+        print(_json(result))
+    else:
+        print(
+            _table(
+                [
+                    ("library", result["native"]),
+                    ("ways", "; ".join(result["ways"])),
+                    ("cases", f"{len(result['cases'])}, each in every way"),
+                    ("golden set", f"{sum(case['golden'] for case in result['cases'])} agree"),
+                    ("other bytes", f"{sum(len(case['differ']) for case in result['cases'])}"),
+                    ("violations", f"{result['violations']}"),
+                ]
+            )
+        )
+        for failure in result["failures"]:
+            print(f"failed: {failure}")
+    return 1 if result["failures"] else 0
+
+
+def _verify_model(arguments: argparse.Namespace) -> int:
+    from kvzip import plots
     from kvzip.adapters.transformers import fidelity, schemes
     from kvzip.adapters.transformers.models import load_model
 
+    if not arguments.text:
+        raise ConfigError("--text not given: give texts to run the model on")
+    _check_files(arguments.plot)
     texts = _texts(arguments.text)
     chosen = {"mode": arguments.mode, "block_tokens": arguments.block_tokens}
     own = [schemes.engine_scheme(name, bound, **chosen) for name, bound in arguments.bound or [("default", None)]]
@@ -507,13 +552,38 @@ def _verify(arguments: argparse.Namespace) -> int:
         progress=_progress("steps"),
     )
     worse = result.worse()
+    found = {**result.as_dict(), "limit": result.limit(), "worse": worse}
+    if arguments.plot:
+        plots.save(plots.fidelity, found, arguments.plot)
     if arguments.json:
-        print(_json({**result.as_dict(), "limit": result.limit(), "worse": worse}))
+        print(_json(found))
     else:
         print(result.table())
         for name in worse:
             print(f"worse than fp8: {name}")
     return 1 if worse else 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise BackendUnavailableError("completion needs shtab: pip install 'kvzip[completion]'") from error
+    parser = _parser()
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, shell=arguments.shell))
+    return 0
+
+
+def _check_files(*paths: Path | None) -> None:
+    """Say that a file cannot be written before a long run, not after it."""
+    for path in paths:
+        if path and not path.resolve().parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.resolve().parent}: make it, or choose another file")
 
 
 def _texts(paths: Sequence[Path]) -> dict[str, str]:

@@ -19,6 +19,11 @@ from typing import Any
 from kvzip.errors import ConfigError
 from kvzip.types import DType
 
+BREAK_EVENS = {
+    "store": "stores: records beat raw bytes",
+    "load": "loads: records beat raw bytes",
+    "recompute": "loading beats recomputing",
+}
 _MOST_TOKENS = 1 << 40  # nothing breaks even beyond it
 
 
@@ -260,8 +265,7 @@ class Plan:
         """Fewest tokens from which on something pays; None where it never does, or too little is known.
 
         Returns:
-            ``store`` and ``load``: a transfer of records is faster than one of raw bytes; ``recompute``: a load of
-            records is faster than computing them again.
+            The number by the names of `BREAK_EVENS`.
         """
 
         def faster(direction: str) -> Callable[[int], bool]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -400,13 +401,67 @@ def test_bench_fails_when_a_bound_is_violated(capsys: pytest.CaptureFixture[str]
         (["--block-tokens", "0"], "0 tokens"),
         (["--input", "nowhere.npy"], "cannot read nowhere.npy"),
         (["--codec", "none"], "no codec is named"),
-        (["--out", "no/such/folder/x.json", "--codec", "raw"], "no/such/folder is no folder"),
+        (["--out", "no/such/folder/x.json", "--codec", "raw"], "there is no folder"),
     ],
 )
 def test_bench_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     status, out, err = run(capsys, "bench", "--quick", "--device", "cpu", *arguments)
     assert (status, out) == (2, "")
     assert words in err
+
+
+# ---- plots and completion
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plots(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    numbers = ("--layers", "8", "--kv-heads", "2", "--head-dim", "64", "--parameters", "1e9")
+    for command in (("bench", "--quick", "--device", "cpu", "--codec", "raw"), ("plan", *numbers)):
+        path = tmp_path / f"{command[0]}.{suffix}"
+        assert run(capsys, *command, "--plot", str(path))[0] == 0
+        assert {"png": b"\x89PNG", "svg": b"<svg "}[suffix] in path.read_bytes()
+
+
+def test_plots_that_cannot_be_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = ("--layers", "8", "--kv-heads", "2", "--head-dim", "64")
+    status, _, err = run(capsys, "plan", *numbers, "--plot", "no/such/folder/x.png")
+    assert status == 2
+    assert "there is no folder" in err
+    status, _, err = run(capsys, "plan", *numbers, "--plot", "x.doc")
+    assert status == 2
+    assert "x.doc is no picture" in err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run(capsys, "plan", *numbers, "--plot", "x.png")
+    assert status == 2
+    assert "pip install 'kvzip[bench]'" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    status, script, _ = run(capsys, "completion", shell)
+    assert status == 0
+    for word in ("verify", "block-tokens", "gb-per-s"):
+        assert word in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, check=True, text=True, timeout=60)
+
+
+def test_bash_completes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    script = run(capsys, "completion", "bash")[1]
+    asked = "COMP_WORDS=(kvzip plan --kv); COMP_CWORD=2; $f; echo ${COMPREPLY[@]}"
+    found = "f=$(complete -p kvzip | sed 's/.*-F \\([^ ]*\\).*/\\1/')"
+    done = subprocess.run(["bash", "-c", f"{script}\n{found}\n{asked}"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["--kv-heads"], done.stderr
+
+
+def test_completion_without_shtab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, out, err = run(capsys, "completion", "zsh")
+    assert (status, out) == (2, "")
+    assert "pip install 'kvzip[completion]'" in err
 
 
 # ---- info and inspect

@@ -18,7 +18,16 @@ PACKAGE = ROOT / "kvzip"
 
 # From the top to the bottom. A module imports from lower layers, or from its own.
 LAYERS: list[set[str]] = [
-    {"kvzip.cli", "kvzip.demo", "kvzip.benchmark", "kvzip.info", "kvzip.testing", "kvzip.adapters"},
+    {
+        "kvzip.cli",
+        "kvzip.demo",
+        "kvzip.benchmark",
+        "kvzip.selfcheck",
+        "kvzip.plots",
+        "kvzip.info",
+        "kvzip.testing",
+        "kvzip.adapters",
+    },
     {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap"},
     {"kvzip.transport", "kvzip.small", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
     {"kvzip.pool", "kvzip.memory", "kvzip.policy", "kvzip.metrics", "kvzip.integrity", "kvzip.backends"},
@@ -36,6 +45,8 @@ LAZY = {
     "prometheus_client": {"kvzip.adapters", "kvzip.metrics"},
     "vllm": {"kvzip.adapters"},
     "transformers": {"kvzip.adapters"},
+    "matplotlib": {"kvzip.plots"},
+    "shtab": {"kvzip.cli"},
     "cupy": set(),
     "pytest": set(),
     "hypothesis": set(),
