@@ -18,28 +18,38 @@ from kvzip.types import BoundKind, ErrorBound
 WITHIN_PAGES = frozenset({BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE})
 
 
-def with_layers(
-    bound: ErrorBound | BoundPolicy, layers: Mapping[int, tuple[ErrorBound, ErrorBound]]
-) -> ErrorBound | BoundPolicy:
-    """A bound, with the pairs (K, V) of single layers in its place."""
-    if not layers:
-        return bound
-    policy = bound if isinstance(bound, BoundPolicy) else BoundPolicy(bound, bound)
-    return replace(policy, layers={**policy.layers, **layers})
+class Coding:
+    """What the settings of every adapter have: the fields that these need, and what follows from them."""
 
+    codec: str
+    bound: ErrorBound | BoundPolicy
+    layer_bounds: Mapping[int, tuple[ErrorBound, ErrorBound]]
+    mode: str | None
 
-def bound_kinds(bounds: ErrorBound | BoundPolicy) -> frozenset[BoundKind]:
-    """Kinds of bound that are used."""
-    return bounds.kinds if isinstance(bounds, BoundPolicy) else frozenset({bounds.kind})
+    @property
+    def bounds(self) -> ErrorBound | BoundPolicy:
+        """`bound`, with the pairs (K, V) of `layer_bounds` in its place for these layers."""
+        if not self.layer_bounds:
+            return self.bound
+        policy = self.bound if isinstance(self.bound, BoundPolicy) else BoundPolicy(self.bound, self.bound)
+        return replace(policy, layers={**policy.layers, **self.layer_bounds})
 
+    @property
+    def within_pages(self) -> bool:
+        """Whether there are bounds that differ within a page."""
+        kinds = self.bounds.kinds if isinstance(self.bounds, BoundPolicy) else {self.bounds.kind}
+        return bool(kinds & WITHIN_PAGES)
 
-def default_mode(codec: str, bounds: ErrorBound | BoundPolicy) -> str:
-    """The codec's first mode, or ``rice`` where bounds differ within a page.
+    @property
+    def coding_mode(self) -> str:
+        """`mode`; without one the codec's first, or ``rice`` where bounds differ within a page.
 
-    The CUDA codec has these bounds in that mode alone; in others the host would code the blocks, much slower.
-    """
-    modes = get_codec(codec).modes
-    return "rice" if "rice" in modes and bound_kinds(bounds) & WITHIN_PAGES else modes[0]
+        The CUDA codec has these bounds in that mode alone; in others the host would code the blocks, much slower.
+        """
+        if self.mode is not None:
+            return self.mode
+        modes = get_codec(self.codec).modes
+        return "rice" if "rice" in modes and self.within_pages else modes[0]
 
 
 def parse_bound(value: Any) -> ErrorBound | BoundPolicy:

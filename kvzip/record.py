@@ -95,6 +95,9 @@ class Reason(enum.IntEnum):
     CODEC_UNAVAILABLE = 6
 
 
+#: Bytes of one run of pages of one shape, in a record's header.
+GEOMETRY_BYTES = _GEOMETRY.size
+
 assert (_FIXED.size, _GEOMETRY.size, ENTRY_DTYPE.itemsize) == (96, 24, 16)
 
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kvzip.adapters.settings import (
-    default_mode,
+    Coding,
     parse_bound,
     parse_fraction,
     parse_integer,
     parse_layer_bounds,
     parse_name,
-    with_layers,
 )
 from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy
@@ -47,7 +46,7 @@ CHANGEABLE = frozenset({"codec", "bound", "layer_bounds", "mode"})
 
 
 @dataclass(frozen=True)
-class AdapterSettings:
+class AdapterSettings(Coding):
     """What an operator may set.
 
     Attributes:
@@ -134,13 +133,3 @@ class AdapterSettings:
         codec.check_bound(changed.bounds)
         make_policy(changed.policy)
         return changed
-
-    @property
-    def bounds(self) -> ErrorBound | BoundPolicy:
-        """`bound` and `layer_bounds` together, by layers of the model."""
-        return with_layers(self.bound, self.layer_bounds)
-
-    @property
-    def coding_mode(self) -> str:
-        """`mode`, or without one `kvzip.adapters.settings.default_mode`."""
-        return default_mode(self.codec, self.bounds) if self.mode is None else self.mode

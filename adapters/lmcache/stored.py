@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""What is kept of an object: its record, and behind it a seal that ties the record to the object's key.
+
+The record has checksums of its own. The seal is for what they cannot see: a whole record under another object's name,
+or in a buffer that a storage tier did not fill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvzip.errors import CorruptRecordError, LayoutError
+from kvzip.record import RecordHeader, read_header, read_record
+
+SEAL_BYTES = 16
+
+
+def host_bytes(obj: Any) -> npt.NDArray[np.uint8]:
+    """The bytes of an LMCache memory object, without a copy.
+
+    Raises:
+        LayoutError: they are not in host memory.
+    """
+    tensor = obj.raw_tensor
+    if tensor is not None and tensor.device.type != "cpu":
+        raise LayoutError(f"the object lies on {tensor.device}: the serde takes objects in host memory")
+    return np.frombuffer(obj.byte_array, np.uint8)
+
+
+def seal(header: bytes, key: Any) -> bytes:
+    """What ties a record to its key.
+
+    Args:
+        header: of the record, with the checksum of its payload.
+        key: LMCache's ``ObjectKey``.
+    """
+    digest = hashlib.blake2b(header, digest_size=SEAL_BYTES)
+    digest.update(struct.pack("<QQ", key.kv_rank, key.object_group_id))
+    for part in (key.chunk_hash, key.model_name.encode(), key.cache_salt.encode()):
+        digest.update(struct.pack("<Q", len(part)) + part)
+    return digest.digest()
+
+
+def read_stored(data: npt.NDArray[np.uint8], key: Any) -> tuple[RecordHeader, memoryview]:
+    """Check what was read for a key; bytes behind the seal are ignored.
+
+    Returns:
+        The record's header, and its payload as a view of `data`.
+
+    Raises:
+        FormatVersionError: a newer kvzip wrote it.
+        CorruptRecordError: it is damaged, or of another object.
+    """
+    end = read_header(data).record_bytes
+    if len(data) < end + SEAL_BYTES:
+        raise CorruptRecordError(f"{len(data)} bytes, the record and its seal have {end + SEAL_BYTES}: it is cut")
+    header, payload = read_record(data[:end])
+    if data[end : end + SEAL_BYTES].tobytes() != seal(data[: header.header_bytes].tobytes(), key):
+        raise CorruptRecordError("the seal does not match: it is damaged, or the record of another object")
+    return header, payload
