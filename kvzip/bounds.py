@@ -82,6 +82,10 @@ class BoundPolicy:
     def _pairs(self) -> dict[int, tuple[ErrorBound, ErrorBound]]:
         return self.layers  # type: ignore[return-value]  # made so in __post_init__
 
+    def pair_of(self, layer: int) -> tuple[ErrorBound, ErrorBound]:
+        """The bounds of K and V in a layer."""
+        return self._pairs().get(layer, (self.key, self.value))
+
     def page_bounds(self, layout: BlockLayout) -> tuple[ErrorBound, ...]:
         """The bound of each page of a block that does not begin a sequence.
 
@@ -99,7 +103,7 @@ class BoundPolicy:
             )
         bounds = []
         for number, (segment, layer) in enumerate(zip(layout.segments, layout.layers, strict=True)):
-            key, value = pairs.get(layer, (self.key, self.value))
+            key, value = self.pair_of(layer)
             bound = {"k": key, "v": value, "": self.other}[segment.kind]
             _check_table(bound, layout, number)
             bounds.append(bound)

@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""Raw or encoded: the break-even controller, which chooses for each store by what transfers were seen to take.
+
+A block that is stored raw can only be loaded raw, so the choice is made once, for the store and the loads that follow.
+What a transfer takes is predicted by a model with built-in rates, times a correction for its size class that is the
+median of what was observed lately. The road that is not taken is measured now and then, within a budget of time.
+Nothing here touches a device, and time comes in with the observations.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal, NamedTuple, TypeAlias
+
+from kvzip.errors import ConfigError
+
+__all__ = ["Controller", "ControllerSnapshot", "Crossing", "Decision", "Prior", "Profile", "make_controller"]
+
+Choice: TypeAlias = Literal["raw", "encoded"]
+Direction: TypeAlias = Literal["store", "load"]
+
+RAW: Choice = "raw"
+ENCODED: Choice = "encoded"
+CHOICES: tuple[Choice, ...] = (RAW, ENCODED)
+DIRECTIONS: tuple[Direction, ...] = ("store", "load")
+OBJECTIVES = ("latency", "balanced", "capacity")
+#: Why a choice was made; see `Decision`.
+CAUSES = ("asked", "objective", "hysteresis", "exploration")
+
+TO_RAW, TO_ENCODED = 0.04, 0.01  # of raw over encoded, logarithm: where the choice changes, each way
+SLACK = 0.02  # logarithm of the ratio up to which `capacity` finds both sizes equal
+OPTIMISM, UNSEEN_OPTIMISM = 2.0, 100.0  # raw is measured only if it could win at this part of its estimate
+FIRST_TRIES = 2  # of each road in a size class
+TRY_EVERY = 64  # choices in a size class, after that
+MOST_SAMPLES = 9
+SAMPLES_SECONDS = 30.0  # older samples go when a new one comes
+MOST_STATES = 512
+SMALLEST_CLASS, LARGEST_CLASS = 6, 16  # 4 KiB and less, 4 GiB and more
+SEEN_RATIO = 1.5  # of data that has not been encoded yet
+
+
+class Profile(NamedTuple):
+    """What an encoder is asked for: codec, mode, and bound (any hashable object with a readable ``str``)."""
+
+    codec: str
+    mode: str
+    bound: Hashable
+
+    def __str__(self) -> str:
+        return f"{self.codec} {self.mode} {self.bound}"
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What transfers of a device are taken for before they were observed.
+
+    Attributes:
+        link_out, link_in: raw values to the pool and back, bytes a second.
+        encode, decode: bytes of values a second.
+        fixed_seconds: what a transfer takes beside that.
+        overlapped: whether coding and moving go on at the same time.
+    """
+
+    link_out: float
+    link_in: float
+    encode: float
+    decode: float
+    fixed_seconds: float
+    overlapped: bool
+
+    def __post_init__(self) -> None:
+        for name in ("link_out", "link_in", "encode", "decode"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"prior {name}={getattr(self, name)!r}: give bytes a second, above 0")
+        if not self.fixed_seconds >= 0:
+            raise ConfigError(f"prior fixed_seconds={self.fixed_seconds!r}: give seconds, at least 0")
+
+    def seconds(self, direction: Direction, choice: Choice, raw_bytes: int, ratio: float) -> float:
+        """What a transfer takes.
+
+        Args:
+            direction: ``"store"`` or ``"load"``.
+            choice: ``"raw"`` or ``"encoded"``.
+            raw_bytes: bytes of its values.
+            ratio: these over the bytes of its encoded records.
+        """
+        link, codec = (self.link_out, self.encode) if direction == "store" else (self.link_in, self.decode)
+        if choice == RAW:
+            return self.fixed_seconds + raw_bytes / link
+        coded, moved = raw_bytes / codec, raw_bytes / ratio / link
+        return self.fixed_seconds + (max(coded, moved) if self.overlapped else coded + moved)
+
+
+#: By kind of device. The order of magnitude is enough: two observations replace them.
+PRIORS = {
+    "cuda": Prior(40e9, 40e9, 500e9, 500e9, 100e-6, overlapped=True),
+    "cpu": Prior(5e9, 8e9, 3e9, 3e9, 30e-6, overlapped=False),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice for one store.
+
+    Attributes:
+        device: where the blocks lie.
+        profile: what the encoder would be asked for.
+        raw_bytes: bytes of the blocks' values.
+        choice: ``"raw"`` or ``"encoded"``.
+        cause: ``"objective"`` (it serves the objective better), ``"hysteresis"`` (the other one does, but not by enough
+            or not for long enough), ``"exploration"`` (to measure it), ``"asked"`` (by the caller).
+        expected_seconds: what the store was expected to take when the roads were last compared.
+        starting: it is one of the first attempts, which have a budget of their own.
+    """
+
+    device: str
+    profile: Profile
+    raw_bytes: int
+    choice: Choice
+    cause: str
+    expected_seconds: float
+    starting: bool = False
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What a controller thinks of one size class.
+
+    Attributes:
+        device, profile: of the transfers.
+        least_bytes, most_bytes: raw bytes of the transfers in the class.
+        choice: what it chooses now.
+        decisions, switches: choices made, and how often they changed.
+        ratio: raw bytes over encoded bytes.
+        store_seconds, load_seconds: by choice, what a transfer of the geometric mean of the class is expected to take.
+    """
+
+    device: str
+    profile: str
+    least_bytes: int
+    most_bytes: int
+    choice: Choice
+    decisions: int
+    switches: int
+    ratio: float
+    store_seconds: Mapping[Choice, float]
+    load_seconds: Mapping[Choice, float]
+
+
+@dataclass(frozen=True)
+class ControllerSnapshot:
+    """A controller at one moment.
+
+    Attributes:
+        objective: what it serves.
+        decisions: choices made, by choice and cause.
+        transfer_seconds: of all transfers that were observed, without the time they waited for others.
+        exploration_seconds: what roads took that were tried although they were expected to be slower, beyond what the
+            others were expected to take.
+        waiting_seconds: by direction, time that transfers waited for others.
+        link_bytes_per_second: by device and direction, what raw transfers of the largest size seen reach.
+        crossings: what it thinks, by device, profile and size class.
+    """
+
+    objective: str
+    decisions: Mapping[tuple[str, str], int]
+    transfer_seconds: float
+    exploration_seconds: float
+    waiting_seconds: Mapping[str, float]
+    link_bytes_per_second: Mapping[tuple[str, Direction], float]
+    crossings: tuple[Crossing, ...]
+
+
+class _Samples:
+    """The latest observations of a number, and their lower median."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[float, float]] = deque(maxlen=MOST_SAMPLES)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, value: float, now: float) -> None:
+        while self._values and self._values[0][1] < now - SAMPLES_SECONDS:
+            self._values.popleft()
+        self._values.append((value, now))
+
+    def value(self, prior: float = 0.0) -> float:
+        """The lower median, as delays only add; the prior is one of the samples while there are fewer than three."""
+        values = [value for value, _ in self._values]
+        if len(values) < 3:
+            values.append(prior)
+        return sorted(values)[(len(values) - 1) // 2]
+
+
+@dataclass(slots=True)
+class _State:
+    """A size class of a profile on a device."""
+
+    choice: Choice = ENCODED
+    cause: str = "objective"
+    decisions: int = 0
+    switches: int = 0
+    changed: int = 0  # number of the decision at which the choice was made, or changed
+    next_look: int = 1  # number of the decision at which the roads are compared again
+    tries: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))
+    tried: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))  # number of the last decision
+    expected: dict[Choice, float] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0.0))  # seconds of a store
+
+
+Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves
+Kind: TypeAlias = tuple[str, Direction, Hashable]  # device, direction, what is moved
+
+
+class Controller:
+    """Chooses raw or encoded for every store. Thread-safe.
+
+    The objective decides what counts: ``"latency"`` the seconds of the store and of the loads after it, ``"balanced"``
+    the product of seconds and bytes in the pool, ``"capacity"`` the bytes (and the seconds where both are about the
+    same size, as with values that cannot be made smaller). Where both are equal, encoded is chosen.
+
+    Args:
+        objective: one of these.
+        loads_per_store: loads of a block that are expected for each store of it.
+        exploration: most time, as a part of all transfers' time, that is lost by measuring the road that is not chosen;
+            0 = never measure it.
+        allowance_seconds: what may be lost beside that on the first two attempts in each size class.
+        dwell: choices in a size class before the roads are compared again, and the choice may change again.
+        priors: what is expected at first, by device (``"cuda:0"``) or kind of device (``"cuda"``, ``"cpu"``).
+        clock: seconds; for tests.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        objective: str = "latency",
+        *,
+        loads_per_store: float = 1.0,
+        exploration: float = 0.01,
+        allowance_seconds: float = 0.05,
+        dwell: int = 8,
+        priors: Mapping[str, Prior] | None = None,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ConfigError(f"controller objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
+        if not (loads_per_store >= 0 and math.isfinite(loads_per_store)):
+            raise ConfigError(f"controller loads_per_store={loads_per_store!r}: give a number, at least 0")
+        if not 0 <= exploration <= 0.5:
+            raise ConfigError(f"controller exploration={exploration!r}: give a part from 0 (never) to 0.5")
+        if not allowance_seconds >= 0:
+            raise ConfigError(f"controller allowance_seconds={allowance_seconds!r}: give seconds, at least 0")
+        if dwell < 1:
+            raise ConfigError(f"controller dwell={dwell!r}: give a number of choices, at least 1")
+        self.objective = objective
+        self._loads = loads_per_store
+        self._exploration = exploration
+        self._allowance = allowance_seconds
+        self._dwell = dwell
+        self._priors = {**PRIORS, **(priors or {})}
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._states: OrderedDict[tuple[str, Profile, int], _State] = OrderedDict()
+        self._cells: dict[Kind, dict[Cell, _Samples]] = {}
+        self._ratios: OrderedDict[Profile, _Samples] = OrderedDict()
+        self._decisions: Counter[tuple[str, str]] = Counter()
+        self._ends: dict[tuple[str, str], float] = {}
+        self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
+        self._seconds = 0.0
+        self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
+
+    # ---- decisions
+
+    def decide(self, device: str, profile: Profile, raw_bytes: int, asked: Choice | None = None) -> Decision:
+        """Choose for one store.
+
+        Args:
+            device: where the blocks lie.
+            profile: what the encoder would be asked for.
+            raw_bytes: bytes of the blocks' values.
+            asked: the caller's own choice, if there is one.
+        """
+        with self._lock:
+            state = self._state(device, profile, raw_bytes)
+            state.decisions += 1
+            starting = False
+            if asked is not None:
+                choice, cause = asked, "asked"
+            elif state.decisions < state.next_look:  # most stores cost no more than this
+                choice, cause = state.choice, state.cause
+            else:
+                choice, cause, starting = self._look(state, device, profile, raw_bytes)
+            state.tries[choice] += 1
+            state.tried[choice] = state.decisions
+            self._decisions[choice, cause] += 1
+            return Decision(device, profile, raw_bytes, choice, cause, state.expected[choice], starting)
+
+    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> tuple[Choice, str, bool]:
+        """Compare the roads; says what to choose this time, why, and whether it is an attempt of the beginning."""
+        state.next_look = state.decisions + (1 if state.decisions < 2 * self._dwell else self._dwell)
+        times = {}
+        for choice in CHOICES:
+            store = state.expected[choice] = self._expected(device, "store", choice, profile, raw_bytes)
+            times[choice] = store + self._loads * self._expected(device, "load", choice, profile, raw_bytes)
+        gain = self._gain(times, profile)
+        wanted: Choice = RAW if gain > TO_RAW else ENCODED if gain < TO_ENCODED else state.choice
+        if state.changed == 0:
+            state.choice, state.changed = wanted, state.decisions
+        elif wanted != state.choice and state.decisions - state.changed >= self._dwell:
+            state.choice, state.changed = wanted, state.decisions
+            state.switches += 1
+        state.cause = "objective" if state.choice == (RAW if gain > 0 else ENCODED) else "hysteresis"
+        other = ENCODED if state.choice == RAW else RAW
+        starting = state.tries[other] < FIRST_TRIES
+        if self._explores(state, other, times, profile, starting):
+            return other, "exploration", starting
+        return state.choice, state.cause, False
+
+    def _gain(self, times: Mapping[Choice, float], profile: Profile) -> float:
+        """How much raw serves the objective better than encoded, logarithm."""
+        faster, larger = math.log(times[ENCODED] / times[RAW]), math.log(self._ratio(profile))
+        if self.objective == "latency":
+            return faster
+        if self.objective == "balanced":
+            return faster - larger
+        return -larger if larger > SLACK else faster
+
+    def _explores(
+        self, state: _State, other: Choice, times: Mapping[Choice, float], profile: Profile, starting: bool
+    ) -> bool:
+        """Whether to take the road that is not chosen, to see what it takes; then its cost is charged."""
+        if state.changed == state.decisions or self._exploration == 0:
+            return False
+        if not starting and state.decisions - state.tried[other] < TRY_EVERY:
+            return False
+        if other == RAW:
+            hoped = {**times, RAW: times[RAW] / (UNSEEN_OPTIMISM if starting else OPTIMISM)}
+            if self._gain(hoped, profile) <= TO_RAW:
+                return False
+        extra = max(0.0, times[other] - times[state.choice])
+        spent, most = self._explored[starting], self._allowance if starting else self._exploration * self._seconds
+        if spent + extra > most:
+            return False
+        self._explored[starting] = spent + extra
+        return True
+
+    def _state(self, device: str, profile: Profile, raw_bytes: int) -> _State:
+        key = (device, profile, size_class(raw_bytes))
+        state = self._states.get(key)
+        if state is None:
+            if len(self._states) >= MOST_STATES:
+                self._states.popitem(last=False)
+            state = self._states[key] = _State()
+        else:
+            self._states.move_to_end(key)
+        return state
+
+    # ---- observations
+
+    def stored(self, decision: Decision, raw_bytes: int, record_bytes: int, seconds: float) -> None:
+        """A store has ended well.
+
+        Args:
+            decision: what was decided for it.
+            raw_bytes: bytes of its values.
+            record_bytes: bytes of its records.
+            seconds: from the call to its end.
+        """
+        if raw_bytes <= 0 or record_bytes <= 0:
+            return
+        with self._lock:
+            now = self._clock()
+            if decision.choice == ENCODED:
+                self._learn_ratio(decision.profile, raw_bytes / record_bytes, now)
+            kind = _kind(decision.device, "store", decision.choice, decision.profile)
+            own = self._observe(kind, decision.choice, raw_bytes, record_bytes, seconds, now)
+            if decision.cause == "exploration":
+                self._explored[decision.starting] += max(0.0, own - decision.expected_seconds)
+
+    def loaded(self, device: str, profile: Profile | None, raw_bytes: int, record_bytes: int, seconds: float) -> None:
+        """A load has ended well.
+
+        Args:
+            device: where the blocks lie.
+            profile: what the records were encoded with (the bound does not matter); None: they are raw.
+            raw_bytes: bytes of the blocks' values.
+            record_bytes: bytes of their records.
+            seconds: from the call to its end.
+        """
+        if raw_bytes <= 0 or record_bytes <= 0:
+            return
+        choice = RAW if profile is None else ENCODED
+        with self._lock:
+            self._observe(
+                _kind(device, "load", choice, profile), choice, raw_bytes, record_bytes, seconds, self._clock()
+            )
+
+    def _observe(
+        self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, seconds: float, now: float
+    ) -> float:
+        """Take an observation in; the time that the transfer waited for others of its direction is taken off."""
+        device, direction, _ = kind
+        begun = max(now - seconds, self._ends.get((device, direction), -math.inf))
+        own = max(now - begun, 1e-7)
+        self._ends[device, direction] = now
+        self._waiting[direction] += max(0.0, seconds - own)
+        self._seconds += own
+        ratio = raw_bytes / record_bytes
+        model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
+        cells = self._cells.setdefault(kind, {})
+        if len(self._cells) > MOST_STATES:
+            del self._cells[next(iter(self._cells))]
+        cell = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
+        cells.setdefault(cell, _Samples()).add(math.log(own / model), now)
+        return own
+
+    def _learn_ratio(self, profile: Profile, ratio: float, now: float) -> None:
+        if profile not in self._ratios and len(self._ratios) >= MOST_STATES:
+            self._ratios.popitem(last=False)
+        self._ratios.setdefault(profile, _Samples()).add(math.log(ratio), now)
+        self._ratios.move_to_end(profile)
+
+    # ---- predictions
+
+    def _ratio(self, profile: Profile) -> float:
+        samples = self._ratios.get(profile)
+        return SEEN_RATIO if samples is None else math.exp(samples.value(math.log(SEEN_RATIO)))
+
+    def _expected(self, device: str, direction: Direction, choice: Choice, profile: Profile, raw_bytes: int) -> float:
+        ratio = self._ratio(profile)
+        model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
+        cell = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
+        # What was never seen is as far from the model as its neighbour; as the other road; as the other direction.
+        for kind in (
+            _kind(device, direction, choice, profile),
+            _kind(device, direction, RAW, None),
+            _kind(device, direction, ENCODED, profile),
+            _kind(device, "store", RAW, None),
+        ):
+            cells = self._cells.get(kind)
+            if cells:
+                nearest = min(cells, key=lambda at: (abs(at[0] - cell[0]) + abs(at[1] - cell[1]), at))
+                return model * math.exp(cells[nearest].value())
+        return model
+
+    def _prior(self, device: str) -> Prior:
+        return self._priors.get(device) or self._priors.get(device.partition(":")[0]) or PRIORS["cuda"]
+
+    # ---- what it knows
+
+    @property
+    def decisions(self) -> dict[tuple[str, str], int]:
+        """Choices made so far, by choice and cause."""
+        with self._lock:
+            return dict(self._decisions)
+
+    def snapshot(self) -> ControllerSnapshot:
+        """What it has seen and what it thinks."""
+        with self._lock:
+            crossings = []
+            for (device, profile, size), state in self._states.items():
+                middle = 2 << (2 * size)
+                expected = {
+                    direction: {
+                        choice: self._expected(device, direction, choice, profile, middle) for choice in CHOICES
+                    }
+                    for direction in DIRECTIONS
+                }
+                crossings.append(
+                    Crossing(
+                        device,
+                        str(profile),
+                        0 if size == SMALLEST_CLASS else 1 << (2 * size),
+                        (4 << (2 * size)) - 1,
+                        state.choice,
+                        state.decisions,
+                        state.switches,
+                        self._ratio(profile),
+                        expected["store"],
+                        expected["load"],
+                    )
+                )
+            links = {}
+            for (device, direction, moved), cells in self._cells.items():
+                if moved == RAW:
+                    size, octave = max(cells)
+                    seconds = self._prior(device).seconds(direction, RAW, 2 << (2 * size), 1.0)
+                    links[device, direction] = (2 << (2 * size)) / (seconds * math.exp(cells[size, octave].value()))
+            return ControllerSnapshot(
+                self.objective,
+                dict(self._decisions),
+                self._seconds,
+                sum(self._explored.values()),
+                dict(self._waiting),
+                links,
+                tuple(crossings),
+            )
+
+    def __repr__(self) -> str:
+        return f"Controller({self.objective!r})"
+
+
+def size_class(raw_bytes: int) -> int:
+    """Transfers of a class differ by less than a factor of 4 in their raw bytes."""
+    return min(max((raw_bytes.bit_length() - 1) // 2, SMALLEST_CLASS), LARGEST_CLASS)
+
+
+def _octaves(ratio: float) -> int:
+    return round(2 * math.log2(ratio))
+
+
+def _kind(device: str, direction: Direction, choice: Choice, profile: Profile | None) -> Kind:
+    if choice == RAW or profile is None:
+        return device, direction, RAW
+    # Bounds may be coded in another place (on the host), but are decoded alike: the records' codings say how.
+    return device, direction, profile if direction == "store" else profile[:2]
+
+
+def make_controller(controller: str | Controller | None) -> Controller | None:
+    """A controller by the name of its objective, or the given one.
+
+    Raises:
+        ConfigError: no such objective, or it is no controller.
+    """
+    if controller is None or isinstance(controller, Controller):
+        return controller
+    if isinstance(controller, str):
+        return Controller(controller)
+    raise ConfigError(f"{controller!r} is no controller: give a Controller, or one of {', '.join(OBJECTIVES)}")
