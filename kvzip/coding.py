@@ -140,10 +140,7 @@ def encode_records(
         EncodedRecord(codec.name, headers[i], payload, crcs[i], tables[i], *(errors[i] if errors else ()))
         for i, payload in enumerate(payloads)
     ]
-    fallbacks = fallback_reasons(tables)
-    if reason is not Reason.AS_ASKED:
-        fallbacks = {reason.name.lower(): tables.size}
-    return EncodedBatch(records, fallbacks)
+    return EncodedBatch(records, fallback_reasons(tables, reason))
 
 
 def on_host(blocks: BlockView) -> BlockView:

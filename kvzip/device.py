@@ -464,7 +464,7 @@ class DeviceSwap:
         plan = self._small_stores().new_plan(part.blocks, codec, request, coding)
         if plan is not None:
             contents = contents_of(layout, codec.name, table_id(request.bound, len(layout.segments)))
-            plan.context = (contents, _header_maker(layout, codec, request, request.reason))
+            plan.context = (contents, _header_maker(layout, codec, request, request.reason), request.reason)
         return plan
 
     def _land_store(self, work: _SmallStore, error: Exception | None) -> TransferResult:
@@ -476,7 +476,7 @@ class DeviceSwap:
             status, sizes, crcs, rows = ticket.arrays
             if status[0]:
                 _native.check(int(status[0]), "encoding on the GPU")
-            contents, header_of = work.plan.context
+            contents, header_of, reason = work.plan.context
             count, joined = len(work.keys), rows.tobytes()
             size = len(joined) // count
             tables = [joined[at : at + size] for at in range(0, len(joined), size)]
@@ -494,8 +494,8 @@ class DeviceSwap:
             sum(entry.allocation.nbytes for entry in entries),
             time.perf_counter() - work.started,
             work.evicted,
-            fallback_reasons(np.frombuffer(joined, ENTRY_DTYPE))
-            if any(joined[_REASON_AT :: ENTRY_DTYPE.itemsize])
+            fallback_reasons(np.frombuffer(joined, ENTRY_DTYPE), reason)
+            if reason or any(joined[_REASON_AT :: ENTRY_DTYPE.itemsize])
             else {},
         )
         self._host.count_store(result)
@@ -654,7 +654,7 @@ class DeviceSwap:
                 raise index.refuse(needed, len(keys), keys)
         fresh: list[Entry] = []
         fallbacks: Counter[str] = Counter()
-        record_bytes = pages = violations = 0
+        record_bytes = violations = 0
         max_error = 0.0
         evicted_before = index.evicted
 
@@ -683,12 +683,11 @@ class DeviceSwap:
             return self._entry_runs(enter(part, contents, chunk), chunk.offsets.tolist())
 
         def copying(part: Part, contents: Contents, chunk: EncodedChunk) -> None:
-            nonlocal record_bytes, pages
+            nonlocal record_bytes
             if rooms:
                 enter(part, contents, chunk)
-            pages += chunk.tables.size
-            if any(chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize]):
-                fallbacks.update(fallback_reasons(chunk.tables))
+            if reason or any(chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize]):
+                fallbacks.update(fallback_reasons(chunk.tables, reason))
             record_bytes += int(chunk.payload_bytes.sum()) + len(chunk.tables) * header
 
         def landed(part: Part, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
@@ -732,8 +731,6 @@ class DeviceSwap:
                 room.close()
             index.cancel(fresh, keys)
             raise
-        if reason is not Reason.AS_ASKED:
-            fallbacks = Counter({reason.name.lower(): pages})
         return TransferResult(
             blocks=len(keys),
             raw_bytes=sum(part.blocks.nbytes for part in parts),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
 from kvzip.bounds import BoundPolicy, PageBounds, resolve, table_id
 from kvzip.coding import EncodedRecord, Part, check_device, check_geometry, encode_records, max_record_bytes
+from kvzip.controller import CHOICES, RAW, Choice, Controller, Decision, Profile, make_controller
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -35,6 +37,7 @@ from kvzip.integrity import Integrity, Sampler
 from kvzip.metrics import Meter, MetricsSnapshot, snapshot
 from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
+from kvzip.pressure import BoundPressure, PressureGauge
 from kvzip.record import ENTRY_DTYPE, Reason, crc32c, header_is_intact
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import Staging
@@ -50,6 +53,8 @@ _MOST_REQUESTS = 64  # that an engine keeps
 
 #: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
 CHUNK_BYTES = 32 << 20
+
+_LOSSLESS = ErrorBound.lossless()
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,10 @@ class SwapEngine:
         threads: most host threads for coding; 0 = all cores that the process may use.
         staging: bounds of the memory and of the thread blocks that transfers use on a GPU.
         integrity: how much is checked; by default every checksum, and no bound.
+        controller: chooses for each store whether the blocks are encoded or kept raw, by what is faster or smaller: a
+            `Controller`, or the name of its objective (``"latency"``, ``"balanced"``, ``"capacity"``). None = all are
+            encoded.
+        pressure: coarser bounds for new records while the pool is filling.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -146,10 +155,18 @@ class SwapEngine:
         threads: int = 0,
         staging: Staging | None = None,
         integrity: Integrity | None = None,
+        controller: str | Controller | None = None,
+        pressure: BoundPressure | None = None,
     ) -> None:
         if threads < 0:
             raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
         self._settings = _settings(codec, ErrorBound.relative(1e-3) if bound is None else bound, mode)
+        self.controller = make_controller(controller)
+        self._pressure = pressure
+        for step in pressure.bounds if pressure is not None else ():
+            _check_bound(step, self._settings.codec)
+        self._gauge = None if pressure is None else PressureGauge(pressure)
+        self._raw = get_codec(RAW)
         self._threads = threads
         self._owns_pool = not isinstance(pool, HostPool)
         self.pool = pool if isinstance(pool, HostPool) else HostPool(pool)
@@ -195,6 +212,8 @@ class SwapEngine:
             chosen = _settings(now.codec if codec is None else codec, now.bound if bound is None else bound, mode)
             if mode is None and now.mode in chosen.codec.modes:
                 chosen = replace(chosen, mode=now.mode)
+            for step in self._pressure.bounds if self._pressure is not None else ():
+                _check_bound(step, chosen.codec)
             self._settings = chosen
             return chosen
 
@@ -205,8 +224,9 @@ class SwapEngine:
         keys: Iterable[bytes],
         blocks: BlockView,
         *,
-        bound: ErrorBound | BoundPolicy | None = None,
+        bound: ErrorBound | BoundPolicy | Sequence[ErrorBound | BoundPolicy] | None = None,
         sink: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
+        coding: Choice | None = None,
         measure_error: bool = False,
         stream: object = None,
     ) -> Transfer:
@@ -219,9 +239,11 @@ class SwapEngine:
         Args:
             keys: one opaque name a block.
             blocks: the blocks, in the same order.
-            bound: in place of the engine's, for blocks whose layers are not those of the others.
+            bound: in place of the engine's, for blocks whose layers are not those of the others; `BoundPressure` leaves
+                it alone. Or a sequence, in place of the engine's and of those of all steps of its pressure.
             sink: for each block, whether it holds position 0 of a sequence: such blocks get `BoundPolicy.sink`; under a
                 bound that is no policy they are stored lossless.
+            coding: ``"encoded"`` or ``"raw"``, in place of what the controller chooses.
             measure_error: decode and compare as well; slower. See `TransferResult`.
             stream: CUDA stream that makes the pages: they are read behind the work that is queued on it now. A handle,
                 a torch stream, or None for torch's current stream.
@@ -231,31 +253,87 @@ class SwapEngine:
 
         Raises:
             ConfigError: keys are not bytes, repeat, or are more or fewer than the blocks; or the sink marks are; or the
-                codec does not know the kind of bound.
+                codec does not know the kind of bound; or `coding` is neither.
             LayoutError: the codec does not work where the blocks lie, or the bounds do not fit them.
             PoolExhaustedError: the pool cannot hold them, even after evicting all it may; nothing was changed. For
                 blocks on a GPU it comes from the transfer.
         """
         names = _check_keys(keys, blocks)
-        settings = self._settings
-        if bound is not None and settings.reason is Reason.AS_ASKED:  # a stand-in stays lossless
-            _check_bound(bound, settings.codec)
-            settings = replace(settings, bound=bound)
-        parts = self._parts(names, blocks, sink, settings)
+        settings, calm, step = self._under_pressure(bound)
+        decision = self._decide(blocks, settings, coding)
+        if coding == RAW or (decision is not None and decision.choice == RAW):
+            reason = Reason.BREAK_EVEN if coding is None and settings.codec is not self._raw else settings.reason
+            settings = calm = Settings(self._raw, _LOSSLESS, self._raw.modes[0], reason)
+        parts = self._parts(names, blocks, sink, settings, calm)
         measure_error = self._verify_store() or measure_error
         self._codecs[settings.codec.name] = settings.codec
         if blocks.device != "cpu":
             self._index.check_open()
-            return self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
+            transfer = self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
+            if decision is not None or step is not None:
+                transfer._observe(partial(self._stored, decision, step))
+            return transfer
         with self.counting_failures("store"), self._store_lock:
             self._index.check_open()
             result = self.store_blocks(parts, settings.codec, measure_error)
+        self._stored(decision, step, result)
         transfer = Transfer()
         transfer._finish(result)
         return transfer
 
-    def _parts(self, names: Sequence[bytes], blocks: BlockView, sink: object, settings: Settings) -> list[Part]:
-        """The blocks of a store, those that begin a sequence apart."""
+    def _under_pressure(
+        self, bound: ErrorBound | BoundPolicy | Sequence[ErrorBound | BoundPolicy] | None
+    ) -> tuple[Settings, Settings, int | None]:
+        """What to code with; the same without pressure; and the step of the pressure, if it applies."""
+        settings, gauge, steps = self._settings, self._gauge, self._pressure.bounds if self._pressure else ()
+        given: list[ErrorBound | BoundPolicy] = []
+        if isinstance(bound, (list, tuple)):
+            given = list(bound)
+            if len(given) != 1 + len(steps):
+                raise ConfigError(
+                    f"{len(given)} bounds for an engine with {len(steps)} steps of pressure: give {1 + len(steps)}"
+                )
+        elif bound is not None:
+            given, gauge = [bound], None  # type: ignore[list-item]  # checked below
+        for one in given:
+            _check_bound(one, settings.codec)
+        if settings.reason is not Reason.AS_ASKED:  # a stand-in stays lossless
+            return settings, settings, None
+        calm = replace(settings, bound=given[0]) if given else settings
+        if gauge is None:
+            return calm, calm, None
+        step = gauge.step(1 - self.pool.free_bytes / self.pool.capacity_bytes)
+        chosen = [calm.bound, *(given[1:] or steps)][step]
+        return calm if chosen == calm.bound else replace(calm, bound=chosen, reason=Reason.BOUND_PRESSURE), calm, step
+
+    def _decide(self, blocks: BlockView, settings: Settings, coding: str | None) -> Decision | None:
+        if coding is not None and coding not in CHOICES:
+            raise ConfigError(f"coding {coding!r}: use one of {', '.join(CHOICES)}, or None")
+        if self.controller is None or settings.codec is self._raw or not len(blocks):
+            return None
+        profile = Profile(settings.codec.name, settings.mode, settings.bound)
+        return self.controller.decide(blocks.device, profile, blocks.nbytes, coding)
+
+    def _stored(self, decision: Decision | None, step: int | None, result: TransferResult) -> None:
+        """Take in what a store did."""
+        if decision is not None and self.controller is not None:
+            self.controller.stored(decision, result.raw_bytes, result.record_bytes, result.seconds)
+        if step is not None:
+            with self._lock:
+                self._meter.pressure_blocks[step] += result.blocks
+
+    def _loaded(self, device: str, entries: Sequence[Entry], result: TransferResult) -> None:
+        """Take in what a load did; of records of several kinds it says nothing."""
+        kinds = {(contents.codec, contents.extended) for contents in {entry.contents for entry in entries}}
+        if self.controller is not None and len(kinds) == 1:
+            name, rice = kinds.pop()
+            profile = None if name == RAW else Profile(name, "rice" if rice else "", None)
+            self.controller.loaded(device, profile, result.raw_bytes, result.record_bytes, result.seconds)
+
+    def _parts(
+        self, names: Sequence[bytes], blocks: BlockView, sink: object, settings: Settings, calm: Settings
+    ) -> list[Part]:
+        """The blocks of a store, those that begin a sequence apart: pressure does not reach them."""
         if sink is None:
             return [Part(names, blocks, self._request(settings, blocks.layout, False))]
         marks = np.asarray(sink)
@@ -264,9 +342,11 @@ class SwapEngine:
                 f"sink marks of shape {marks.shape}, type {marks.dtype}: give one bool for each of {len(names)} blocks"
             )
         parts = []
+        if settings.codec is self._raw:
+            marks = np.zeros_like(marks)  # all are exact
         for mark in sorted(set(marks.tolist())) or [False]:
             chosen = np.flatnonzero(marks == mark)
-            request = self._request(settings, blocks.layout, mark)
+            request = self._request(calm if mark else settings, blocks.layout, mark)
             parts.append(Part([names[int(i)] for i in chosen], blocks[blocks.block_ids[chosen]], request))
         return parts
 
@@ -414,7 +494,10 @@ class SwapEngine:
             except BaseException:
                 self._index.end_load(entries)
                 raise
-            return swap.load(names, entries, out, stream)
+            transfer = swap.load(names, entries, out, stream)
+            if self.controller is not None:
+                transfer._observe(partial(self._loaded, out.device, entries))
+            return transfer
         try:
             with self.counting_failures("load"):
                 self.load_blocks(entries, out)
@@ -426,6 +509,7 @@ class SwapEngine:
         record_bytes = sum(entry.allocation.nbytes for entry in entries)
         result = TransferResult(len(names), out.nbytes, record_bytes, time.perf_counter() - started)
         self.count_load(result)
+        self._loaded(out.device, entries, result)
         transfer = Transfer()
         transfer._finish(result)
         return transfer
@@ -655,7 +739,8 @@ class SwapEngine:
     def metrics(self) -> MetricsSnapshot:
         """The same and more, as families of counters, gauges and histograms: docs/reference/metrics.md."""
         with self._lock:
-            return snapshot(asdict(self.stats()), self._meter)
+            decisions = {} if self.controller is None else self.controller.decisions
+            return snapshot(asdict(self.stats()), self._meter, decisions)
 
     def close(self) -> None:
         """Forget all records, and close the pool if the engine made it.

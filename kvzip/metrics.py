@@ -131,6 +131,7 @@ class Meter:
         self.ratios = _Histogram(RATIO)
         self.record_bytes: Counter[str] = Counter()
         self.failures: Counter[tuple[str, str]] = Counter()
+        self.pressure_blocks: Counter[int] = Counter()  # blocks stored, by the step of the bound pressure
 
     def finished(self, operation: str, raw_bytes: int, record_bytes: int, seconds: float) -> None:
         """A transfer has ended well; of no blocks, it is not counted.
@@ -155,12 +156,15 @@ class Meter:
         self.failures[operation, type(error).__name__] += 1
 
 
-def snapshot(stats: Mapping[str, Any], meter: Meter) -> MetricsSnapshot:
+def snapshot(
+    stats: Mapping[str, Any], meter: Meter, decisions: Mapping[tuple[str, str], int] | None = None
+) -> MetricsSnapshot:
     """Families of an engine.
 
     Args:
         stats: its `EngineStats`, as a mapping.
         meter: its meter.
+        decisions: of its controller, by choice and cause.
     """
     pool = stats["pool"]
 
@@ -198,6 +202,16 @@ def snapshot(stats: Mapping[str, Any], meter: Meter) -> MetricsSnapshot:
             histogram("transfer_raw_bytes_per_second", "Raw bytes of a transfer over its time.", meter.rates),
             histogram("store_ratio", "Raw bytes of a store over the bytes of its records.", {"": meter.ratios}),
             counter("fallback_pages", "Pages not coded as asked.", *by("reason", stats["fallbacks"])),
+            counter(
+                "controller_decisions",
+                "Stores for which the controller chose between raw and encoded.",
+                *(({"choice": c, "cause": why}, n) for (c, why), n in sorted((decisions or {}).items())),
+            ),
+            counter(
+                "pressure_blocks",
+                "Blocks stored under bound pressure, by its step; 0 = none.",
+                *(({"step": str(step)}, n) for step, n in sorted(meter.pressure_blocks.items())),
+            ),
             counter(
                 "portable_blocks",
                 "Blocks on GPUs coded without the CUDA part of the native library.",

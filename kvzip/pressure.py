@@ -37,7 +37,7 @@ class BoundPressure:
         floor: the coarsest bound that the caller accepts; no step may be coarser, or of a kind that cannot be compared.
 
     Raises:
-        ConfigError: the bounds or the thresholds are out of order or out of range, or a bound is coarser than the floor.
+        ConfigError: bounds or thresholds are out of order or out of range, or a bound is coarser than the floor.
     """
 
     bounds: Sequence[Bound]
@@ -64,7 +64,9 @@ class BoundPressure:
                 raise ConfigError(f"pressure bound {after} is finer than {before} before it: order them fine to coarse")
         for bound in bounds if self.floor is not None else ():
             if not _is_finer(bound, self.floor):
-                raise ConfigError(f"pressure bound {bound} is not known to be as fine as the floor {self.floor}: drop it")
+                raise ConfigError(
+                    f"pressure bound {bound} is not known to be as fine as the floor {self.floor}: drop it"
+                )
 
 
 class PressureGauge:
@@ -107,7 +109,9 @@ def _is_finer(bound: Bound, other: Bound | None) -> bool:
 
 def _pairs(bound: Bound, other: Bound | None) -> list[tuple[ErrorBound, ErrorBound]]:
     """What two bounds say of each kind of page."""
-    policies = [b if isinstance(b, BoundPolicy) else BoundPolicy(b, b, other=b) for b in (bound, other) if b is not None]
+    policies = [
+        b if isinstance(b, BoundPolicy) else BoundPolicy(b, b, other=b) for b in (bound, other) if b is not None
+    ]
     mine, others = policies
     numbers = sorted({*mine.layers, *others.layers})
     pairs = [(mine.key, others.key), (mine.value, others.value), (mine.other, others.other)]

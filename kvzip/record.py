@@ -93,6 +93,8 @@ class Reason(enum.IntEnum):
     OPAQUE_DTYPE = 4
     ENCODER_FAILED = 5
     CODEC_UNAVAILABLE = 6
+    BREAK_EVEN = 7
+    BOUND_PRESSURE = 8
 
 
 #: Bytes of one run of pages of one shape, in a record's header.
@@ -510,10 +512,18 @@ def _check_table(table: npt.NDArray[Any], payload_bytes: int) -> None:
     _require(int(table["reason"].max()) <= max(Reason), "a segment's reason is unknown")
 
 
-def fallback_reasons(tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, int]:
-    """Count the pages that were not coded as asked, by the name of their reason in lower case."""
+def fallback_reasons(
+    tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any], whole: Reason = Reason.AS_ASKED
+) -> dict[str, int]:
+    """Count the pages that were not coded as asked, by the name of their reason in lower case.
+
+    Args:
+        tables: segment tables.
+        whole: reason of the records; it is that of pages without a reason of their own.
+    """
     reasons = (
         np.concatenate([np.atleast_1d(t["reason"]).ravel() for t in tables]) if len(tables) else np.empty(0, np.uint8)
     )
     counts = np.bincount(reasons, minlength=len(Reason))
+    counts[whole] += counts[Reason.AS_ASKED]
     return {r.name.lower(): int(counts[r]) for r in Reason if r and counts[r]}

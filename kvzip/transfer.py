@@ -175,6 +175,21 @@ class Transfer:
         self._result = result
         self._finished.set()
         self._queued.set()
+        self._tell()
+
+    def _observe(self, observer: Callable[[TransferResult], None]) -> None:
+        """Call this once with the result, if there is one, in whatever thread completes the transfer."""
+        self.__dict__["_observer"] = observer
+        if self._result is not None:
+            self._tell()
+
+    def _tell(self) -> None:
+        observer = self.__dict__.pop("_observer", None)  # in one step: two threads may come here
+        if observer is not None:
+            try:
+                observer(self._result)
+            except Exception:  # the transfer has ended well, whatever its observer makes of it
+                _log.exception("the observer of a transfer failed")
 
     def _fail(self, error: KvzipError) -> None:
         self._error = error
@@ -239,6 +254,7 @@ class QueuedTransfer(Transfer):
     def _finish(self, result: TransferResult) -> None:
         self._result = result
         self._ended = True
+        self._tell()
 
     def _fail(self, error: KvzipError) -> None:
         self._error = error

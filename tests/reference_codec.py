@@ -1123,7 +1123,7 @@ def decode_record(data: bytes, asked: Sequence[Asked] = ()) -> Record:
     refuse_if(any(reserved_a), "reserved bytes")
     refuse_if(named != 0 and bound_kind not in (BOUND_CHANNEL_TABLE, BOUND_BY_PAGE), "table_id")
     refuse_if(named != 0 and named != table_id(asked), "other channel tables than the record's")
-    refuse_if(mode > 4 or bound_kind > 5 or reason > 6, "mode, bound_kind or reason")
+    refuse_if(mode > 4 or bound_kind > 5 or reason > 8, "mode, bound_kind or reason")
     without = (BOUND_LOSSLESS, BOUND_CHANNEL_TABLE, BOUND_BY_PAGE)
     usable = bound == 0 if bound_kind in without else math.isfinite(bound) and bound > 0
     refuse_if(not usable, "bound")
@@ -1153,7 +1153,7 @@ def decode_record(data: bytes, asked: Sequence[Asked] = ()) -> Record:
         refuse_if(stop > payload_bytes, "segment beyond the payload")
         end = -(-stop // 16) * 16
         refuse_if(any(payload[stop:end]), "padding of a segment")
-        refuse_if(entry.kind > 2 or entry.reason > 6, "kind or reason of a segment")
+        refuse_if(entry.kind > 2 or entry.reason > 8, "kind or reason of a segment")
         by_channel = text(codec) == "cuszp" and entry.coding & 0x30 == BY_CHANNEL
         refuse_if(by_channel and named == 0, "steps by channel without a table")
         segment, table = payload[entry.offset * 16 : stop], asked[len(pages)].table if named else None

@@ -34,10 +34,12 @@ from kvzip import (
 )
 from kvzip.backends.base import EncodeRequest, PageCodec
 from kvzip.calibration import CalibrationTable
+from kvzip.controller import Controller, Prior
 from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
 from kvzip.memory import PageableMemory, Region
-from kvzip.record import read_header
+from kvzip.pressure import BoundPressure
+from kvzip.record import Reason, read_header
 from kvzip.small import MOST_PLANS, TICKETS, SmallLoads, SmallStores
 from kvzip.transport import CudaTransport, Staging, chunk_bounds
 from kvzip.types import DType
@@ -179,6 +181,46 @@ def test_a_block_that_begins_a_sequence_is_exact_and_the_others_are_not() -> Non
     for array, original in zip(rig.arrays, rig.original, strict=True):
         exact = [bool(np.array_equal(array[i], original[i])) for i in range(BLOCKS)]
         assert exact == [i in (0, 7) for i in range(BLOCKS)]
+    rig.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_blocks_that_are_kept_raw(small: bool) -> None:
+    """By the caller, or by the controller: then the records and the counters say so."""
+    link = Prior(1e15, 1e15, 1.0, 1.0, 0.0, overlapped=True)
+    controller = Controller("latency", priors={"cuda": link}, exploration=0.0, dwell=1000)
+    rig = Rig(bound=ErrorBound.relative(1e-2), small=small, controller=controller)
+    result = rig.engine.store(rig.keys[:8], rig.view[range(8)], sink=[i % 3 == 0 for i in range(8)]).result(10)
+    pages = len(rig.view.layout.segments)
+    assert result.fallbacks == {"break_even": 8 * pages}
+    rig.engine.store(rig.keys[8:10], rig.view[[8, 9]], coding="raw").wait(10)
+    rig.engine.store(rig.keys[10:], rig.view[[10, 11]], coding="encoded").wait(10)
+    headers = [read_header(rig.engine.read_record(key)) for key in rig.keys]
+    assert [h.codec for h in headers] == ["raw"] * 10 + ["cuszp"] * 2
+    assert [h.reason for h in headers] == [Reason.BREAK_EVEN] * 8 + [Reason.AS_ASKED] * 4
+    assert rig.engine.stats().fallbacks == {"break_even": 8 * pages}
+    rig.poison()
+    rig.engine.load(rig.keys[:10], rig.view[range(10)]).wait(10)
+    rig.engine.load(rig.keys[10:], rig.view[[10, 11]]).wait(10)
+    rig.engine.load(rig.keys, rig.view).wait(10)  # both kinds
+    for array, original in zip(rig.arrays, rig.original, strict=True):
+        assert np.array_equal(array[:10], original[:10])
+        assert not np.array_equal(array[10:], original[10:])
+    assert controller.decisions == {("raw", "objective"): 1, ("raw", "asked"): 1, ("encoded", "asked"): 1}
+    assert set(controller.snapshot().link_bytes_per_second) == {("cuda:0", "store"), ("cuda:0", "load")}
+    rig.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_pressure_is_in_the_records_and_in_the_counters(small: bool) -> None:
+    steps = BoundPressure([ErrorBound.relative(1e-2)], (0.001,))
+    rig = Rig(bound=ErrorBound.relative(1e-3), small=small, pressure=steps)
+    rig.engine.store(rig.keys[:4], rig.view[range(4)]).wait(10)
+    result = rig.engine.store(rig.keys[4:], rig.view[range(4, BLOCKS)]).result(10)
+    headers = [read_header(rig.engine.read_record(key)) for key in (rig.keys[0], rig.keys[-1])]
+    assert [(h.bound.value, h.reason) for h in headers] == [(1e-3, Reason.AS_ASKED), (1e-2, Reason.BOUND_PRESSURE)]
+    assert sum(result.fallbacks.values()) == 8 * len(rig.view.layout.segments)
+    assert result.fallbacks["bound_pressure"] > 0
     rig.close()
 
 
