@@ -353,7 +353,7 @@ RUNS_AT, TABLE_AT = 96, 96 + 2 * 24
         (TABLE_AT + 12, "B", 6),
         (TABLE_AT + 12, "B", 255),
         (TABLE_AT + 13, "B", 3),
-        (TABLE_AT + 15, "B", 7),
+        (TABLE_AT + 15, "B", 9),
         (TABLE_AT + 16, "<I", 0),
     ],
 )
