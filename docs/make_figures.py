@@ -40,6 +40,7 @@ SHOWN = {
     "KIVI-4": "KIVI, 4 bits",
     "lossless rice": "kvzip, lossless, mode `rice`",
     "default fixed": "kvzip, default bound",
+    "K relative 0.001, V rms 0.15 rice": "kvzip, `k=1e-3,v=rms:0.15`, mode `rice`",
     "calibrated t=0.4 r=0.17 fixed": "kvzip, calibrated",
     "calibrated t=0.4 r=0.17 rice": "kvzip, calibrated, mode `rice`",
     "weighed t=0.6 r=0.25 rice": "kvzip, calibrated with gradients, t=0.6, mode `rice`",
@@ -132,17 +133,7 @@ def readme() -> str:
     found = load("fidelity_smollm2.json")
     if found:
         name, data = found
-        by_name = {row["scheme"]: row for row in data["rows"]}
-        parts.append(
-            table(
-                ["keys and values of a prefix, swapped", "ratio", "mean KL", "same most likely token"],
-                [
-                    [label, f"{by_name[s]['ratio']:.2f}", f"{by_name[s]['kl']:.1e}", f"{by_name[s]['top1']:.1%}"]
-                    for s, label in SHOWN.items()
-                    if s in by_name
-                ],
-            )
-        )
+        parts.append(_shown_schemes(data))
         parts.append(
             paragraph(
                 f"SmolLM2-135M, {data['prefix']:,} swapped tokens of {len(data['environment']['texts'])} texts, "
@@ -649,6 +640,30 @@ def fidelity() -> str:
     return "\n".join(parts)
 
 
+def bounds() -> str:
+    """The figures of ``docs/guides/choose-a-bound.md``."""
+    found = load("fidelity_smollm2.json")
+    assert found
+    name, data = found
+    text = (
+        f"SmolLM2-135M, {data['prefix']:,} swapped tokens of {len(data['environment']['texts'])} texts "
+        f"([all schemes](../fidelity.md), [conditions](../../bench/results/{name}))."
+    )
+    return f"{_shown_schemes(data)}\n{paragraph(text)}"
+
+
+def _shown_schemes(data: dict[str, Any]) -> str:
+    by_name = {row["scheme"]: row for row in data["rows"]}
+    return table(
+        ["keys and values of a prefix, swapped", "ratio", "mean KL", "same most likely token"],
+        [
+            [label, f"{by_name[s]['ratio']:.2f}", f"{by_name[s]['kl']:.1e}", f"{by_name[s]['top1']:.1%}"]
+            for s, label in SHOWN.items()
+            if s in by_name
+        ],
+    )
+
+
 def _fidelity_row(row: dict[str, Any], limit: float) -> list[str]:
     ratio = f"{row['ratio']:.2f}"
     return [
@@ -705,10 +720,19 @@ def replaced(text: str, figures: str) -> str:
     return f"{before}{BEGIN}\n\n{figures}\n{END}{after}"
 
 
+def documents() -> dict[str, str]:
+    """The figures between the marks of documents, by their paths."""
+    return {
+        "README.md": readme(),
+        "docs/fidelity.md": fidelity(),
+        "docs/explanation/rate.md": rate(),
+        "docs/guides/choose-a-bound.md": bounds(),
+    }
+
+
 def main() -> None:
     """Write the documents."""
-    documents = (("README.md", readme()), ("docs/fidelity.md", fidelity()), ("docs/explanation/rate.md", rate()))
-    for name, figures in documents:
+    for name, figures in documents().items():
         path = ROOT / name
         path.write_text(replaced(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
     (ROOT / "docs" / "performance.md").write_text(performance(), encoding="utf-8")
