@@ -29,16 +29,19 @@ class Coding:
     @property
     def bounds(self) -> ErrorBound | BoundPolicy:
         """`bound`, with the pairs (K, V) of `layer_bounds` in its place for these layers."""
+        return self.with_layers(self.bound)
+
+    def with_layers(self, bound: ErrorBound | BoundPolicy) -> ErrorBound | BoundPolicy:
+        """Some bound, with the pairs (K, V) of `layer_bounds` in its place for these layers."""
         if not self.layer_bounds:
-            return self.bound
-        policy = self.bound if isinstance(self.bound, BoundPolicy) else BoundPolicy(self.bound, self.bound)
+            return bound
+        policy = bound if isinstance(bound, BoundPolicy) else BoundPolicy(bound, bound)
         return replace(policy, layers={**policy.layers, **self.layer_bounds})
 
     @property
     def within_pages(self) -> bool:
         """Whether there are bounds that differ within a page."""
-        kinds = self.bounds.kinds if isinstance(self.bounds, BoundPolicy) else {self.bounds.kind}
-        return bool(kinds & WITHIN_PAGES)
+        return differs_within_pages(self.bounds)
 
     @property
     def coding_mode(self) -> str:
@@ -50,6 +53,12 @@ class Coding:
             return self.mode
         modes = get_codec(self.codec).modes
         return "rice" if "rice" in modes and self.within_pages else modes[0]
+
+
+def differs_within_pages(bound: ErrorBound | BoundPolicy) -> bool:
+    """Whether it has parts that differ within a page."""
+    kinds = bound.kinds if isinstance(bound, BoundPolicy) else {bound.kind}
+    return bool(kinds & WITHIN_PAGES)
 
 
 def parse_bound(value: Any) -> ErrorBound | BoundPolicy:

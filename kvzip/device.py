@@ -69,6 +69,10 @@ class HostPaths(Protocol):
         """Decode with the codecs' own functions; the payloads' checksums are verified here."""
         ...
 
+    def checks_load(self, blocks: int) -> bool:
+        """Whether the checksums of these blocks are verified by the load that comes now; counted where they are not."""
+        ...
+
     def codec_of(self, name: str) -> Codec:
         """The codec that records of this name were made with."""
         ...
@@ -793,6 +797,7 @@ class DeviceSwap:
                 after,
                 transfer._mark_queued,
                 extended=first.extended,
+                checked=self._host.checks_load(len(keys)),
             )
             if statuses.any():
                 raise self._damaged(keys, np.flatnonzero(statuses).tolist())
@@ -827,6 +832,7 @@ class DeviceSwap:
                 after,
                 transfer._mark_queued if number == len(native) - 1 else (lambda stream: None),
                 extended=extended,
+                checked=self._host.checks_load(len(members)),
             )
             bad += [members[i] for i in np.flatnonzero(statuses)]
         if bad:

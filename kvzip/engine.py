@@ -519,7 +519,7 @@ class SwapEngine:
         # Sizes, tables and checksums are the engine's own. To parse the headers would take longer than to decode.
         alike: dict[int, list[int]] = {}  # by the identity of what is known of them
         payloads: list[npt.NDArray[np.uint8]] = []
-        checked = self._check_load()
+        checked = self.checks_load(len(entries))
         for i, entry in enumerate(entries):
             record, header_bytes = self.pool.read(entry.allocation), entry.contents.header_bytes
             payload = record[header_bytes:]
@@ -551,9 +551,6 @@ class SwapEngine:
             codecs[name].decode_blocks(
                 view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
-        if not checked:
-            with self._lock:
-                self._totals["unchecked_blocks"] += len(entries)
 
     # ---- what the paths share
 
@@ -564,6 +561,14 @@ class SwapEngine:
                 self.pool.write(entry.allocation, entry.header(entry))
                 entry.header = None
         return self.pool.read(entry.allocation)
+
+    def checks_load(self, blocks: int) -> bool:
+        """See `kvzip.device.HostPaths`; for the engine's own use."""
+        checked = self._check_load()
+        if not checked:
+            with self._lock:
+                self._totals["unchecked_blocks"] += blocks
+        return checked
 
     def codec_of(self, name: str) -> Codec:
         """See `kvzip.device.HostPaths`; for the engine's own use."""

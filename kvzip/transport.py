@@ -682,6 +682,7 @@ class DecodePipeline(_Pipeline):
         queued: Callable[[int], None],
         *,
         extended: bool = False,
+        checked: bool = True,
     ) -> npt.NDArray[np.uint32]:
         """Copy records to the device and decode them into blocks. Blocks the host until the device has finished.
 
@@ -692,6 +693,7 @@ class DecodePipeline(_Pipeline):
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last value was written.
             extended: pages may be of the Rice codings.
+            checked: payloads' checksums are verified.
 
         Returns:
             A native status a block, shape ``[blocks]``: 0, or that a record is damaged (its pages were not written).
@@ -716,7 +718,7 @@ class DecodePipeline(_Pipeline):
                 slot = self._next_slot()
                 while slot.busy and pending:
                     collect()
-                call = self._call(slot, len(segments), last - first, chunk.arena_bytes, extended)
+                call = self._call(slot, len(segments), last - first, chunk.arena_bytes, extended, checked)
                 base, arena = slot.arena + chunk.header_bytes, slot.arena
                 ids = blocks.block_ids[first:last].tolist()
                 call.segments[:] = segments
@@ -733,10 +735,12 @@ class DecodePipeline(_Pipeline):
             self.drain()
         return statuses
 
-    def _call(self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: bool) -> _DecodeCall:
+    def _call(
+        self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: bool, checked: bool
+    ) -> _DecodeCall:
         fields = _decode_fields(pages, count)
         slot.fit(arena_bytes, fields.nbytes, pages, count)
-        key = (pages, count, extended)
+        key = (pages, count, extended, checked)
         found: _DecodeCall | None = slot.bound.get(key)
         if found is not None:
             return found
@@ -757,7 +761,7 @@ class DecodePipeline(_Pipeline):
                 workspace=slot.memory.address("workspace"),
                 workspace_bytes=slot.memory.size("workspace"),
                 max_ctas=self._staging.max_ctas,
-                crc32c=fields.address(device_at, "payload_crc32c"),
+                crc32c=fields.address(device_at, "payload_crc32c") if checked else 0,
                 extended=extended,
             ),
             (device_at, host_at, fields.offset("block_status")),

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvzip.adapters.settings import (
     Coding,
+    differs_within_pages,
     parse_bound,
     parse_fraction,
     parse_integer,
@@ -20,8 +21,10 @@ from kvzip.adapters.settings import (
 )
 from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy
+from kvzip.controller import make_controller
 from kvzip.errors import ConfigError
 from kvzip.policy import make_policy
+from kvzip.pressure import BoundPressure
 from kvzip.types import ErrorBound
 
 _log = logging.getLogger("kvzip")
@@ -61,6 +64,11 @@ class AdapterSettings(Coding):
         chunk_bytes: raw bytes that the GPU pipelines take in one step.
         threads: most host threads for coding on the CPU platform; 0 = all usable cores.
         policy: name of the eviction policy.
+        objective: what the choice between raw and encoded serves: ``latency``, ``balanced`` or ``capacity``; None =
+            everything is encoded.
+        pressure: bounds that new records step through as a worker's pool fills, in the forms of `bound`.
+        pressure_thresholds: part of the pool in use from which each holds; by default evenly spaced from 0.8 to 0.95.
+        pressure_floor: the coarsest of them that is accepted; None = the last one.
     """
 
     cpu_bytes_to_use: int
@@ -73,6 +81,10 @@ class AdapterSettings(Coding):
     chunk_bytes: int = 64 << 20
     threads: int = 0
     policy: str = "lru"
+    objective: str | None = None
+    pressure: tuple[ErrorBound | BoundPolicy, ...] = ()
+    pressure_thresholds: tuple[float, ...] = ()
+    pressure_floor: ErrorBound | BoundPolicy | None = None
 
     @classmethod
     def read(cls, extra_config: Mapping[str, Any]) -> AdapterSettings:
@@ -116,11 +128,17 @@ class AdapterSettings(Coding):
                 values[name] = parse_fraction(name, value)
             elif name == "bound":
                 values[name] = parse_bound(value)
+            elif name == "pressure":
+                values[name] = tuple(parse_bound(one) for one in _list(name, value))
+            elif name == "pressure_thresholds":
+                values[name] = tuple(parse_fraction(name, one) for one in _list(name, value))
+            elif name == "pressure_floor":
+                values[name] = None if value is None else parse_bound(value)
             elif name == "layer_bounds":
                 values[name] = parse_layer_bounds(value)
-            elif name in ("codec", "policy") or (name == "mode" and value is not None):
+            elif name in ("codec", "policy") or (name in ("mode", "objective") and value is not None):
                 values[name] = parse_name(name, value)
-            elif name == "mode":
+            elif name in ("mode", "objective"):
                 values[name] = None
             else:
                 raise ConfigError(f"{name!r} cannot be changed: use one of {', '.join(sorted(CHANGEABLE))}")
@@ -130,6 +148,38 @@ class AdapterSettings(Coding):
         codec = get_codec(changed.codec)
         if changed.mode is not None:
             codec.check_mode(changed.mode)
-        codec.check_bound(changed.bounds)
+        for bound in changed.steps:
+            codec.check_bound(bound)
         make_policy(changed.policy)
+        make_controller(changed.objective)
+        changed.bound_pressure  # noqa: B018 - says what is wrong with it
         return changed
+
+    @property
+    def steps(self) -> tuple[ErrorBound | BoundPolicy, ...]:
+        """`bounds`, and what takes their place under pressure; `layer_bounds` hold in all of them."""
+        return (self.bounds, *(self.with_layers(bound) for bound in self.pressure))
+
+    @property
+    def within_pages(self) -> bool:
+        """Whether there are bounds that differ within a page, in any step of the pressure."""
+        return any(differs_within_pages(bound) for bound in self.steps)
+
+    @property
+    def bound_pressure(self) -> BoundPressure | None:
+        """What the engine is given.
+
+        Raises:
+            ConfigError: the bounds, the thresholds and the floor do not fit together.
+        """
+        if not self.pressure:
+            if self.pressure_thresholds or self.pressure_floor is not None:
+                raise ConfigError("pressure_thresholds or pressure_floor without pressure: give the bounds in pressure")
+            return None
+        return BoundPressure(self.pressure, self.pressure_thresholds, floor=self.pressure_floor)
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name} {value!r}: give a list")
+    return list(value)

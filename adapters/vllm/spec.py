@@ -213,6 +213,8 @@ class KvzipOffloadingSpec(OffloadingSpec):
                 threads=settings.threads,
                 staging=Staging(chunk_bytes=settings.chunk_bytes, max_ctas=settings.max_ctas),
                 integrity=Integrity(bound=settings.verify),
+                controller=settings.objective,
+                pressure=settings.bound_pressure,
             )
         except BaseException:
             pool.close()

@@ -226,8 +226,9 @@ class KvzipOffloadingWorker(OffloadingWorker):
         self._bounds, self.settings = bounds, settings
         return settings
 
-    def _group_bounds(self, settings: AdapterSettings) -> list[BoundPolicy]:
-        return [group_bounds(settings.bounds, group, self._shard) for group in self._groups]
+    def _group_bounds(self, settings: AdapterSettings) -> list[tuple[BoundPolicy, ...]]:
+        """For each group its bounds, and those of all steps of the pressure."""
+        return [tuple(group_bounds(step, group, self._shard) for step in settings.steps) for group in self._groups]
 
     # ---- inner
 

@@ -54,6 +54,44 @@ def test_layers_of_their_own() -> None:
     assert (policy.key, policy.value) == (REL(1e-3), REL(1e-3))
 
 
+def test_objective_and_pressure() -> None:
+    assert (read().objective, read().bound_pressure, read().steps) == (None, None, (REL(1e-3),))
+    settings = read(
+        objective="balanced",
+        pressure=["rel:3e-3", 1e-2],
+        pressure_thresholds=[0.5, 0.9],
+        pressure_floor="rel:1e-2",
+        layer_bounds={"0": "lossless"},
+    )
+    assert settings.objective == "balanced"
+    pressure = settings.bound_pressure
+    assert pressure is not None
+    assert (pressure.bounds, pressure.thresholds, pressure.floor) == ((REL(3e-3), REL(1e-2)), (0.5, 0.9), REL(1e-2))
+    assert [step.layers[0][0] for step in settings.steps if isinstance(step, BoundPolicy)] == [
+        ErrorBound.lossless()
+    ] * 3
+    assert settings.coding_mode == "fixed"
+    assert read(pressure=["k=3e-3,v=rms:0.1"]).coding_mode == "rice"  # the GPU has this bound in no other mode
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"objective": "speed"}, "latency, balanced, capacity"),
+        ({"objective": 1}, "objective 1"),
+        ({"pressure": "rel:1e-2"}, "give a list"),
+        ({"pressure": ["1e-2", "1e-3"]}, "finer than"),
+        ({"pressure": ["1e-2"], "pressure_thresholds": [2]}, "pressure_thresholds 2"),
+        ({"pressure": ["1e-2"], "pressure_floor": "5e-3"}, "floor"),
+        ({"pressure_floor": "5e-3"}, "without pressure"),
+        ({"presure": ["1e-2"]}, "'pressure'"),
+    ],
+)
+def test_objectives_and_pressure_that_cannot_be(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        read(**settings)
+
+
 def test_vllms_own_settings_are_left_alone() -> None:
     assert read(spec_name="x", blocks_per_chunk=4, offload_prompt_only=False, something_of_vllms=1) == read()
 

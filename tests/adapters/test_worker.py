@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="vLLM needs torch")
 pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 
-from kvzip import BlockView, ErrorBound, HostPool, SwapEngine  # noqa: E402
+from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, read_header  # noqa: E402
 from kvzip.adapters.vllm.layout import Group, Page  # noqa: E402
 from kvzip.adapters.vllm.messages import RecordSpec  # noqa: E402
 from kvzip.adapters.vllm.settings import AdapterSettings  # noqa: E402
@@ -38,13 +38,25 @@ def make() -> Iterator[Make]:
     made: list[KvzipOffloadingWorker] = []
 
     def build(
-        tensors: list[Any], blocks_per_chunk: int = 1, capacity: int = 1 << 20, verify: float = 0.0, **more: Any
+        tensors: list[Any],
+        blocks_per_chunk: int = 1,
+        capacity: int = 1 << 20,
+        verify: float = 0.0,
+        coding: dict[str, Any] | None = None,
+        **more: Any,
     ) -> KvzipOffloadingWorker:
+        settings = AdapterSettings(capacity).change(**(coding or {"bound": "lossless"}))
         worker = KvzipOffloadingWorker(
             [Group(BlockView([tensor], "2NHD"), (Page(0, (0, 2)),) * 2, 2) for tensor in tensors],
-            AdapterSettings(capacity, bound=ErrorBound.lossless()),
+            settings,
             blocks_per_chunk,
-            lambda policy: SwapEngine(HostPool(capacity), policy=policy, integrity=Integrity(bound=verify)),
+            lambda policy: SwapEngine(
+                HostPool(capacity),
+                policy=policy,
+                integrity=Integrity(bound=verify),
+                controller=settings.objective,
+                pressure=settings.bound_pressure,
+            ),
             **more,
         )
         made.append(worker)
@@ -95,6 +107,31 @@ def test_blocks_come_back_and_sizes_are_those_of_the_pool(make: Make) -> None:
     untouched = [b for b in range(BLOCKS) if b not in (10, 11)]
     assert torch.equal(cache[untouched], before[untouched])
     assert worker.take_bad_blocks() == set()
+
+
+def test_pressure_and_objective_reach_the_engine(make: Make) -> None:
+    """Steps hold for pages, layers of their own and first blocks stay as they are; the metrics see both."""
+    tensors = caches()
+    coding = {"bound": "1e-3", "pressure": ["1e-1"], "pressure_thresholds": [0.1], "objective": "capacity"}
+    worker = make(tensors, capacity=40_000, coding=coding)
+    for number in range(6):
+        worker.submit_store(number, gpu((0, [number])), RecordSpec((number,)))
+        finish(worker, number)
+    worker.submit_store(6, gpu((0, [6, 7])), RecordSpec((6, 7), starts=(0,)))
+    finish(worker, 6)
+    calm, pressed, first = (
+        read_header(worker.engine.read_record(number.to_bytes(8, "big") + bytes(4))).bound for number in (0, 5, 6)
+    )
+    assert (calm, pressed, first) == (ErrorBound.relative(1e-3), ErrorBound.relative(1e-1), ErrorBound.lossless())
+    report = worker.take_report()
+    assert report is not None
+    assert report.totals["fallback:bound_pressure"] > 0
+    assert worker.engine.controller is not None
+    assert set(worker.engine.controller.decisions) == {("encoded", "objective")}
+    worker.configure(bound="lossless", layer_bounds={"0": "1e-2"})
+    worker.submit_store(8, gpu((0, [8])), RecordSpec((8,)))
+    finish(worker, 8)
+    assert read_header(worker.engine.read_record((8).to_bytes(8, "big") + bytes(4))).bound == ErrorBound.relative(1e-2)
 
 
 @pytest.mark.parametrize("blocks_per_chunk", [2, 3])

@@ -37,6 +37,7 @@ from kvzip.calibration import CalibrationTable
 from kvzip.controller import Controller, Prior
 from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
+from kvzip.integrity import Integrity
 from kvzip.memory import PageableMemory, Region
 from kvzip.pressure import BoundPressure
 from kvzip.record import Reason, read_header
@@ -221,6 +222,23 @@ def test_pressure_is_in_the_records_and_in_the_counters(small: bool) -> None:
     assert [(h.bound.value, h.reason) for h in headers] == [(1e-3, Reason.AS_ASKED), (1e-2, Reason.BOUND_PRESSURE)]
     assert sum(result.fallbacks.values()) == 8 * len(rig.view.layout.segments)
     assert result.fallbacks["bound_pressure"] > 0
+    rig.close()
+
+
+@pytest.mark.parametrize(("checksum", "found", "unchecked"), [(1.0, 4, 0), (0.5, 2, 2 * BLOCKS), (0.0, 0, 4 * BLOCKS)])
+def test_checksums_of_large_loads_are_verified_as_asked(checksum: float, found: int, unchecked: int) -> None:
+    rig = Rig(bound=ErrorBound.lossless(), integrity=Integrity(checksum=checksum))
+    rig.engine.store(rig.keys, rig.view, coding="raw").wait(10)
+    rig.pool.views(rig.engine._index.find(rig.keys[5:6])[0].allocation)[0][-20] ^= 1  # any value is a raw value
+    refused = []
+    for _ in range(4):
+        try:
+            rig.engine.load(rig.keys, rig.view).wait(10)
+        except CorruptRecordError as error:
+            refused.append(error.blocks)
+    assert refused == [(5,)] * found
+    stats = rig.engine.stats()
+    assert (stats.corrupt_blocks, stats.unchecked_blocks) == (found, unchecked)
     rig.close()
 
 
