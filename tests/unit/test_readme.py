@@ -82,6 +82,25 @@ def test_the_code_of_the_gpu_guide_runs() -> None:
     assert ((after - before).abs().amax((2, 3, 4)) <= 1e-3 * page_range).all()
 
 
+def test_the_code_of_the_guide_for_engines_runs() -> None:
+    pytest.importorskip("torch", reason="the guide's cache is made of torch tensors")
+    namespace: dict[str, Any] = {}
+    set_up, swap = (text for language, text in blocks("docs/guides/integrate.md") if language == "python")
+    exec(compile(set_up, "integrate.md", "exec"), namespace)
+    for layer in namespace["cache"]:
+        layer.normal_()
+    exec(compile(swap, "integrate.md", "exec"), namespace)
+    for layer in namespace["cache"]:
+        before, after = layer[[5, 9, 2]].double(), layer[[40, 41, 42]].double()
+        limit = 1e-3 * (before.amax((2, 3, 4)) - before.amin((2, 3, 4)))
+        error = (after - before).abs().amax((2, 3, 4))
+        assert (error <= limit).all()
+        assert not error[0].any()
+        assert error[1:].all()
+    namespace["engine"].close()
+    namespace["pool"].close()
+
+
 def test_the_readme_has_one_block_to_install_and_one_to_test() -> None:
     commands = [text.splitlines() for language, text in blocks("README.md") if language == "sh"]
     assert [lines[-1] for lines in commands] == ["kvzip demo", "pytest"]
