@@ -46,6 +46,7 @@ NAVIGATION = {
     ],
     "Explanation": [
         "/docs/explanation/design",
+        "/docs/explanation/controller",
         "/docs/explanation/rate",
         "/docs/explanation/break-even",
         "/docs/explanation/controller",

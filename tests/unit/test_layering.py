@@ -35,6 +35,7 @@ LAYERS: list[set[str]] = [
         "kvzip.memory",
         "kvzip.policy",
         "kvzip.controller",
+        "kvzip.pressure",
         "kvzip.metrics",
         "kvzip.integrity",
         "kvzip.backends",
