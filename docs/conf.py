@@ -46,7 +46,6 @@ NAVIGATION = {
     ],
     "Explanation": [
         "/docs/explanation/design",
-        "/docs/explanation/controller",
         "/docs/explanation/rate",
         "/docs/explanation/break-even",
         "/docs/explanation/controller",
