@@ -713,6 +713,31 @@ def rate() -> str:
     return "\n".join(parts)
 
 
+def lmcache() -> str:
+    """The table of ``docs/guides/lmcache.md``."""
+    found = load("lmcache_chunks.json")
+    if found is None:
+        return ""
+    environment, rows = found[1]["environment"], found[1]["rows"]
+    lines = [
+        [
+            name,
+            f"{row['ratio']:.2f}",
+            *(
+                f"{row[f'max_error_over_range_{kind}']:.4f}" if row[f"max_error_over_range_{kind}"] else "0"
+                for kind in "kv"
+            ),
+        ]
+        for name, row in rows.items()
+    ]
+    about = (
+        f"Largest errors are parts of the range of a page. Keys and values of SmolLM2-135M on prose, chunks of "
+        f"{environment['chunk']}; LMCache {environment['lmcache']} "
+        "([conditions](../../bench/results/lmcache_chunks.json))."
+    )
+    return table(["serde", "ratio", "largest error, K", "V"], lines) + "\n" + paragraph(about)
+
+
 def replaced(text: str, figures: str) -> str:
     """A document with other figures between its marks."""
     before, _, rest = text.partition(BEGIN)
@@ -727,6 +752,7 @@ def documents() -> dict[str, str]:
         "docs/fidelity.md": fidelity(),
         "docs/explanation/rate.md": rate(),
         "docs/guides/choose-a-bound.md": bounds(),
+        "docs/guides/lmcache.md": lmcache(),
     }
 
 
