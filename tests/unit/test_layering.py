@@ -65,7 +65,7 @@ LAZY = {
 LAZY_MODULES = {"kvzip.backends.triton.kernels"}
 # Modules whose classes derive from a serving stack's: it imports them, by name.
 FOR_STACKS = {f"kvzip.adapters.vllm.{m}" for m in ("connector", "manager", "messages", "metrics", "spec", "worker")}
-FOR_STACKS |= {f"kvzip.adapters.lmcache.{m}" for m in ("files", "serde")}
+FOR_STACKS |= {f"kvzip.adapters.lmcache.{m}" for m in ("files", "serde")} | {"kvzip.adapters.transformers.cache"}
 # What the core may import at once.
 ALLOWED = {"numpy", "crc32c", "kvzip"} | set(sys.stdlib_module_names)
 
