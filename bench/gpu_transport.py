@@ -85,9 +85,9 @@ class TransportBench(peers.Bench):
             self._pool = HostPool(self.count * PAGE_BYTES * 5 // 2 + 64 * MIB, resource=PinnedMemory())
         return self._pool
 
-    def engine(self, bound: ErrorBound, staging: Staging | None = None) -> SwapEngine:
+    def engine(self, bound: ErrorBound, staging: Staging | None = None, **settings: Any) -> SwapEngine:
         """A new engine over the pool."""
-        return SwapEngine(self.pool, bound=bound, staging=staging)
+        return SwapEngine(self.pool, bound=bound, staging=staging, **settings)
 
     def tensors(self, pages_per_block: int, targets: bool) -> list[Any]:
         """The pages (or the targets), cut: tensor l holds page l of every block."""

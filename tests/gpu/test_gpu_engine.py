@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from kvzip import BlockView, CorruptRecordError, ErrorBound, HostPool, SwapEngine, read_header
+from kvzip.controller import Controller
+from kvzip.integrity import Integrity
 from kvzip.memory import PinnedMemory
 from kvzip.small import TICKETS
 from kvzip.transfer import QueuedTransfer, Transfer
@@ -211,6 +213,49 @@ def test_damaged_records_leave_their_pages_alone(pool: HostPool, staging: Stagin
         for t in mine:
             assert bool((t[[0, 17, 95]] == 9).all())
             assert not bool((t[1] == 9).all())
+
+
+def test_raw_and_encoded_blocks_under_a_controller(pool: HostPool, staging: Staging) -> None:
+    gpu = pages()
+    before = [t.clone() for t in gpu]
+    controller = Controller("latency")
+    with SwapEngine(pool, staging=staging, bound=ErrorBound.relative(1e-2), controller=controller) as engine:
+        for coding in ("raw", "encoded", None, None):
+            transfer = engine.store(KEYS, BlockView(gpu, "2NHD"), coding=coding)
+            check_way(transfer, staging)
+            transfer.wait()
+            for t in gpu:
+                t.zero_()
+            engine.load(KEYS, BlockView(gpu, "2NHD")).wait()
+            codec = read_header(engine.read_record(KEYS[0])).codec
+            assert codec == {"raw": "raw", "encoded": "cuszp"}.get(coding or "", codec)
+            for g, b in zip(gpu, before, strict=True):
+                if codec == "raw":
+                    assert torch.equal(g.view(torch.int16), b.view(torch.int16))
+                g.copy_(b)
+        seen = controller.snapshot()
+        assert sum(seen.decisions.values()) == 4
+        assert {direction for _, direction in seen.link_bytes_per_second} == {"store", "load"}
+
+
+@pytest.mark.parametrize("codec", ["raw", "cuszp"])
+def test_checksums_that_are_not_asked_for(pool: HostPool, codec: str) -> None:
+    """What a checksum alone can find is not found; what contradicts the format is, as ever."""
+    gpu = pages()
+    settings: dict[str, Any] = {"codec": codec, "staging": Staging(chunk_bytes=1 << 20, small_bytes=0)}
+    with SwapEngine(pool, integrity=Integrity(checksum=0.0), bound=ErrorBound.lossless(), **settings) as engine:
+        engine.store(KEYS, BlockView(gpu, "2NHD")).wait()
+        before = [t.clone() for t in gpu]
+        for t in gpu:
+            t.zero_()
+        engine.load(KEYS, BlockView(gpu, "2NHD")).wait()
+        for g, b in zip(gpu, before, strict=True):
+            assert torch.equal(g.view(torch.int16), b.view(torch.int16))
+        assert engine.stats().unchecked_blocks == BLOCKS
+        entry = engine._index.find([KEYS[9]])[0]
+        pool.views(entry.allocation)[0][-40] ^= 0xFF  # values, or the planes of their mantissas
+        engine.load(KEYS, BlockView(gpu, "2NHD")).wait()
+        assert engine.stats().corrupt_blocks == 0
 
 
 def test_measured_error(pool: HostPool) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""bench/gpu_transport.py and bench/plot_gpu.py on a GPU made of host memory: all but the figures."""
+"""bench/gpu_transport.py, controller.py and plot_gpu.py on a GPU made of host memory: all but the figures."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def bench_of(module: Any, count: int = PAGES) -> Any:
             parts = super().tensors(pages_per_block, targets)
             return [FakeTensor(p.view(torch.int16).numpy().view(np.uint16)) for p in parts]
 
-        def engine(self, bound: ErrorBound, staging: Staging | None = None) -> SwapEngine:
-            engine = SwapEngine(self.pool, bound=bound)
+        def engine(self, bound: ErrorBound, staging: Staging | None = None, **settings: Any) -> SwapEngine:
+            engine = SwapEngine(self.pool, bound=bound, **settings)
             staging = staging or Staging(chunk_bytes=4 << 20)
             transport = CudaTransport(0, driver=self.driver, staging=staging, resource=PageableMemory())
             engine._devices["cuda:0"] = DeviceSwap(
@@ -220,6 +220,36 @@ def test_interference(module: Any, results: Any, tmp_path: Path, monkeypatch: py
     assert not [n for n in written["notes"] if "failed" in n]
     assert len(written["rows"]) == 2 * 2 * 3 * 2
     assert {r["max_ctas"] for r in written["rows"] if r["way"] == "kvzip-1e-2"} == {0, 32}
+
+
+def test_the_controller_beside_raw_and_encoded(results: Any, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    bench = bench_of(module)
+    controller = importlib.import_module("controller")
+    launched: list[float] = []
+    work = types.SimpleNamespace(prepare=lambda stream: lambda: (time.sleep(0.001), launched.append(0.0)))
+    monkeypatch.setattr(controller, "Gemm", lambda torch, size: work)
+    monkeypatch.setattr(controller, "LOADED_PROFILES", ("noise", "1e-2"))
+    monkeypatch.setattr(controller, "PROFILES", [p for p in controller.PROFILES if p.name in ("noise", "1e-2")])
+    options = types.SimpleNamespace(pages=[1, 16], loads=["idle", "gemm-8192"], quick=True)
+    controller.run_device(bench, results, options)
+    written = json.loads((results.folder / "h200_controller.json").read_text())
+    assert written["notes"] == []
+    assert launched
+    rows = {(r["load"], r["profile"], r["pages"], r["way"], r["direction"]): r for r in written["rows"]}
+    assert len(rows) == len(written["rows"]) == 2 * 2 * 2 * 5 * 2
+    assert all(r["us_p10"] <= r["us"] <= r["us_p90"] for r in written["rows"])
+    assert rows["idle", "1e-2", 16, "encoded", "out"]["ratio"] > 2
+    assert rows["idle", "noise", 16, "encoded", "out"]["ratio"] <= 1
+    assert {r["raw_part"] for r in written["rows"] if r["way"] == "raw"} == {1.0}
+    assert {r["raw_part"] for r in written["rows"] if r["way"] == "encoded"} == {0.0}
+    assert {(r["load"], r["coding"], r["checked"]) for r in written["checksum_rows"]} == {
+        (load, coding, checked)
+        for load in ("idle", "gemm-8192")
+        for coding in ("raw", "encoded")
+        for checked in (True, False)
+    }
+    assert [c["controller"] for c in written["controllers"]] == ["latency", "balanced", "capacity"]
+    assert bench.pool.stats().allocations == 0
 
 
 def test_memory_of_an_engine(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
