@@ -211,7 +211,7 @@ def performance() -> str:
     ]
     sections = (
         *(cpu_section, pool_section, policy_section),
-        *(transport_section, codec_section, kernel_section, compute_section, pinned_section),
+        *(transport_section, codec_section, kernel_section, compute_section, controller_section, pinned_section),
         *(sessions_section, conversation_section),
     )
     for make in sections:
@@ -481,6 +481,85 @@ def compute_section() -> list[str]:
         plot(name),
         table(["way", "direction", "computation", "`max_ctas`", "slowdown", "GB/s"], rows),
     ]
+
+
+def controller_section() -> list[str]:
+    """Raw, encoded, and what the controller makes of them; and what checksums cost."""
+    found = load("*_controller.json")
+    if not found:
+        return []
+    name, data = found
+    e = data["environment"]
+    parts = [
+        "## Raw, encoded, and the controller\n",
+        paragraph(
+            f"{e['gpu']}, {e['cpu']} with {e['cpu_cores']} cores, commit {e['commit']}. Microseconds that a caller "
+            'waits for a store (out) and a load (in), medians; `latency` is an engine with `controller="latency"`, in '
+            "turn with the others, after it has seen some transfers of that size. `over` is what it took over the "
+            "faster of raw and encoded, store and load together. The last column is the part of the stores that the "
+            "objectives latency, balanced and capacity kept raw. Pages of 64 KiB; `noise` is random bits "
+            f"([{name}](../bench/results/{name}), `bench/controller.py`). [How it chooses](explanation/controller.md)."
+        ),
+    ]
+    places = {
+        "idle": "GPU, nothing beside",
+        "gemm-8192": "GPU, beside a product of 8192 x 8192 matrices without a pause",
+        "decode-b8": "GPU, beside decoding steps without a pause",
+        "host": "Host memory",
+    }
+    cases: dict[tuple[str, str, int], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in (*data["rows"], *data.get("host_rows", ())):
+        case = cases.setdefault((row["load"], row["profile"], row["pages"]), {})
+        case[row["way"], row["direction"]] = row
+    for load_name, title in places.items():
+        own = {key: case for key, case in cases.items() if key[0] == load_name}
+        if not own:
+            continue
+        rows = []
+        for (_, profile, pages), case in own.items():
+            times = [[case[way, d]["us"] for way in ("raw", "encoded", "latency")] for d in ("out", "in")]
+            raw, encoded, latency = (sum(t) for t in zip(*times, strict=True))
+            rows.append(
+                [
+                    *(profile, f"{case['encoded', 'out']['ratio']:.2f}", f"{pages:,}"),
+                    *(" / ".join(f"{t:,.0f}" for t in each) for each in times),
+                    f"{latency / min(raw, encoded):.2f}",
+                    " / ".join(f"{case[w, 'out']['raw_part']:.0%}" for w in ("latency", "balanced", "capacity")),
+                ]
+            )
+        parts.append(f"### {title}\n")
+        parts.append(
+            table(
+                [
+                    "bound",
+                    "ratio",
+                    "pages",
+                    "out: raw / encoded / latency",
+                    "in: raw / encoded / latency",
+                    "over",
+                    "kept raw",
+                ],
+                rows,
+            )
+        )
+    return [*parts, *_checksums(data)]
+
+
+def _checksums(data: dict[str, Any]) -> list[str]:
+    cases: dict[tuple[str, int, str], dict[bool, dict[str, Any]]] = {}
+    for row in data.get("checksum_rows", ()):
+        cases.setdefault((row["load"], row["pages"], row["coding"]), {})[row["checked"]] = row
+    rows = [
+        [*(load_name, f"{pages:,}", coding), f"{case[True]['us']:,.0f}", f"{case[False]['us']:,.0f}",
+         f"{case[True]['us'] / case[False]['us']:.2f}"]
+        for (load_name, pages, coding), case in cases.items()
+    ]  # fmt: skip
+    text = (
+        "Loads on the GPU by an engine that verifies every checksum and by one that verifies none "
+        "(`Integrity(checksum=0.0)`), in turn, medians in microseconds. Small loads are always verified."
+    )
+    return ["### What checksums cost\n", paragraph(text), table(
+        ["beside", "pages", "records", "verified", "not verified", "over"], rows)] if rows else []  # fmt: skip
 
 
 def pinned_section() -> list[str]:

@@ -38,6 +38,7 @@ SLACK = 0.02  # logarithm of the ratio up to which `capacity` finds both sizes e
 OPTIMISM, UNSEEN_OPTIMISM = 2.0, 100.0  # raw is measured only if it could win at this part of its estimate
 FIRST_TRIES = 2  # of each road in a size class
 TRY_EVERY = 64  # choices in a size class, after that
+WATCH_FIRST, WATCH_EVERY = 16, 4  # transfers of a size that are observed: the first ones, then one of so many
 MOST_SAMPLES = 9
 SAMPLES_SECONDS = 30.0  # older samples go when a new one comes
 MOST_STATES = 512
@@ -104,28 +105,27 @@ PRIORS = {
 }
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """A choice for one store.
 
     Attributes:
         device: where the blocks lie.
         profile: what the encoder would be asked for.
-        raw_bytes: bytes of the blocks' values.
         choice: ``"raw"`` or ``"encoded"``.
         cause: ``"objective"`` (it serves the objective better), ``"hysteresis"`` (the other one does, but not by enough
             or not for long enough), ``"exploration"`` (to measure it), ``"asked"`` (by the caller).
         expected_seconds: what the store was expected to take when the roads were last compared.
         starting: it is one of the first attempts, which have a budget of their own.
+        observed: what the store takes is of interest; of most, in a size that is known, it is not.
     """
 
     device: str
     profile: Profile
-    raw_bytes: int
     choice: Choice
     cause: str
     expected_seconds: float
     starting: bool = False
+    observed: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class _State:
     """A size class of a profile on a device."""
 
     choice: Choice = ENCODED
-    cause: str = "objective"
+    standing: tuple[Decision, Decision] | None = None  # what holds until the next look: observed, and not
     decisions: int = 0
     switches: int = 0
     changed: int = 0  # number of the decision at which the choice was made, or changed
@@ -274,7 +274,8 @@ class Controller:
         self._cells: dict[Kind, dict[Cell, _Samples]] = {}
         self._ratios: OrderedDict[Profile, _Samples] = OrderedDict()
         self._decisions: Counter[tuple[str, str]] = Counter()
-        self._ends: dict[tuple[str, str], float] = {}
+        self._ends: dict[tuple[str, Direction], float] = {}
+        self._watched: dict[tuple[Kind, int], int] = {}  # loads so far
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
         self._seconds = 0.0
         self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
@@ -293,20 +294,19 @@ class Controller:
         with self._lock:
             state = self._state(device, profile, raw_bytes)
             state.decisions += 1
-            starting = False
             if asked is not None:
-                choice, cause = asked, "asked"
-            elif state.decisions < state.next_look:  # most stores cost no more than this
-                choice, cause = state.choice, state.cause
+                decision = Decision(device, profile, asked, "asked", state.expected[asked])
+            elif state.standing is not None and state.decisions < state.next_look:  # the price of most stores
+                decision = state.standing[state.decisions > WATCH_FIRST and state.decisions % WATCH_EVERY > 0]
             else:
-                choice, cause, starting = self._look(state, device, profile, raw_bytes)
-            state.tries[choice] += 1
-            state.tried[choice] = state.decisions
-            self._decisions[choice, cause] += 1
-            return Decision(device, profile, raw_bytes, choice, cause, state.expected[choice], starting)
+                decision = self._look(state, device, profile, raw_bytes)
+            state.tries[decision.choice] += 1
+            state.tried[decision.choice] = state.decisions
+            self._decisions[decision.choice, decision.cause] += 1
+            return decision
 
-    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> tuple[Choice, str, bool]:
-        """Compare the roads; says what to choose this time, why, and whether it is an attempt of the beginning."""
+    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> Decision:
+        """Compare the roads, and choose."""
         state.next_look = state.decisions + (1 if state.decisions < 2 * self._dwell else self._dwell)
         times = {}
         for choice in CHOICES:
@@ -319,12 +319,14 @@ class Controller:
         elif wanted != state.choice and state.decisions - state.changed >= self._dwell:
             state.choice, state.changed = wanted, state.decisions
             state.switches += 1
-        state.cause = "objective" if state.choice == (RAW if gain > 0 else ENCODED) else "hysteresis"
+        cause = "objective" if state.choice == (RAW if gain > 0 else ENCODED) else "hysteresis"
+        chosen = Decision(device, profile, state.choice, cause, state.expected[state.choice])
+        state.standing = (chosen, chosen._replace(observed=False))
         other = ENCODED if state.choice == RAW else RAW
         starting = state.tries[other] < FIRST_TRIES
         if self._explores(state, other, times, profile, starting):
-            return other, "exploration", starting
-        return state.choice, state.cause, False
+            return Decision(device, profile, other, "exploration", state.expected[other], starting)
+        return chosen
 
     def _gain(self, times: Mapping[Choice, float], profile: Profile) -> float:
         """How much raw serves the objective better than encoded, logarithm."""
@@ -376,14 +378,15 @@ class Controller:
             record_bytes: bytes of its records.
             seconds: from the call to its end.
         """
-        if raw_bytes <= 0 or record_bytes <= 0:
+        now = self._clock()
+        own = self._end((decision.device, "store"), seconds, now)
+        if not decision.observed or raw_bytes <= 0 or record_bytes <= 0:
             return
         with self._lock:
-            now = self._clock()
             if decision.choice == ENCODED:
                 self._learn_ratio(decision.profile, raw_bytes / record_bytes, now)
             kind = _kind(decision.device, "store", decision.choice, decision.profile)
-            own = self._observe(kind, decision.choice, raw_bytes, record_bytes, seconds, now)
+            self._observe(kind, decision.choice, raw_bytes, record_bytes, own, now)
             if decision.cause == "exploration":
                 self._explored[decision.starting] += max(0.0, own - decision.expected_seconds)
 
@@ -392,29 +395,36 @@ class Controller:
 
         Args:
             device: where the blocks lie.
-            profile: what the records were encoded with (the bound does not matter); None: they are raw.
+            profile: what the records were encoded with; of its mode it matters whether that is ``rice``, the bound does
+                not matter. None: they are raw.
             raw_bytes: bytes of the blocks' values.
             record_bytes: bytes of their records.
             seconds: from the call to its end.
         """
-        if raw_bytes <= 0 or record_bytes <= 0:
-            return
+        now = self._clock()
+        own = self._end((device, "load"), seconds, now)
         choice = RAW if profile is None else ENCODED
+        kind = _kind(device, "load", choice, profile)
+        count = self._watched.get((kind, size_class(raw_bytes)), 0)
+        self._watched[kind, size_class(raw_bytes)] = count + 1
+        if (count > WATCH_FIRST and count % WATCH_EVERY) or raw_bytes <= 0 or record_bytes <= 0:
+            return
         with self._lock:
-            self._observe(
-                _kind(device, "load", choice, profile), choice, raw_bytes, record_bytes, seconds, self._clock()
-            )
+            self._observe(kind, choice, raw_bytes, record_bytes, own, now)
 
-    def _observe(
-        self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, seconds: float, now: float
-    ) -> float:
-        """Take an observation in; the time that the transfer waited for others of its direction is taken off."""
-        device, direction, _ = kind
-        begun = max(now - seconds, self._ends.get((device, direction), -math.inf))
-        own = max(now - begun, 1e-7)
-        self._ends[device, direction] = now
-        self._waiting[direction] += max(0.0, seconds - own)
+    def _end(self, way: tuple[str, Direction], seconds: float, now: float) -> float:
+        """A transfer has ended: what it took, without the time that it waited for others of its direction.
+
+        Without the lock: two that end at the same moment may count a little wrong.
+        """
+        own = max(now - max(now - seconds, self._ends.get(way, -math.inf)), 1e-7)
+        self._ends[way] = now
         self._seconds += own
+        self._waiting[way[1]] += max(0.0, seconds - own)
+        return own
+
+    def _observe(self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, own: float, now: float) -> None:
+        device, direction, _ = kind
         ratio = raw_bytes / record_bytes
         model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
         cells = self._cells.setdefault(kind, {})
@@ -422,7 +432,6 @@ class Controller:
             del self._cells[next(iter(self._cells))]
         cell = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
         cells.setdefault(cell, _Samples()).add(math.log(own / model), now)
-        return own
 
     def _learn_ratio(self, profile: Profile, ratio: float, now: float) -> None:
         if profile not in self._ratios and len(self._ratios) >= MOST_STATES:
@@ -522,8 +531,8 @@ def _octaves(ratio: float) -> int:
 def _kind(device: str, direction: Direction, choice: Choice, profile: Profile | None) -> Kind:
     if choice == RAW or profile is None:
         return device, direction, RAW
-    # Bounds may be coded in another place (on the host), but are decoded alike: the records' codings say how.
-    return device, direction, profile if direction == "store" else profile[:2]
+    # What is known of a record is its codec, and whether the kernels of the mode `rice` decode it.
+    return device, direction, profile if direction == "store" else (profile.codec, profile.mode == "rice")
 
 
 def make_controller(controller: str | Controller | None) -> Controller | None:

@@ -324,10 +324,11 @@ class SwapEngine:
 
     def _loaded(self, device: str, entries: Sequence[Entry], result: TransferResult) -> None:
         """Take in what a load did; of records of several kinds it says nothing."""
-        kinds = {(contents.codec, contents.extended) for contents in {entry.contents for entry in entries}}
-        if self.controller is not None and len(kinds) == 1:
-            name, rice = kinds.pop()
-            profile = None if name == RAW else Profile(name, "rice" if rice else "", None)
+        if self.controller is None or not entries:
+            return
+        first = entries[0].contents
+        if all(entry.contents is first for entry in entries):
+            profile = None if first.codec == RAW else Profile(first.codec, "rice" if first.extended else "", None)
             self.controller.loaded(device, profile, result.raw_bytes, result.record_bytes, result.seconds)
 
     def _parts(

@@ -71,9 +71,8 @@ class World:
             if direction == "store":
                 controller.stored(decision, raw_bytes, record_bytes, seconds)
             else:
-                controller.loaded(
-                    "cuda:0", None if decision.choice == "raw" else profile, raw_bytes, record_bytes, seconds
-                )
+                known = None if decision.choice == "raw" else Profile(profile.codec, "", None)
+                controller.loaded("cuda:0", known, raw_bytes, record_bytes, seconds)
         return decision.choice
 
 
@@ -244,6 +243,20 @@ def test_sizes_are_learned_apart_and_borrow_from_their_neighbours() -> None:
     assert world.move(controller, device, 128 * KIB - 1) == "raw"
     assert world.move(controller, device, 200 * MIB) == "encoded"
     assert world.move(controller, device, GIB) == "encoded"  # never seen before
+
+
+def test_loads_count_as_often_as_they_are_expected() -> None:
+    """Encoded stores are faster, encoded loads are slower: it depends on how many loads follow."""
+    device = Device(
+        Prior(20e9, 20e9, 1e12, 1e12, 0.0, overlapped=True),
+        Prior(20e9, 20e9, 1e12, 10e9, 0.0, overlapped=True),
+        ratio=3.0,
+    )
+    for loads, wanted in ((0.0, "encoded"), (0.5, "encoded"), (3.0, "raw")):
+        world = World()
+        controller = Controller("latency", clock=world.clock, loads_per_store=loads, allowance_seconds=1.0)
+        choices = [world.move(controller, device, 64 * MIB) for _ in range(200)]
+        assert choices[-50:].count(wanted) >= 48
 
 
 def test_waiting_behind_others_is_not_taken_for_slowness() -> None:
