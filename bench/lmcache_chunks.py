@@ -92,6 +92,7 @@ def main() -> None:
         "lossless": {"bound": "lossless"},
         "lossless, rice": {"bound": "lossless", "mode": "rice"},
         "rel:1e-3": {"bound": "rel:1e-3"},
+        "rel:1e-3, rice": {"bound": "rel:1e-3", "mode": "rice"},
         "rel:1e-2": {"bound": "rel:1e-2"},
         "k=rel:1e-3,v=rms:0.15": {"bound": "k=rel:1e-3,v=rms:0.15", "head_dim": dim},
     }

@@ -96,7 +96,12 @@ def max_record_bytes(codec: Codec, layout: BlockLayout) -> int:
 
 
 def encode_records(
-    blocks: BlockView, codec: Codec, request: EncodeRequest, *, measure_error: bool = False
+    blocks: BlockView,
+    codec: Codec,
+    request: EncodeRequest,
+    *,
+    measure_error: bool = False,
+    out: Bytes | None = None,
 ) -> EncodedBatch:
     """Encode every block of a view into a record. Blocks the host.
 
@@ -107,11 +112,14 @@ def encode_records(
         codec: the codec to use.
         request: bound, mode, threads.
         measure_error: also decode, and compare with what went in.
+        out: where the payloads go, shape ``[len(blocks), at least the most bytes of a payload]``, rows contiguous; what
+            follows a payload is unspecified. By default new memory.
     """
     layout = blocks.layout
     check_device(codec, blocks)
     reason = request.reason
-    out = np.empty((len(blocks), max_record_bytes(codec, layout)), np.uint8)
+    if out is None:
+        out = np.empty((len(blocks), max_record_bytes(codec, layout)), np.uint8)
     try:
         tables, sizes = codec.encode_blocks(blocks, request, out)
     except (ConfigError, LayoutError):

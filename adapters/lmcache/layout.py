@@ -198,6 +198,7 @@ def page_bounds(bound: ErrorBound | BoundPolicy, layout: ObjectLayout, kv_rank: 
         _kept_exact("the bounds are for another number of layers", f"{policy.num_layers}, not {layout.num_layers}")
         policy = BoundPolicy(exact, exact, other=policy.other)
     bounds: list[ErrorBound] = []
+    misfit: ConfigError | None = None
     for segment, page in zip(layout.block.segments, layout.pages, strict=True):
         if not segment.kind:
             bounds.append(policy.other if segment.dtype is not DType.OPAQUE else exact)
@@ -213,8 +214,10 @@ def page_bounds(bound: ErrorBound | BoundPolicy, layout: ObjectLayout, kv_rank: 
                 raise ConfigError(f"{segment.head_dim} values a token are no whole heads: give this model's head_dim")
             bounds.append(shard.bound(chosen, segment, page.layer, (0, page.heads), page.heads))
         except ConfigError as error:
-            _kept_exact("the bounds do not fit the heads", str(error))
+            misfit = misfit or error
             bounds.append(exact)
+    if misfit is not None:
+        _kept_exact("the bounds do not fit the heads", str(misfit))
     return bounds[0] if len(set(bounds)) == 1 else tuple(bounds)
 
 

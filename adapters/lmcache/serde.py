@@ -28,7 +28,7 @@ from kvzip.backends.registry import get_codec
 from kvzip.bounds import table_id
 from kvzip.coding import check_device, encode_records, max_record_bytes
 from kvzip.errors import ConfigError, LayoutError
-from kvzip.record import ALIGNMENT, ENTRY_DTYPE, GEOMETRY_BYTES, Reason
+from kvzip.record import ALIGNMENT, ENTRY_DTYPE, GEOMETRY_BYTES, Reason, header_nbytes
 from kvzip.types import BlockView, ErrorBound
 
 
@@ -72,7 +72,7 @@ class KvzipSerializer(Serializer):
         return max_record_bytes(self._codec, layout.block) + more + SEAL_BYTES
 
     def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
-        """Write an object's record and seal to the beginning of a buffer.
+        """Write an object's record and seal to the beginning of a buffer; what follows them is unspecified.
 
         Args:
             src: the object.
@@ -83,29 +83,30 @@ class KvzipSerializer(Serializer):
             Bytes that were written.
 
         Raises:
-            LayoutError: the object is not what its shapes say, or the buffer is too small; nothing was written.
+            LayoutError: the object is not what its shapes say, or the buffer is too small.
         """
         data, room = host_bytes(src), host_bytes(dst)
         layout = object_layout(*_described(src.get_shapes(), src.get_dtypes()), self._form)
         if data.size != layout.nbytes:
             raise LayoutError(f"the object has {data.size} bytes, its tensors have {layout.nbytes}")
+        needed = max_record_bytes(self._codec, layout.block) + SEAL_BYTES
+        if room.size < needed:
+            raise LayoutError(f"the buffer has {room.size} bytes, {needed} may be needed: see estimate_serialized_size")
         blocks = BlockView([data[None]], layout.block)
+        out = room[None, header_nbytes(layout.block) :]  # the payload is made in its place
         bounds = page_bounds(self.settings.bounds, layout, key.kv_rank)
         request = EncodeRequest(bounds, self.settings.coding_mode, self.settings.threads)
         verify = self.settings.verify > 0 and random.random() < self.settings.verify
-        batch = encode_records(blocks, self._codec, request, measure_error=verify)
+        batch = encode_records(blocks, self._codec, request, measure_error=verify, out=out)
         violations = batch.records[0].violations or 0
         if violations:
             log_once("values outside the bound, the LMCache object is kept raw", f"{violations} values")
             exact = EncodeRequest(ErrorBound.lossless(), "none", reason=Reason.ENCODER_FAILED)
-            batch = encode_records(blocks, get_codec("raw"), exact)
+            batch = encode_records(blocks, get_codec("raw"), exact, out=out)
         record = batch.records[0]
         end = record.nbytes + SEAL_BYTES
-        if end > room.size:
-            raise LayoutError(f"the record takes {end} bytes, the buffer has {room.size}: estimate_serialized_size")
         header = record.header.tobytes()
         room[: len(header)] = record.header
-        room[len(header) : record.nbytes] = record.payload
         room[record.nbytes : end] = np.frombuffer(seal(header, key), np.uint8)
         with self._lock:
             self.stats.objects += 1

@@ -148,7 +148,7 @@ def test_a_record_of_another_shape_is_a_miss(tier: Callable[..., Any], chunks: l
     assert one.load(keys[:1], halves, torch.bfloat16) == [None]
 
 
-def test_files_begin_with_a_record_that_kvzip_inspect_reads(tier: Callable[..., Any], chunks: list[Any]) -> None:
+def test_files_begin_with_a_record(tier: Callable[..., Any], chunks: list[Any]) -> None:
     one, keys = tier(bound=1e-3), keys_of(chunks)
     one.store(keys, chunks)
     header = read_header(one.file(keys[0]).read_bytes())
