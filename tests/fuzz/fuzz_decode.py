@@ -4,10 +4,16 @@
 
     python tests/fuzz/fuzz_decode.py --cases 100000 --seed 1          # a run; the same seed gives the same cases
     python tests/fuzz/fuzz_decode.py --seed 1 --only 4711             # one case again, with its error
+    python tests/fuzz/fuzz_decode.py --processes 2 --json fuzz.json   # several processes, and a report
 
 Each case goes through `kvzip.decode`, and, when header and checksums hold, through the codec itself: the payload ends
-where an inaccessible page of memory begins, and the pages have guard bytes around them. A refused record must leave the
-pages as they were. Most cases carry valid checksums, so that the checks behind them are reached.
+where an inaccessible page of memory begins, and the pages have guard bytes around them. What must hold:
+
+* A record whose checksums are not those of its bytes is refused. Most cases get new checksums, so that the checks
+  behind them are reached.
+* What is refused leaves the pages as they were.
+* What is accepted is what the format allows: the reference of tests/reference_codec.py, which shares no code with
+  kvzip, accepts it too and reads the same values; and it refuses whatever kvzip refuses.
 """
 
 from __future__ import annotations
@@ -15,12 +21,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import json
 import mmap
 import os
 import random
 import resource
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,13 +47,16 @@ import adversarial as adv
 import reference_codec as ref
 
 import kvzip
-from kvzip.errors import FormatError, KvzipError
-from kvzip.record import read_record
+from kvzip import BoundPolicy, ErrorBound
+from kvzip.benchmark import host_environment
+from kvzip.errors import CodecNotFoundError, FormatError, KvzipError, LayoutError
+from kvzip.record import RecordHeader, read_record
 from kvzip.types import BlockLayout, BlockView
 
 MAX_RAW_BYTES = 1 << 20  # no case decodes to more; what claims more must be refused
 GUARD = 64  # bytes before and after every page
 FILL = 0xA5
+ASAN = "asan" in os.environ.get("LD_PRELOAD", "")
 
 HEADER_FIELDS = [  # offset, struct code
     (4, "H"), (6, "H"), (8, "I"), (16, "Q"), (24, "Q"), (36, "I"), (40, "H"), (42, "B"), (43, "B"), (44, "B"),
@@ -85,7 +97,44 @@ def corpus() -> list[bytes]:
     records.append(ref.encode_record(pages, codec="raw", mode=ref.MODE_NONE))
     records.append(ref.encode_record(pages, dims="2NHD"))
     records.append(ref.encode_record(pages, dims="2HND", bound_kind=ref.BOUND_ABSOLUTE, bound=0.3))
+    for named in TABLES:
+        for dtype in adv.NUMERIC:
+            for mode in (ref.MODE_FIXED, ref.MODE_PLAIN, ref.MODE_OUTLIER, ref.MODE_RICE):
+                geometry = ref.Geometry(*named.shape, dtype, adv.GROUP_TOKENS[(dtype + mode) % len(adv.GROUP_TOKENS)])
+                pages = [ref.Page(adv.page_bits("normal", i + mode, geometry), geometry, 1 + i % 2) for i in range(2)]
+                records.append(ref.encode_record(pages, mode=mode, bound_kind=named.kind, bound=0.0, asked=named.asked))
     return records
+
+
+class Tables:
+    """Channel tables that records name: what a reader has to give with them, to kvzip and to the reference."""
+
+    def __init__(self, shape: tuple[int, int, int], key: ErrorBound, value: ErrorBound) -> None:
+        self.shape, self.bounds = shape, (key, value)
+        self.bound = key if key == value else BoundPolicy(key, value)
+        self.kind = ref.BOUND_CHANNEL_TABLE if key == value else ref.BOUND_BY_PAGE
+        self.asked = [
+            ref.Asked(ref.BOUND_TOKEN_RMS, b.value)
+            if b.channels is None
+            else ref.Asked(ref.BOUND_CHANNEL_TABLE, 0.0, b.channels.values.reshape(-1))
+            for b in self.bounds
+        ]
+        self.number = ref.table_id(self.asked)
+
+
+_BY_TOKEN = ErrorBound.token_rms(0.1)
+
+
+def _tables() -> list[Tables]:
+    rng = np.random.default_rng(3)
+    made = []
+    for heads, head_dim in ((2, 7), (1, 20)):
+        table = ErrorBound.channel_table(10.0 ** rng.uniform(-3, 0, (heads, head_dim)))
+        made += [Tables((9, heads, head_dim), table, table), Tables((17, heads, head_dim), table, _BY_TOKEN)]
+    return made
+
+
+TABLES = _tables()
 
 
 # ---- mutations -------------------------------------------------------------------------------------------------------
@@ -296,6 +345,13 @@ MUTATIONS: list[tuple[int, Mutation]] = [  # weight, mutation
 WEIGHTS = [weight for weight, _ in MUTATIONS]
 
 
+def is_sealed(record: bytes) -> bool:
+    """Whether both checksums are those of the bytes that they cover."""
+    sealed = bytearray(record)
+    reseal(sealed)
+    return len(record) >= 96 and sealed == record
+
+
 def make_case(seed: int, index: int, records: list[bytes]) -> tuple[str, bytes]:
     """Case `index` of a seed: the mutation's name and the record."""
     rng = random.Random((seed << 32) | index)
@@ -343,6 +399,16 @@ def guarded_view(layout: BlockLayout) -> tuple[list[npt.NDArray[np.uint8]], Bloc
     return memories, BlockView(pages, layout)
 
 
+def reference_pages(record: bytes, header: RecordHeader, tables: Tables | None) -> bytes | None:
+    """The values of a record as the reference reads them; None where it refuses."""
+    asked = tables.asked if tables is not None and len(tables.asked) == header.num_segments else []
+    try:
+        pages = ref.decode_record(record, asked).pages
+    except ref.Refused:
+        return None
+    return b"".join(page.tobytes() for page in pages)
+
+
 def check_case(record: bytes, fence: FencedMemory, *, also_decode: bool = True) -> str:
     """Decode one hostile record in both ways; returns how it ended.
 
@@ -357,37 +423,56 @@ def check_case(record: bytes, fence: FencedMemory, *, also_decode: bool = True) 
                 kvzip.decode(record, max_raw_bytes=MAX_RAW_BYTES)
                 raise Fault("decoded a record that read_record refuses") from error
         return type(error).__name__
+    if not is_sealed(record):
+        raise Fault("accepted a record whose checksums are not those of its bytes")
+    tables = next((t for t in TABLES if t.number == header.table_id), None)
     decoded: Any = None
     try:
-        decoded = kvzip.decode(record, max_raw_bytes=MAX_RAW_BYTES)
+        decoded = kvzip.decode(record, bound=tables and tables.bound, max_raw_bytes=MAX_RAW_BYTES)
         outcome = "decoded"
     except KvzipError as error:
         outcome = type(error).__name__
-    if header.raw_bytes > MAX_RAW_BYTES or outcome == "CodecNotFoundError":
+    if header.raw_bytes > MAX_RAW_BYTES:
         if decoded is not None:
             raise Fault(f"decoded {header.raw_bytes} bytes, the limit was {MAX_RAW_BYTES}")
         return outcome
     memories, view = guarded_view(header.layout())
     try:
-        kvzip.get_codec(header.codec).decode_blocks(view, [fence.hold(payload)], [header.table], threads=1)
+        if tables is not None:
+            view = view.with_bounds(tables.bounds)
+        codec = kvzip.get_codec(header.codec)
+        codec.decode_blocks(view, [fence.hold(payload)], [header.table], threads=1)
     except KvzipError as error:
         if any((m != FILL).any() for m in memories):
             raise Fault("a refused record changed memory") from error
         if decoded is not None:
             raise Fault(f"kvzip.decode accepts what the codec refuses: {error}") from error
+        # A codec that is not there, or tables for other pages: nothing was said of the payload.
+        silent = isinstance(error, (CodecNotFoundError, LayoutError)) or not known_to_reference(header)
+        if not silent and reference_pages(record, header, tables) is not None:
+            raise Fault(f"kvzip refuses what the format allows: {error}") from error
         return outcome
     for memory in memories:
         if (memory[:GUARD] != FILL).any() or (memory[-GUARD:] != FILL).any():
             raise Fault("written outside of a page")
+    values = b"".join(m[GUARD:-GUARD].tobytes() for m in memories)
     if decoded is not None:
         arrays = decoded if isinstance(decoded, list) else [decoded]
-        if header.dims == "" and b"".join(a.tobytes() for a in arrays) != b"".join(
-            m[GUARD:-GUARD].tobytes() for m in memories
-        ):
+        if header.dims == "" and b"".join(a.tobytes() for a in arrays) != values:
             raise Fault("the same record decoded to different values")
-    elif outcome != "LayoutError":  # decode cannot shape records of mixed dtypes, the codec can
+    elif outcome not in ("LayoutError", "ConfigError"):  # mixed dtypes, which decode cannot shape; tables not given
         raise Fault(f"kvzip.decode refuses with {outcome} what the codec accepts")
+    expected = reference_pages(record, header, tables)
+    if expected is None:
+        raise Fault("kvzip accepts what the format forbids")
+    if expected != values:
+        raise Fault("the reference reads other values")
     return outcome
+
+
+def known_to_reference(header: RecordHeader) -> bool:
+    """Whether the reference knows the codec's rules: of ``raw`` it reads all codings of ``cuszp``."""
+    return header.codec == "cuszp"
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -438,6 +523,53 @@ def last_case(path: Path | None) -> Iterator[Callable[[int], None] | None]:
         yield note
 
 
+def run_processes(options: argparse.Namespace) -> Counter[str]:
+    """Split the cases over processes; a crash of one is a fault like any other.
+
+    Raises:
+        Fault: a promise was broken, or a process died; the message names the case.
+    """
+    share = -(-options.cases // options.processes)
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for i in range(options.processes):
+            count = min(share, options.cases - i * share)
+            note, report = Path(folder, f"case{i}"), Path(folder, f"report{i}")
+            command = [sys.executable, "-X", "faulthandler", __file__, "--cases", str(count), "--seed"]
+            command += [str(options.seed), "--first", str(options.first + i * share), "--last-case", str(note)]
+            command += ["--memory-mib", str(options.memory_mib), "--json", str(report)]
+            pipe = subprocess.PIPE
+            running.append((subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True), note, report))
+        for process, note, report in running:
+            output, _ = process.communicate()
+            if process.returncode != 0:
+                case = struct.unpack("<q", note.read_bytes())[0] if note.exists() else "none"
+                raise Fault(f"exit {process.returncode} at case {case} of seed {options.seed}:\n{output[-4000:]}")
+            for name, by_outcome in json.loads(report.read_text())["outcomes"].items():
+                outcomes.update({f"{name}: {outcome}": count for outcome, count in by_outcome.items()})
+    return outcomes
+
+
+def report_of(options: argparse.Namespace, outcomes: Counter[str], seconds: float) -> dict[str, Any]:
+    """What a run found, for a file."""
+    found: dict[str, dict[str, int]] = {}
+    for name, count in sorted(outcomes.items()):
+        mutation, _, outcome = name.partition(": ")
+        found.setdefault(mutation, {})[outcome] = count
+    decoded = sum(by_outcome.get("decoded", 0) for by_outcome in found.values())
+    return {
+        "what": "mutated, truncated, spliced and forged records against kvzip.decode and the CPU codec",
+        "environment": host_environment() | {"sanitizers": "address, undefined" if ASAN else ""},
+        "settings": {"cases": options.cases, "seed": options.seed, "first": options.first},
+        "seconds": round(seconds, 1),
+        "faults": 0,
+        "accepted": decoded,
+        "refused": options.cases - decoded,
+        "outcomes": found,
+    }
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="decode mutated records")
@@ -445,28 +577,36 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for a report")
     parser.add_argument("--last-case", type=Path, help="file that holds the number of the case in progress")
     parser.add_argument(
-        "--memory-mib", type=int, default=512, help="memory for the cases; 0 = no limit, which AddressSanitizer needs"
+        "--memory-mib", type=int, default=0 if ASAN else 512, help="memory for the cases; 0 = no limit, as ASan needs"
     )
     options = parser.parse_args()
     if options.only is not None:
         options.first, options.cases = options.only, 1
     os.environ["KVZIP_THREADS"] = "1"  # the cases are small, and there is a process a core
-    if options.memory_mib:
-        limit_memory(options.memory_mib << 20)
     start = time.perf_counter()
-    with last_case(options.last_case) as progress:
-        try:
-            outcomes = run(options.cases, options.seed, options.first, progress)
-        except Fault as fault:
-            print(f"FAULT {fault}", file=sys.stderr)
-            if options.only is not None and fault.__cause__ is not None:
-                raise
-            return 1
+    try:
+        if options.processes > 1:
+            outcomes = run_processes(options)
+        else:
+            if options.memory_mib:
+                limit_memory(options.memory_mib << 20)
+            with last_case(options.last_case) as progress:
+                outcomes = run(options.cases, options.seed, options.first, progress)
+    except Fault as fault:
+        print(f"FAULT {fault}", file=sys.stderr)
+        if options.only is not None and fault.__cause__ is not None:
+            raise
+        return 1
+    seconds = time.perf_counter() - start
     for name, count in sorted(outcomes.items()):
         print(f"{count:8d}  {name}")
-    print(f"seed {options.seed}: {options.cases} cases in {time.perf_counter() - start:.1f} s, no fault")
+    print(f"seed {options.seed}: {options.cases} cases in {seconds:.1f} s, no fault")
+    if options.json is not None:
+        options.json.write_text(json.dumps(report_of(options, outcomes, seconds), indent=1) + "\n")
     return 0
 
 
