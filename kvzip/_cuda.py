@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip import _native
+from kvzip._process import watch
 from kvzip.errors import BackendUnavailableError, CudaError
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ class CudaDriver:
     """
 
     def __init__(self) -> None:
-        self._library = _bind()
+        self._library: Any = _bind()
         count = _I32()
         status = self._library.kvz_cuda_available(ctypes.byref(count))
         if status == _native.NO_CUDA:
@@ -335,6 +336,16 @@ class CudaDriver:
             code, text = self._last_error()
             raise BackendUnavailableError(f"no GPU can be used: {text} (CUDA error {code}). {_remedy(code)}")
         self._devices = count.value
+        watch(self)
+
+    def _after_fork(self) -> None:
+        """CUDA does not work in a forked child, and must not be touched there."""
+        global _lock
+        _lock = threading.Lock()
+        self._library = _Forked()
+
+    def _at_exit(self) -> None:
+        """Nothing: the runtime releases what is left."""
 
     # ---- errors
 
@@ -624,6 +635,16 @@ class CudaDriver:
         """Bind a load (``kvz_cuda_load``); see `kvzip.transport.SwapCall`."""
         native = _LoadArgs(decode=_decode_args(decode), move=_move_args(move), order=order, device=device)
         return _SwapCall(self, self._library.kvz_cuda_load, native, stream, "loading to the GPU", decode)
+
+
+class _Forked:
+    """Stands in for the native library in a forked child."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise BackendUnavailableError(
+            "this process was forked from one that uses the GPU, and CUDA does not work in such a child: start it with "
+            "the method spawn or forkserver, or fork before the GPU is used"
+        )
 
 
 def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:

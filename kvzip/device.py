@@ -11,12 +11,11 @@ pipelines do not know (a third party's) work too, by way of host memory: slower,
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
@@ -30,7 +29,7 @@ from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import coding_of
 from kvzip.bounds import PageBounds, summary, table_id
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
-from kvzip.errors import ConfigError, CorruptRecordError, CudaError, NativeError
+from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError
 from kvzip.index import Contents, Entry, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
 from kvzip.pool import HostPool, Room
@@ -44,9 +43,10 @@ from kvzip.record import (
     pack_headers,
 )
 from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
-from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult, transfer_error
+from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult
 from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Records, Run, Staging
 from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound, empty_view
+from kvzip.worker import Job, Reaper, Worker
 
 _log = logging.getLogger("kvzip")
 
@@ -122,128 +122,6 @@ class _SmallLoad:
     started: float
 
 
-@dataclass(frozen=True)
-class _Job:
-    run: Callable[[], TransferResult]
-    transfer: Transfer
-    what: str
-
-
-class _Worker:
-    """A thread that runs jobs in order; started with the first one."""
-
-    def __init__(self, name: str, start: Callable[[], None]) -> None:
-        self._name = name
-        self._start = start
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self._submitted = self._ended = 0
-
-    def submit(self, job: _Job) -> None:
-        """Queue a job.
-
-        Raises:
-            ConfigError: the worker is closed.
-            RuntimeError: the system gives no thread. The job was not queued.
-        """
-        with self._lock:  # one thread, whoever comes first: a pipeline is not for two
-            if self._closed:
-                raise ConfigError("the engine is closed: make a new one")
-            if self._thread is None:
-                thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-                thread.start()
-                self._thread = thread
-            self._submitted += 1
-            self._jobs.put(job)
-
-    def _loop(self) -> None:
-        self._start()
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.transfer._finish(job.run())
-            except BaseException as error:
-                job.transfer._fail(transfer_error(job.what, error))
-            finally:
-                self._ended += 1
-            del job  # a transfer must not live on until the next one comes
-
-    @property
-    def busy(self) -> bool:
-        """Whether a job has not ended."""
-        return self._submitted != self._ended
-
-    def close(self) -> None:
-        """Let the jobs that were submitted end, then the thread. Blocks the host."""
-        with self._lock:
-            self._closed = True
-            thread, self._thread = self._thread, None
-            self._jobs.put(None)
-        if thread is not None:
-            thread.join()
-
-
-class _Reaper:
-    """Completes the small transfers that nobody asks for; a thread, started with the first one.
-
-    It looks every two milliseconds while there are any, and sleeps after a while without.
-    """
-
-    EVERY_SECONDS = 2e-3
-    IDLE_LOOKS = 100
-
-    def __init__(self, name: str, start: Callable[[], None], queues: Sequence[TransferQueue]) -> None:
-        self._name = name
-        self._start = start
-        self._queues = queues
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._parked = True
-        self._halt = False
-        self._thread: threading.Thread | None = None
-
-    def notice(self) -> None:
-        """A transfer was queued."""
-        if self._parked:
-            with self._lock:
-                if self._thread is None:
-                    thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-                    try:
-                        thread.start()
-                    except RuntimeError as error:  # the transfer is queued: it ends when somebody asks for it
-                        _log.warning("no thread looks after transfers that nobody waits for: %s", str(error))
-                        return
-                    self._thread = thread
-                self._parked = False
-                self._wake.set()
-
-    def _loop(self) -> None:
-        self._start()
-        idle = 0
-        while not self._halt:
-            if idle < self.IDLE_LOOKS:
-                time.sleep(self.EVERY_SECONDS)
-            else:
-                self._wake.clear()
-                self._parked = True  # who queues one from here on wakes this thread
-                if not any(map(len, self._queues)) and not self._halt:
-                    self._wake.wait()
-                self._parked = False
-                idle = 0
-            idle = 0 if any(map(len, self._queues)) else idle + 1
-            for pending in self._queues:
-                pending.poll()
-
-    def close(self) -> None:
-        """End the thread. Blocks the host."""
-        self._halt = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-
 class DeviceSwap:
     """The GPU side of an engine.
 
@@ -278,12 +156,9 @@ class DeviceSwap:
         self._store_lock = store_lock
         self._host = host
         self._closed = False
-
-        def start() -> None:
-            self._driver.set_device(device)
-
-        self._out = _Worker(f"kvzip-out-{device}", start)
-        self._into = _Worker(f"kvzip-in-{device}", start)
+        self.lost: CudaError | None = None  # the error after which this GPU does nothing any more
+        self._out = Worker(f"kvzip-out-{device}")
+        self._into = Worker(f"kvzip-in-{device}")
         # Small transfers need a pool that kernels can address, in extents that match the arena's.
         self._small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
         self._packed = pool.extent_bytes == RECORD_ALIGNMENT
@@ -291,7 +166,8 @@ class DeviceSwap:
         self._small_into = TransferQueue(self._driver, "load")
         self._stores: SmallStores | None = None  # made at their first use, under the lock of their queue
         self._loads: SmallLoads | None = None
-        self._reaper = _Reaper(f"kvzip-small-{device}", start, (self._small_out, self._small_into))
+        use = partial(self._driver.set_device, device)
+        self._reaper = Reaper(f"kvzip-small-{device}", use, (self._small_out, self._small_into))
 
     # ---- what the engine calls, in the caller's thread
 
@@ -303,6 +179,14 @@ class DeviceSwap:
 
     def store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
         """Queue a store. The pages must stay as they are until the transfer is done."""
+        self._check_lost()
+        try:
+            return self._queue_store(parts, codec, measure_error, stream)
+        except CudaError as error:
+            self._notice(error)
+            raise
+
+    def _queue_store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
         started = time.perf_counter()
         if len(parts) == 1 and not measure_error and parts[0].blocks.nbytes <= self._small_bytes and self._packed:
             small = self._store_small(parts[0], codec, stream, started)
@@ -312,28 +196,26 @@ class DeviceSwap:
         transfer = Transfer(self._driver, self._device)
 
         def run() -> TransferResult:
-            try:
-                with self._host.counting_failures("store"), self._store_lock:
-                    self._small_out.drain()
-                    self._index.check_open()
-                    native = codec.name in _NATIVE
-                    if not native or not all(encodes_on_gpu(codec, part) for part in parts):
-                        self._driver.event_synchronize(after)
-                        if native:
-                            self._count_host_coding(parts)
-                        if "cuda" not in codec.devices:
-                            here = [replace(part, blocks=self._to_host(part.blocks, after)) for part in parts]
-                            return self._host.store_blocks(here, codec, measure_error)
-                        return self._host.store_blocks(parts, codec, measure_error)
-                    result = self._store(parts, codec, measure_error, after, transfer)
-            finally:
-                self._driver.event_destroy(after)
+            with self._failures("store"), self._store_lock:
+                self._driver.set_device(self._device)
+                self._small_out.drain()
+                self._index.check_open()
+                native = codec.name in _NATIVE
+                if not native or not all(encodes_on_gpu(codec, part) for part in parts):
+                    self._driver.event_synchronize(after)
+                    if native:
+                        self._count_host_coding(parts)
+                    if "cuda" not in codec.devices:
+                        here = [replace(part, blocks=self._to_host(part.blocks, after)) for part in parts]
+                        return self._host.store_blocks(here, codec, measure_error)
+                    return self._host.store_blocks(parts, codec, measure_error)
+                result = self._store(parts, codec, measure_error, after, transfer)
             result = replace(result, seconds=time.perf_counter() - started)
             self._host.count_store(result)
             return result
 
         try:
-            self._out.submit(_Job(run, transfer, "store"))
+            self._out.submit(Job(run, partial(self._driver.event_destroy, after), transfer, "store"))
         except BaseException:
             self._driver.event_destroy(after)
             raise
@@ -343,22 +225,25 @@ class DeviceSwap:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
         started = time.perf_counter()
         try:
+            self._check_lost()
             if out.nbytes <= self._small_bytes and (small := self._load_small(keys, entries, out, stream, started)):
                 return small
             transfer = Transfer(self._driver, self._device)
             after = self._mark(stream)
-        except BaseException:
+        except BaseException as error:
             self._index.end_load(entries)
+            self._notice(error)
             raise
 
+        def clean_up() -> None:
+            self._index.end_load(entries)
+            self._driver.event_destroy(after)
+
         def run() -> TransferResult:
-            try:
+            with self._failures("load"):
+                self._driver.set_device(self._device)
                 self._small_into.drain()
-                with self._host.counting_failures("load"):
-                    self._load(keys, entries, out, after, transfer)
-            finally:
-                self._index.end_load(entries)
-                self._driver.event_destroy(after)
+                self._load(keys, entries, out, after, transfer)
             result = TransferResult(
                 len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started
             )
@@ -366,15 +251,17 @@ class DeviceSwap:
             return result
 
         try:
-            self._into.submit(_Job(run, transfer, "load"))
+            self._into.submit(Job(run, clean_up, transfer, "load"))
         except BaseException:
-            self._index.end_load(entries)
-            self._driver.event_destroy(after)
+            clean_up()
             raise
         return transfer
 
     def close(self) -> None:
-        """Let everything that was queued end, and free the device's memory. Blocks the host. May be called twice."""
+        """Let everything that was queued end, and free the device's memory. Blocks the host. May be called twice.
+
+        A GPU that fails now is logged: all that can be released is.
+        """
         if self._closed:
             return
         self._closed = True
@@ -385,12 +272,54 @@ class DeviceSwap:
                 pass
             pending.drain()
         self._reaper.close()
-        self._driver.set_device(self._device)
-        for small in (self._stores, self._loads):
-            if small is not None:
-                small.close()
+        try:
+            with ExitStack() as each:
+                each.callback(self._transport.close)
+                for small in (self._stores, self._loads):
+                    if small is not None:
+                        each.callback(small.close)
+                self._driver.set_device(self._device)
+        except KvzipError as error:
+            _log.warning("GPU %d failed while its memory was given back: %s", self._device, str(error))
         self._stores = self._loads = None
-        self._transport.close()
+
+    def settle(self, timeout_seconds: float) -> None:
+        """At the end of the process: take nothing more, and let what is under way end, at most for so long."""
+        end = time.monotonic() + timeout_seconds
+        for ending in (self._out, self._into, self._reaper):
+            ending.close(max(0.0, end - time.monotonic()))
+
+    def abandon(self, error: KvzipError) -> None:
+        """In a forked child: the GPU, and what goes on there, are the parent's."""
+        self._closed = True
+        for part in (self._out, self._into, self._small_out, self._small_into):
+            part.abandon(error)
+        self._reaper.abandon()
+
+    def _check_lost(self) -> None:
+        """Raise what made the GPU unusable, where something did."""
+        if self.lost is not None:
+            raise CudaError(
+                f"GPU {self._device} is lost to this process since an earlier error ({self.lost}): start a new process",
+                code=self.lost.code,
+                name=self.lost.name,
+                status=self.lost.status,
+            )
+
+    @contextmanager
+    def _failures(self, operation: str) -> Iterator[None]:
+        """Count what a ``"store"`` or a ``"load"`` fails with, and notice where it was the end of the GPU."""
+        try:
+            with self._host.counting_failures(operation):
+                yield
+        except CudaError as error:
+            self._notice(error)
+            raise
+
+    def _notice(self, error: BaseException) -> None:
+        if isinstance(error, CudaError) and error.fatal and self.lost is None:
+            self.lost = CudaError(str(error), code=error.code, name=error.name, status=error.status)
+            _log.error("GPU %d is lost to this process: %s", self._device, str(error))
 
     def _mark(self, stream: object) -> int:
         """An event at the end of the caller's stream."""
@@ -487,7 +416,7 @@ class DeviceSwap:
             entries = index.enter(room, sizes.tolist(), crcs.tolist(), tables, [contents] * count, header_of)
             index.publish(dict(zip(work.keys, entries, strict=True)))
         except BaseException:
-            with self._host.counting_failures("store"):
+            with self._failures("store"):
                 raise
         finally:
             room.close()
@@ -584,7 +513,7 @@ class DeviceSwap:
             if any(statuses):
                 raise self._damaged(work.keys, np.flatnonzero(np.frombuffer(statuses, np.uint32)).tolist())
         except BaseException:
-            with self._host.counting_failures("load"):
+            with self._failures("load"):
                 raise
         finally:
             self._index.end_load(work.entries)
@@ -622,7 +551,7 @@ class DeviceSwap:
         self, parts: Sequence[Part], codec: Codec, measure_error: bool, after: int, transfer: Transfer
     ) -> TransferResult:
         codings = [coding_of(part.request) if codec.name == "cuszp" else Coding.RAW for part in parts]
-        reason = parts[0].request.reason
+        reason, evicted = parts[0].request.reason, self._index.evicted
         try:
             return self._encode(parts, codings, codec, reason, measure_error, after, transfer)
         except CudaError:
@@ -632,7 +561,8 @@ class DeviceSwap:
                 raise  # the caller's stream was let go: the pages may hold other values by now
             _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
             raw = [Coding.RAW] * len(parts)
-            return self._encode(parts, raw, codec, Reason.ENCODER_FAILED, measure_error, after, transfer)
+            result = self._encode(parts, raw, codec, Reason.ENCODER_FAILED, measure_error, after, transfer)
+            return replace(result, evicted=self._index.evicted - evicted)
 
     def _encode(
         self,
@@ -655,7 +585,7 @@ class DeviceSwap:
                 sizes = self._transport.out.sizes(part.blocks, part.request.bound, coding, after)
                 needed += sum(pool.round_up(int(n)) for n in sizes)
             if needed > index.room(keys):
-                raise index.refuse(needed, len(keys), keys)
+                raise index.refuse(needed, len(keys), keys, replacing=False)
         fresh: list[Entry] = []
         fallbacks: Counter[str] = Counter()
         record_bytes = violations = 0
@@ -813,17 +743,16 @@ class DeviceSwap:
             groups.setdefault((codec, layout, known.table_id, known.extended), []).extend(members)
         others = [(name, layout, members) for (name, layout, _, _), members in groups.items() if name]
         native = [(how, members) for how, members in groups.items() if not how[0]]
-        for name, layout, members in others:
-            self._driver.event_synchronize(after)
-            view = out[out.block_ids[members]].with_groups(layout)
-            records = [entries[i] for i in members]
-            if "cuda" in self._host.codec_of(name).devices:
-                self._host.load_blocks(records, view)
-            else:
-                pages = empty_view(layout, len(members))
-                self._host.load_blocks(records, pages)
-                self._from_host(pages, view, after)
         bad: list[int] = []
+        for name, layout, members in others:
+            try:
+                self._load_by_host(name, layout, entries, members, out, after)
+            except CorruptRecordError:  # nothing of them was written: load the good ones
+                for i in members:
+                    try:
+                        self._load_by_host(name, layout, entries, [i], out, after)
+                    except CorruptRecordError:
+                        bad.append(i)
         for number, ((_, layout, named, extended), members) in enumerate(native):
             view = self._with_tables(out[out.block_ids[members]].with_groups(layout), named)
             statuses = self._transport.into.run(
@@ -837,6 +766,26 @@ class DeviceSwap:
             bad += [members[i] for i in np.flatnonzero(statuses)]
         if bad:
             raise self._damaged(keys, bad)
+
+    def _load_by_host(
+        self,
+        codec: str,
+        layout: BlockLayout,
+        entries: Sequence[Entry],
+        members: Sequence[int],
+        out: BlockView,
+        after: int,
+    ) -> None:
+        """Load records that the kernels cannot decode; of several, all or none."""
+        self._driver.event_synchronize(after)
+        view = out[out.block_ids[list(members)]].with_groups(layout)
+        records = [entries[i] for i in members]
+        if "cuda" in self._host.codec_of(codec).devices:
+            self._host.load_blocks(records, view)
+        else:
+            pages = empty_view(layout, len(members))
+            self._host.load_blocks(records, pages)
+            self._from_host(pages, view, after)
 
     def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:
         """Copy host blocks into device blocks, through the same pipeline."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvzip._log import log_once
+from kvzip._process import watch
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
@@ -31,6 +32,7 @@ from kvzip.errors import (
     ConfigError,
     CorruptRecordError,
     LayoutError,
+    TransferError,
 )
 from kvzip.index import Entry, RecordIndex, contents_of
 from kvzip.integrity import Integrity, Sampler
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("kvzip")
 
 _MOST_REQUESTS = 64  # that an engine keeps
+_EXIT_SECONDS = 5.0  # that the end of the process waits for transfers under way
 
 #: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
 CHUNK_BYTES = 32 << 20
@@ -118,10 +121,13 @@ class Settings:
 class SwapEngine:
     """Moves KV blocks between page memory and a pool of compressed records. All methods are thread-safe.
 
-    A store either keeps all of its blocks or changes nothing; so does a load. A block that the codec cannot make
-    smaller is stored lossless or raw, with the reason in its record and in the statistics. When the pool is full, the
-    records that the policy calls coldest leave it, counted in the bytes that they really take; records that are pinned
-    or being loaded stay.
+    A store either keeps all of its blocks or none, and then those that it was to replace stay; a load writes all of its
+    pages or none (on a GPU: each block by itself). A block that the codec cannot make smaller is stored lossless or
+    raw, with the reason in its record and in the statistics.
+
+    When the pool is full, the records that the policy calls coldest leave it, counted in the bytes that they really
+    take; records that are pinned or being loaded stay. That a store fits is certain before the first one leaves; what
+    left for a store that the device fails afterwards does not come back.
 
     Args:
         pool: a `HostPool` (shared with others, if you like), or the bytes of a new one that the engine closes with
@@ -186,6 +192,8 @@ class SwapEngine:
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
         self._tables: dict[int, PageBounds] = {}  # what records were coded with, by the name of its channel tables
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
+        self._last_pool_stats: PoolStats | None = None  # of a pool that was closed with the engine
+        watch(self)
 
     # ---- settings
 
@@ -406,7 +414,7 @@ class SwapEngine:
                     self._keep(pending, fresh, layout, keys)
                     pending = []
                 elif pending_bytes > self._index.room(keys, replacing=True):
-                    raise self._index.refuse(pending_bytes, len(pending), keys)
+                    raise self._index.refuse(pending_bytes, len(pending), keys, replacing=True)
             with self._lock:  # one step, so that nobody finds a key without a record that is only being replaced
                 self._keep(pending, fresh, layout, keys, replacing=True)
                 self._index.publish(fresh)
@@ -638,7 +646,8 @@ class SwapEngine:
         with self._lock:
             if name not in self._devices:
                 if self._closing:
-                    raise ConfigError("the engine is closed: make a new one")
+                    self._index.check_open()
+                    raise ConfigError("the engine is being closed: make a new one")
                 kind, _, number = name.partition(":")
                 if kind != "cuda":
                     raise LayoutError(f"blocks on {name}: kvzip works on host memory and CUDA GPUs; copy them there")
@@ -713,8 +722,13 @@ class SwapEngine:
             return self._record(self._index.find([key])[0]).tobytes()
 
     def stats(self) -> EngineStats:
-        """Counters at this moment."""
+        """Counters at this moment; of a closed engine the last ones."""
         with self._lock:
+            pool = self._last_pool_stats
+            if pool is None:
+                if self.pool.closed:
+                    self._index.check_open()  # says more than the pool does
+                pool = self.pool.stats()
             held = self._index.held()
             totals = self._totals
             return EngineStats(
@@ -739,7 +753,7 @@ class SwapEngine:
                 violations=totals["violations"],
                 fallbacks=dict(self._fallbacks),
                 portable_blocks=dict(sum((Counter(swap.coded_blocks) for swap in self._devices.values()), Counter())),
-                pool=self.pool.stats(),
+                pool=pool,
             )
 
     def metrics(self) -> MetricsSnapshot:
@@ -748,19 +762,58 @@ class SwapEngine:
             decisions = {} if self.controller is None else self.controller.decisions
             return snapshot(asdict(self.stats()), self._meter, decisions)
 
+    @property
+    def usable(self) -> bool:
+        """Whether stores and loads can still succeed.
+
+        False for good once the engine is closed; in the child of a fork, unless the engine was idle and has neither
+        used a GPU nor pinned memory; and when a GPU that it used is lost to the process (`CudaError.fatal`): blocks in
+        host memory can then still be moved. What is tried nevertheless raises an error that says why.
+        """
+        with self._lock:
+            lost = any(swap.lost is not None for swap in self._devices.values())
+            return not (self._closing or self._index.closed or lost)
+
     def close(self) -> None:
         """Forget all records, and close the pool if the engine made it.
 
-        Waits for transfers under way; may be called twice.
+        Waits for transfers under way; may be called twice. A GPU that fails meanwhile is logged.
         """
         with self._close_lock:
             with self._lock:
                 swaps, self._closing = ([] if self._closing else list(self._devices.values())), True
             for swap in swaps:
                 swap.close()
-            with self._store_lock:
+            with self._store_lock, self._lock:
                 if self._index.close() and self._owns_pool:
+                    self._last_pool_stats = self.pool.stats()
                     self.pool.close()
+
+    def _after_fork(self) -> None:
+        """In the child of a fork."""
+        self.pool._after_fork()
+        for part in (self._verify_store, self._check_load, self.controller, self._gauge):
+            if part is not None:
+                part._lock = threading.Lock()  # a thread of the parent may hold the old one for ever
+        self._close_lock = threading.Lock()
+        idle = not self._store_lock.locked() and self._index.idle_after_fork()
+        if idle and not self._devices and not self.pool.closed:
+            return
+        why = (
+            "this process was forked from one whose engine had a GPU, pinned memory or a transfer under way: make a "
+            "new engine here, and start processes that use a GPU with the method spawn"
+        )
+        self._index.abandon(why)
+        self._lock, self._store_lock = self._index.lock, threading.Lock()
+        self._closing = True
+        for swap in self._devices.values():
+            swap.abandon(TransferError(f"the transfer belongs to another process: {why}"))
+        self._devices = {}
+
+    def _at_exit(self) -> None:
+        """At the interpreter's end: what is under way may end."""
+        for swap in list(self._devices.values()):
+            swap.settle(_EXIT_SECONDS)
 
     def __enter__(self) -> SwapEngine:
         return self

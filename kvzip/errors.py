@@ -86,6 +86,28 @@ class NativeError(KvzipError, RuntimeError):
         self.status = status
 
 
+# After these every call of the process fails on that GPU (CUDA Runtime API, "Data types used by CUDA Runtime").
+_FATAL = frozenset(
+    {
+        "cudaErrorAssert",
+        "cudaErrorContained",
+        "cudaErrorContextIsDestroyed",
+        "cudaErrorECCUncorrectable",
+        "cudaErrorExternalDevice",
+        "cudaErrorHardwareStackError",
+        "cudaErrorIllegalAddress",
+        "cudaErrorIllegalInstruction",
+        "cudaErrorInvalidAddressSpace",
+        "cudaErrorInvalidPc",
+        "cudaErrorLaunchFailure",
+        "cudaErrorLaunchTimeout",
+        "cudaErrorMisalignedAddress",
+        "cudaErrorNvlinkUncorrectable",
+        "cudaErrorTensorMemoryLeak",
+    }
+)
+
+
 class CudaError(NativeError):
     """A CUDA call failed.
 
@@ -98,6 +120,11 @@ class CudaError(NativeError):
         super().__init__(message, status=status)
         self.code = code
         self.name = name
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the GPU is lost to this process: all that follows fails too, and only a new process helps."""
+        return self.name in _FATAL
 
 
 class TransferError(KvzipError):

@@ -126,7 +126,7 @@ class RecordIndex:
         self._leavable = 0  # bytes of extents of entries that are not protected
         self._freed = threading.Condition(self.lock)
         self._loads = 0  # begun and not ended
-        self._closed = False
+        self._why_closed = ""
 
     # ---- stores
 
@@ -149,9 +149,9 @@ class RecordIndex:
                     room += entry.allocation.extent_nbytes
             return room
 
-    def refuse(self, needed: int, encoded: int, keys: Sequence[bytes]) -> PoolExhaustedError:
-        """The error for a store that does not fit."""
-        room = self.room(keys, replacing=True)
+    def refuse(self, needed: int, encoded: int, keys: Sequence[bytes], *, replacing: bool) -> PoolExhaustedError:
+        """The error for a store that does not fit; `replacing` as in `room`."""
+        room = self.room(keys, replacing=replacing)
         return PoolExhaustedError(
             f"{encoded} of {len(keys)} blocks need {needed} bytes already, "
             f"the pool can give {room} of {self.pool.capacity_bytes}: "
@@ -180,7 +180,7 @@ class RecordIndex:
                     if not self._freed.wait_for(
                         lambda: nbytes <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
                     ):
-                        raise self.refuse(nbytes, len(keys), keys)
+                        raise self.refuse(nbytes, len(keys), keys, replacing=replacing)
                     self._make_room(nbytes, keys, replacing)
                 try:
                     return self.pool.take(nbytes)
@@ -260,12 +260,19 @@ class RecordIndex:
                 entry = self._entries.get(key)
                 if entry is not None and entry.loads == 0 and needed > self.pool.free_bytes:
                     self._drop(entry)  # still in the index: `publish` takes it out
-        own = set(keys)
-        while needed > self.pool.free_bytes:
-            victim = next((k for k in self._policy.victims() if k not in own and not self._entries[k].protected), None)
-            if victim is None:  # only when others take from the same pool; pool.allocate says it
-                break
-            self._remove(victim, evicted=True)
+        free = self.pool.free_bytes
+        if needed <= free:
+            return
+        own, leaving = set(keys), []
+        for key in self._policy.victims():  # one walk, however many are protected at its beginning
+            entry = self._entries[key]
+            if key not in own and not entry.protected:
+                leaving.append(key)
+                free += entry.allocation.extent_nbytes
+                if needed <= free:
+                    break
+        for key in leaving:  # too few only when others take from the same pool; `take` says it
+            self._remove(key, evicted=True)
             self.evicted += 1
 
     def publish(self, fresh: Mapping[bytes, Entry]) -> None:
@@ -416,19 +423,41 @@ class RecordIndex:
 
     def check_open(self) -> None:
         """Raise `ConfigError` when the index is closed."""
-        if self._closed:
-            raise ConfigError("the engine is closed: make a new one")
+        if self._why_closed:
+            raise ConfigError(self._why_closed)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more stores and loads."""
+        return bool(self._why_closed)
 
     def close(self) -> bool:
         """Forget all records, once the loads under way have ended. False when it was closed before."""
         with self.lock:
-            if self._closed:
+            if self._why_closed:
                 return False
-            self._closed = True  # no load begins from here on
+            self._why_closed = "the engine is closed: make a new one"  # no load begins from here on
             self._freed.wait_for(lambda: self._loads == 0)
             for key in list(self._entries):
                 self._remove(key, evicted=False)
             return True
+
+    def idle_after_fork(self) -> bool:
+        """In a forked child: whether no other thread was using the records when the process forked."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        self.lock.release()
+        return self._loads == 0
+
+    def abandon(self, why: str) -> None:
+        """In a forked child: hold nothing any more, and touch neither the pool nor a lock of the parent's threads."""
+        self.lock = threading.RLock()
+        self._freed = threading.Condition(self.lock)
+        self._why_closed = why
+        for entry in self._entries.values():
+            entry.pins.entry = None
+        self._entries = {}
+        self._raw_bytes = self._record_bytes = self._pinned = self._leavable = self._loads = 0
 
     def _count(self, entry: Entry, sign: int) -> None:
         """Add an entry to the sums, or take it out."""

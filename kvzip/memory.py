@@ -311,8 +311,11 @@ class _Release:
         self._array = array
         self._registered = registered
         self._unregister = unregister
+        self._process = os.getpid()
 
     def __call__(self) -> None:
+        if os.getpid() != self._process:
+            return  # a forked child: neither the memory nor the registration is its own
         statuses = [self._unregister(address) for address in reversed(self._registered)]
         failed = [status for status in statuses if status != 0]
         if failed:

@@ -35,6 +35,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from kvzip._process import watch
 from kvzip.errors import ConfigError, PoolExhaustedError
 from kvzip.memory import MemoryResource, PageableMemory
 
@@ -213,7 +214,8 @@ class HostPool:
     """Holds records of any size in one region of host memory; see the module's text for the design.
 
     All methods are thread-safe; one lock guards the accounting, and bytes are copied outside it. Whoever frees an
-    allocation sees to it that nobody still reads or writes it.
+    allocation sees to it that nobody still reads or writes it. In the child of a fork a pool of pageable memory goes on
+    as a copy; one of pinned memory, or one that another thread was using at that moment, is closed there.
 
     Args:
         capacity_bytes: the budget. Rounded down to whole extents; that is what is allocated, and what the property
@@ -271,6 +273,7 @@ class HostPool:
         self._runs = 0
         self._peak_payload = self._peak_used = self._peak_occupied = self._peak_allocations = 0
         self._total_allocations = self._total_payload = self._total_runs = self._total_refusals = 0
+        watch(self)
 
     @property
     def capacity_bytes(self) -> int:
@@ -567,6 +570,17 @@ class HostPool:
             self._live.clear()
             self._rooms.clear()
         self._region.close()
+
+    def _after_fork(self) -> None:
+        """The child of a fork has no pinned memory, and nothing certain where a call was under way."""
+        if self.pinned or not self._lock.acquire(blocking=False):
+            self._lock = threading.Lock()
+            self._bytes = None
+        else:
+            self._lock.release()
+
+    def _at_exit(self) -> None:
+        """Nothing: the system takes the memory back."""
 
     def __enter__(self) -> HostPool:
         return self

@@ -220,16 +220,17 @@ class _Direction(abc.ABC):
             self._events.append(event)
 
     def close(self) -> None:
-        """Wait for the device and free everything. Blocks the host."""
-        self._driver.stream_synchronize(self._stream)
+        """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
         self._plans.clear()
         self._closed = True
-        for event in (self._order, *self._events):
-            self._driver.event_destroy(event)
-        self._events.clear()
-        self._memory.close()
-        self._region.close()
-        self._driver.stream_destroy(self._stream)
+        with contextlib.ExitStack() as each:
+            each.callback(self._driver.stream_destroy, self._stream)
+            each.callback(self._region.close)
+            each.callback(self._memory.close)
+            for event in (self._order, *self._events):
+                each.callback(self._driver.event_destroy, event)
+            self._events.clear()
+            self._driver.stream_synchronize(self._stream)
 
 
 @dataclass(eq=False, slots=True)

@@ -13,18 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 from kvzip.backends.base import Codec
 from kvzip.backends.portable import PortableCodec
 from kvzip.coding import Part, check_geometry
-from kvzip.device import HostPaths, _Job, _Worker
-from kvzip.errors import CorruptRecordError
+from kvzip.device import HostPaths
+from kvzip.errors import CorruptRecordError, KvzipError
 from kvzip.index import Entry, RecordIndex
 from kvzip.interop.torch import Lane, record_event
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import Staging
 from kvzip.types import BlockView
+from kvzip.worker import Job, Worker
 
 
 class Streams(Protocol):
@@ -70,8 +72,8 @@ class TorchSwap:
         self._mark = mark
         self._codecs: dict[str, PortableCodec] = {}
         self._lanes = (lanes(device), lanes(device))
-        self._out = _Worker(f"kvzip-out-{device}", lambda: None)
-        self._into = _Worker(f"kvzip-in-{device}", lambda: None)
+        self._out = Worker(f"kvzip-out-{device}")
+        self._into = Worker(f"kvzip-in-{device}")
 
     @property
     def coded_blocks(self) -> dict[str, int]:
@@ -98,7 +100,7 @@ class TorchSwap:
                 return self._host.store_blocks(parts, self.codec_for(codec), measure_error)
 
         transfer = Transfer()
-        self._out.submit(_Job(run, transfer, "store"))
+        self._out.submit(Job(run, lambda: None, transfer, "store"))
         return transfer
 
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
@@ -111,11 +113,8 @@ class TorchSwap:
             raise
 
         def run() -> TransferResult:
-            try:
-                with self._host.counting_failures("load"), self._lanes[1].behind(after):
-                    self._load(keys, entries, out)
-            finally:
-                self._index.end_load(entries)
+            with self._host.counting_failures("load"), self._lanes[1].behind(after):
+                self._load(keys, entries, out)
             result = TransferResult(
                 len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started
             )
@@ -124,7 +123,7 @@ class TorchSwap:
 
         transfer = Transfer()
         try:
-            self._into.submit(_Job(run, transfer, "load"))
+            self._into.submit(Job(run, partial(self._index.end_load, entries), transfer, "load"))
         except BaseException:
             self._index.end_load(entries)
             raise
@@ -134,6 +133,19 @@ class TorchSwap:
         """Let everything that was queued end. Blocks the host."""
         self._out.close()
         self._into.close()
+
+    lost = None  # torch does not say it: see `kvzip.device.DeviceSwap`
+
+    def settle(self, timeout_seconds: float) -> None:
+        """See `kvzip.device.DeviceSwap`."""
+        end = time.monotonic() + timeout_seconds
+        for ending in (self._out, self._into):
+            ending.close(max(0.0, end - time.monotonic()))
+
+    def abandon(self, error: KvzipError) -> None:
+        """See `kvzip.device.DeviceSwap`."""
+        self._out.abandon(error)
+        self._into.abandon(error)
 
     def _load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView) -> None:
         for entry in entries:

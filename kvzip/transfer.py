@@ -74,8 +74,10 @@ class Transfer:
         self._device = device
         self._event = 0  # behind the last kernel; 0 until that is queued
         self._recalled = 0  # an event to use again
-        self._lock = threading.Lock()  # guards the three around it
+        self._lock = threading.Lock()  # guards what is around it
         self._released = False  # somebody may go on behind the event
+        self._begun = False  # or cancelled
+        self._clean_up: Callable[[], None] | None = None  # set while it waits for a worker
 
     def done(self) -> bool:
         """Whether the transfer has ended, well or not. Never blocks."""
@@ -109,6 +111,28 @@ class Transfer:
             raise TransferError(f"the transfer has not ended within {timeout_seconds} s: wait longer")
         assert self._result is not None
         return self._result
+
+    def cancel(self) -> bool:
+        """Give up a transfer that has not begun: one that waits behind others for its GPU's worker. Never blocks.
+
+        Returns:
+            Whether it was given up. Then nothing of it happens, its pages are the caller's again at once, and `wait`
+            raises `TransferError`. False: it is under way, and goes on to its end, or has ended.
+        """
+        with self._lock:
+            if self._begun or self._clean_up is None:
+                return False
+            clean_up, self._clean_up = self._clean_up, None
+            self._begun = True  # so that the worker passes it over
+        clean_up()
+        self._fail(TransferError("the transfer was cancelled before it began: nothing was changed"))
+        return True
+
+    def _begin(self) -> bool:
+        """The worker has come to it. False when it was cancelled."""
+        with self._lock:
+            begins, self._begun, self._clean_up = not self._begun, True, None
+            return begins
 
     def wait_stream(self, stream: object = None) -> None:
         """Make a CUDA stream wait for the transfer's work on the pages: what is queued there next comes after it.
@@ -196,6 +220,12 @@ class Transfer:
         self._finished.set()
         self._queued.set()
 
+    def _abandon(self, error: KvzipError) -> None:
+        """In a forked child, where nobody completes it, and a thread of the parent may hold the locks."""
+        self._lock, self._finished, self._queued = threading.Lock(), threading.Event(), threading.Event()
+        self._begun, self._clean_up = True, None
+        self._fail(error)
+
     def __del__(self) -> None:
         event = getattr(self, "_event", 0) or getattr(self, "_recalled", 0)
         if event and self._driver is not None:
@@ -242,6 +272,10 @@ class QueuedTransfer(Transfer):
             raise self._error
         return True
 
+    def cancel(self) -> bool:
+        """Always False: the device has the work already. See `Transfer.cancel`."""
+        return False
+
     def wait_stream(self, stream: object = None) -> None:
         """See `Transfer.wait_stream`. Does not block the host."""
         assert self._driver is not None
@@ -259,6 +293,9 @@ class QueuedTransfer(Transfer):
     def _fail(self, error: KvzipError) -> None:
         self._error = error
         self._ended = True
+
+    def _abandon(self, error: KvzipError) -> None:
+        self._fail(error)
 
     def __del__(self) -> None:
         event, self._event = getattr(self, "_event", 0), 0
@@ -331,6 +368,12 @@ class TransferQueue:
         with contextlib.suppress(IndexError):
             while self._pending:
                 self.complete(self._pending[-1][0])
+
+    def abandon(self, error: KvzipError) -> None:
+        """In a forked child: nothing that was queued ends here."""
+        self.lock = threading.Lock()
+        while self._pending:
+            self._pending.popleft()[0]._abandon(error)
 
     def _wait(self, event: int, timeout_seconds: float | None) -> bool:
         if timeout_seconds is not None and timeout_seconds <= _PATIENCE_SECONDS:

@@ -262,9 +262,10 @@ class DeviceMemory:
 
     def close(self) -> None:
         """Free everything; it must not be in use."""
-        for address, _ in self._taken.values():
-            self._driver.free(address)
-        self._taken.clear()
+        with ExitStack() as each:
+            for address, _ in self._taken.values():
+                each.callback(self._driver.free, address)
+            self._taken.clear()
 
 
 class _Slot:
@@ -276,7 +277,11 @@ class _Slot:
         self.memory = DeviceMemory(driver, stream)
         self._region: Region | None = None
         self.kernel_done = driver.event_create()
-        self.copy_done = driver.event_create()
+        try:
+            self.copy_done = driver.event_create()
+        except BaseException:
+            driver.event_destroy(self.kernel_done)
+            raise
         self.busy = False
         self.bound: dict[tuple[int, ...], Any] = {}  # calls that know the slot's addresses
 
@@ -316,11 +321,12 @@ class _Slot:
         return self._region.address
 
     def close(self) -> None:
-        for event in (self.kernel_done, self.copy_done):
-            self._driver.event_destroy(event)
-        self.memory.close()
-        if self._region is not None:
-            self._region.close()
+        with ExitStack() as each:
+            if self._region is not None:
+                each.callback(self._region.close)
+            each.callback(self.memory.close)
+            for event in (self.kernel_done, self.copy_done):
+                each.callback(self._driver.event_destroy, event)
 
 
 class Fields:
@@ -464,9 +470,16 @@ class _Pipeline:
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         self._driver = driver
         self._staging = staging
-        self._kernels = driver.stream_create()
-        self._copies = driver.stream_create()
-        self._slots = [_Slot(driver, resource, self._kernels) for _ in range(staging.slots)]
+        self._slots: list[_Slot] = []
+        with ExitStack() as undo:  # a GPU that is full must not get fuller at every try
+            self._kernels = driver.stream_create()
+            undo.callback(driver.stream_destroy, self._kernels)
+            self._copies = driver.stream_create()
+            undo.callback(driver.stream_destroy, self._copies)
+            for _ in range(staging.slots):
+                self._slots.append(_Slot(driver, resource, self._kernels))
+                undo.callback(self._slots[-1].close)
+            undo.pop_all()
         self._turn = 0
         self._known: dict[tuple[Any, ...], tuple[tuple[object, ...], npt.NDArray[Any]]] = {}
         self._channel_tables: dict[bytes, tuple[int, ChannelBounds]] = {}  # address on the device, by their digest
@@ -475,7 +488,11 @@ class _Pipeline:
         """Address of a channel table on the device."""
         if table.digest not in self._channel_tables:
             address = self._driver.malloc(table.values.nbytes)
-            self._driver.copy(address, table.values.ctypes.data, table.values.nbytes, self._kernels)
+            try:
+                self._driver.copy(address, table.values.ctypes.data, table.values.nbytes, self._kernels)
+            except BaseException:
+                self._driver.free(address)
+                raise
             self._channel_tables[table.digest] = (address, table)
         return self._channel_tables[table.digest][0]
 
@@ -508,23 +525,28 @@ class _Pipeline:
         return slot
 
     def drain(self) -> None:
-        """Wait until every slot is free. Blocks the host."""
-        with ExitStack() as each:  # every one, even where the device fails: the next transfer asks it anew
-            for slot in self._slots:
-                if slot.busy:
-                    slot.busy = False
-                    each.callback(self._driver.event_synchronize, slot.copy_done)
-                    each.callback(self._driver.event_synchronize, slot.kernel_done)
+        """Wait until every slot is free: for the streams, as a call that failed may have queued half of its work.
+
+        Blocks the host.
+        """
+        if not any(slot.busy for slot in self._slots):
+            return
+        for slot in self._slots:  # even where the device fails: the next transfer asks it anew
+            slot.busy = False
+        with ExitStack() as both:
+            both.callback(self._driver.stream_synchronize, self._copies)
+            both.callback(self._driver.stream_synchronize, self._kernels)
 
     def close(self) -> None:
-        """Wait for the device and free everything. Blocks the host."""
-        self.drain()
-        for slot in self._slots:
-            slot.close()
-        for address, _ in self._channel_tables.values():
-            self._driver.free(address)
-        self._driver.stream_destroy(self._kernels)
-        self._driver.stream_destroy(self._copies)
+        """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
+        with ExitStack() as each:
+            each.callback(self._driver.stream_destroy, self._copies)
+            each.callback(self._driver.stream_destroy, self._kernels)
+            for address, _ in self._channel_tables.values():
+                each.callback(self._driver.free, address)
+            for slot in self._slots:
+                each.callback(slot.close)
+            self.drain()
 
 
 class EncodePipeline(_Pipeline):
@@ -805,10 +827,15 @@ class CudaTransport:
         self.staging = staging or Staging()
         self.resource: MemoryResource = PinnedMemory() if resource is None else resource
         self.out = EncodePipeline(driver, self.staging, self.resource)
-        self.into = DecodePipeline(driver, self.staging, self.resource)
+        try:
+            self.into = DecodePipeline(driver, self.staging, self.resource)
+        except BaseException:
+            self.out.close()
+            raise
 
     def close(self) -> None:
         """Wait for the device and free everything. Blocks the host."""
-        self.driver.set_device(self.device)
-        self.out.close()
-        self.into.close()
+        with ExitStack() as both:
+            both.callback(self.into.close)
+            both.callback(self.out.close)
+            self.driver.set_device(self.device)

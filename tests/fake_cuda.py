@@ -74,6 +74,7 @@ class FakeDriver:
             raise error
 
     def set_device(self, device: int) -> None:
+        self._called("set_device", held=False)
         assert device >= 0
 
     def malloc(self, nbytes: int) -> int:
@@ -89,6 +90,7 @@ class FakeDriver:
             del self.memory[address]
 
     def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None:
+        self._called("memset", held=False)
         ctypes.memset(address, byte, nbytes)
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
@@ -115,8 +117,11 @@ class FakeDriver:
 
     def stream_synchronize(self, stream: int) -> None:
         assert stream in self.streams
+        self._called("stream_synchronize")
+        self._work()
 
     def stream_create(self, priority: int = 0) -> int:
+        self._called("stream_create", held=False)
         stream = next(self._handles)
         self.streams.add(stream)
         return stream
@@ -125,9 +130,11 @@ class FakeDriver:
         self.streams.remove(stream)
 
     def stream_wait_event(self, stream: int, event: int) -> None:
+        self._called("stream_wait_event", held=False)
         assert event in self.events
 
     def event_create(self, *, timing: bool = False) -> int:
+        self._called("event_create", held=False)
         event = next(self._handles)
         self.events.add(event)
         return event
@@ -136,6 +143,7 @@ class FakeDriver:
         self.events.remove(event)
 
     def event_record(self, event: int, stream: int) -> None:
+        self._called("event_record", held=False)
         assert event in self.events
 
     def event_synchronize(self, event: int) -> None:
@@ -146,11 +154,15 @@ class FakeDriver:
         assert event in self.events
         if not self.hold.wait(min(timeout_us / 1e6, 30)):
             return False
+        self._work()
+        self._called("event_wait")
+        return True
+
+    def _work(self) -> None:
+        """Do what held streams have waiting."""
         with self._working:
             while self._later:
                 self._later.popleft()()
-        self._called("event_wait")
-        return True
 
     def workspace_bytes(self, num_segments: int, num_blocks: int) -> int:
         return 64 + num_blocks * 4
@@ -310,5 +322,5 @@ class FakeDriver:
 _LAST_PLAIN_CODING = 5
 
 
-def cuda_error() -> CudaError:
-    return CudaError("a copy failed: cudaErrorLaunchFailure", code=719, name="cudaErrorLaunchFailure", status=6)
+def cuda_error(name: str = "cudaErrorMemoryAllocation", code: int = 2) -> CudaError:
+    return CudaError(f"a copy failed: {name}", code=code, name=name, status=6)

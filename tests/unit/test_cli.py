@@ -20,7 +20,6 @@ import pytest
 
 import kvzip
 from kvzip import cli
-from kvzip._arguments import size
 from kvzip.backends import registry
 from kvzip.backends.base import EncodeRequest
 from kvzip.backends.raw import RawCodec
@@ -345,7 +344,7 @@ def test_demo_with_an_archive_of_arrays(tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_sizes(text: str, value: int) -> None:
-    assert size(text) == value
+    assert cli._bytes(text) == value
 
 
 # ---- bench

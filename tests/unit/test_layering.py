@@ -20,8 +20,6 @@ PACKAGE = ROOT / "kvzip"
 LAYERS: list[set[str]] = [
     {
         "kvzip.cli",
-        "kvzip._arguments",
-        "kvzip._text",
         "kvzip.demo",
         "kvzip.benchmark",
         "kvzip.selfcheck",
@@ -30,7 +28,7 @@ LAYERS: list[set[str]] = [
         "kvzip.testing",
         "kvzip.adapters",
     },
-    {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap"},
+    {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap", "kvzip.worker"},
     {"kvzip.transport", "kvzip.small", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
     {
         "kvzip.pool",
@@ -44,7 +42,7 @@ LAYERS: list[set[str]] = [
     },
     {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop", "kvzip.calibration"},
     {"kvzip.bounds"},
-    {"kvzip.types", "kvzip.errors", "kvzip._config", "kvzip._log"},
+    {"kvzip.types", "kvzip.errors", "kvzip._config", "kvzip._log", "kvzip._process"},
 ]
 # Devices' packages: imported by functions of these modules alone, never when a module is imported.
 LAZY = {
