@@ -4,34 +4,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import bridge
 import numpy as np
 import pytest
 import reference_codec as ref
+from scripts import load_script
 
 from kvzip.record import MODES, read_header
 
-
-def load_generator() -> ModuleType:
-    """make_golden.py as a module; importing it writes nothing."""
-    path = Path(__file__).with_name("make_golden.py")
-    spec = importlib.util.spec_from_file_location("make_golden", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_golden"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-golden = load_generator()
+golden = load_script("tests/golden/make_golden.py")
 CASES = {case.name: case for case in golden.cases()}
 MANIFEST: dict[str, Any] = json.loads(golden.MANIFEST.read_text())
 

@@ -4,29 +4,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 torch = pytest.importorskip("torch", reason="the example's cache is made of torch tensors")
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "paged_kv_server.py"
 SMALL = ["--conversations", "4", "--turns", "3", "--tokens", "20", "--blocks", "10"]
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("paged_kv_server", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["paged_kv_server"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/paged_kv_server.py")
 
 
 def numbers(text: str) -> dict[str, float]:

@@ -4,15 +4,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scripts import load_script
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the benchmark needs it")
 
@@ -22,16 +21,9 @@ SAMPLE = ROOT / "kvzip" / "data" / "smollm2_sample.npy"
 
 @pytest.fixture(scope="module")
 def peers() -> Any:
-    path = ROOT / "bench" / "gpu_peers.py"
-    if not path.exists():
+    if not (ROOT / "bench" / "gpu_peers.py").exists():
         pytest.skip("bench/ is not part of this installation")
-    spec = importlib.util.spec_from_file_location("gpu_peers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_peers"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench/gpu_peers.py")
 
 
 def _pages(peers: Any, count: int) -> Any:

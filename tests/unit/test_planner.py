@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import load_script
 
 from kvzip import cli
 from kvzip.errors import ConfigError
@@ -38,11 +38,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 @needs_results
 def test_the_table_is_what_the_results_give() -> None:
-    spec = importlib.util.spec_from_file_location("planner_rates", ROOT / "bench" / "planner_rates.py")
-    assert spec
-    assert spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("bench/planner_rates.py")
     assert script.TABLE.read_text() == script.text(), "run `python docs/make_figures.py`"
 
 

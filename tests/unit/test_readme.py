@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts import load_script
 
 import kvzip
 from kvzip import CalibrationTable, _config, cli
@@ -112,11 +112,7 @@ def test_the_readme_has_one_block_to_install_and_one_to_test() -> None:
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
-    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "docs" / "make_figures.py")
-    assert spec
-    assert spec.loader
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
+    figures = load_script("docs/make_figures.py")
     remedy = "run `python docs/make_figures.py`"
     for name, text in figures.documents().items():
         assert figures.replaced(read(name), text) == read(name), remedy
