@@ -18,7 +18,7 @@ class Integrity:
 
     Attributes:
         checksum: part of the loads whose payloads' checksums are verified: 1.0 = always, 0.0 = never. Small loads of
-            blocks on a GPU (`Staging.small_bytes`) are always verified: it costs nothing there.
+            blocks on a GPU (`Staging.small_bytes`) are always verified: what carries them forms the checksum anyway.
         bound: part of the stores that are decoded again and compared with their pages, as with ``measure_error``;
             values outside their bound are counted as violations and logged as an error.
 

@@ -198,14 +198,10 @@ class PageCodec(Codec):
                 size = len(data)
                 out[b, at : at + size] = np.frombuffer(data, np.uint8)
                 out[b, at + size : at + align(size)] = 0
-                tables[b, s] = (at // ALIGNMENT, size, 0.0, coding, KINDS.index(segment.kind), 0, self._reason(reason))
+                tables[b, s] = (at // ALIGNMENT, size, 0.0, coding, KINDS.index(segment.kind), 0, reason)
                 at += align(size)
             sizes[b] = at
         return tables, sizes
-
-    def _reason(self, reason: Reason) -> Reason:
-        """Hook: what the table says about a page that was stored raw."""
-        return reason
 
     def _decode_segment(self, segment: SegmentLayout, payload: Bytes, entry: Any) -> npt.NDArray[Any]:
         start, size = int(entry["offset"]) * ALIGNMENT, int(entry["size"])
