@@ -207,11 +207,6 @@ class _DecodeChunkArgs(ctypes.Structure):
     _fields_ = (
         ("decode", _DecodeArgs),
         *_COPY_FIELDS[:3],
-        ("to", _P),
-        ("from", _P),
-        ("bytes", _P),
-        ("count", _U64),
-        ("copies", _P),
         ("copied", _P),
         ("done", _P),
     )
@@ -599,18 +594,12 @@ class CudaDriver:
 
         return call
 
-    def decode_call(
-        self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, copies: int, stream: int
-    ) -> Callable[[Sequence[Copy]], None]:
-        """Bind ``kvz_cuda_decode_chunk``: each call queues it for these copies of records."""
-        native = _DecodeChunkArgs(_decode_args(decode), *inputs, copies=copies, copied=copied, done=done)
+    def decode_call(self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int) -> Callable[[], None]:
+        """Bind ``kvz_cuda_decode_chunk``: each call queues it behind the event of the copies."""
+        native = _DecodeChunkArgs(_decode_args(decode), *inputs, copied, done)
         function, reference = self._library.kvz_cuda_decode_chunk, ctypes.byref(native)
 
-        def call(pieces: Sequence[Copy], keep: object = decode) -> None:
-            arrays = [_words(column) for column in zip(*pieces, strict=True)]
-            native.to, origin, native.bytes = map(ctypes.addressof, arrays)
-            setattr(native, "from", origin)
-            native.count = len(pieces)
+        def call(keep: object = decode) -> None:
             status = function(reference, stream)
             if status:
                 self._check(status, "decoding on the GPU")
@@ -618,11 +607,12 @@ class CudaDriver:
         return call
 
     def copy_between(self, pieces: Sequence[Copy], after: int, done: int, stream: int) -> None:
-        """Copies behind an event, in stream order; another event is recorded behind them."""
+        """Copies in stream order, behind an event if it is not 0; another event is recorded behind them."""
         arrays = [_words(column) for column in zip(*pieces, strict=True)]
         to, source, nbytes = map(ctypes.addressof, arrays)
         status = self._library.kvz_cuda_copy_between(to, source, nbytes, len(pieces), after, done, stream)
-        self._check(status, f"copying {len(pieces)} pieces")
+        if status:
+            self._check(status, f"copying {len(pieces)} pieces")
 
     # ---- whole transfers
 

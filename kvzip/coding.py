@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +67,7 @@ class EncodedRecord:
         return self.header.size + self.payload.size
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Blocks of a store that are coded alike.
 
     Attributes:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -54,6 +54,7 @@ _LOSSLESS = ErrorBound.lossless()
 # What the CUDA codec has.
 _GPU_PAGE_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)  # in every mode
 _GPU_VECTORS = 4096  # most tokens x heads of a page with bounds by token
+_MOST_PLANS = 64  # of stores, that are kept
 _NATIVE = ("cuszp", "raw")  # codecs whose pages the pipelines encode
 _CODING_AT, _REASON_AT = 12, 15  # in an entry of a segment table (docs/reference/format.md)
 
@@ -102,24 +103,27 @@ class HostPaths(Protocol):
         ...
 
 
-@dataclass(eq=False, slots=True)
-class _SmallStore:
-    keys: Sequence[bytes]
-    blocks: BlockView
-    plan: Plan
-    room: Room
-    ticket: Ticket
-    evicted: int
-    started: float
+@dataclass(frozen=True)
+class _StorePlan:
+    """What stores of one layout under one request share.
 
+    Attributes:
+        keep: objects that the plan was made for; their addresses are its key.
+        on_gpu: whether the CUDA codec has what is asked for.
+        coding: coding wanted, or one a page.
+        contents: what is known of the records.
+        header_of: makes their headers.
+        most_bytes: of a record.
+        reason: why the pages are not coded as asked.
+    """
 
-@dataclass(eq=False, slots=True)
-class _SmallLoad:
-    keys: Sequence[bytes]
-    entries: Sequence[Entry]
-    out: BlockView
-    ticket: Ticket
-    started: float
+    keep: tuple[object, ...]
+    on_gpu: bool
+    coding: Coding | list[Coding]
+    contents: Contents
+    header_of: partial[npt.NDArray[np.uint8]]
+    most_bytes: int
+    reason: Reason
 
 
 class DeviceSwap:
@@ -162,6 +166,7 @@ class DeviceSwap:
         # Small transfers need a pool that kernels can address, in extents that match the arena's.
         self._small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
         self._packed = pool.extent_bytes == RECORD_ALIGNMENT
+        self._plans: dict[tuple[object, ...], _StorePlan] = {}
         self._small_out = TransferQueue(self._driver, "store")
         self._small_into = TransferQueue(self._driver, "load")
         self._stores: SmallStores | None = None  # made at their first use, under the lock of their queue
@@ -201,16 +206,17 @@ class DeviceSwap:
                 self._small_out.drain()
                 self._index.check_open()
                 native = codec.name in _NATIVE
-                if not native or not all(encodes_on_gpu(codec, part) for part in parts):
+                plans = [self._plan(part, codec) for part in parts] if native else []
+                if not native or not all(plan.on_gpu for plan in plans):
                     self._driver.event_synchronize(after)
                     if native:
                         self._count_host_coding(parts)
                     if "cuda" not in codec.devices:
-                        here = [replace(part, blocks=self._to_host(part.blocks, after)) for part in parts]
+                        here = [part._replace(blocks=self._to_host(part.blocks, after)) for part in parts]
                         return self._host.store_blocks(here, codec, measure_error)
                     return self._host.store_blocks(parts, codec, measure_error)
-                result = self._store(parts, codec, measure_error, after, transfer)
-            result = replace(result, seconds=time.perf_counter() - started)
+                result = self._store(parts, plans, codec, measure_error, after, transfer)
+            result = result._replace(seconds=time.perf_counter() - started)
             self._host.count_store(result)
             return result
 
@@ -376,8 +382,8 @@ class DeviceSwap:
                 ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
                 if ticket is not None:
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
-                    work = _SmallStore(keys, blocks, plan, room, ticket, evicted, started)
-                    queue.add(transfer, partial(self._land_store, work))
+                    land = partial(self._land_store, keys, blocks.nbytes, plan, room, ticket, evicted, started)
+                    queue.add(transfer, land)
                     room = None
                     self._reaper.notice()
                     return transfer
@@ -390,18 +396,26 @@ class DeviceSwap:
         return None
 
     def _new_plan(self, part: Part, codec: Codec) -> Plan | None:
-        request, layout = part.request, part.blocks.layout
-        if not encodes_on_gpu(codec, part) or _is_extended(codec, request):
+        common = self._plan(part, codec)
+        if not common.on_gpu or common.contents.extended:
             return None  # the kernels of the mode `rice` take the long way
-        coding = coding_of(request) if codec.name == "cuszp" else Coding.RAW
-        plan = self._small_stores().new_plan(part.blocks, codec, request, coding)
+        plan = self._small_stores().new_plan(part.blocks, codec, part.request, common.coding)
         if plan is not None:
-            contents = contents_of(layout, codec.name, table_id(request.bound, len(layout.segments)))
-            plan.context = (contents, _header_maker(layout, codec, request, request.reason), request.reason)
+            plan.context = (common.contents, common.header_of, common.reason)
         return plan
 
-    def _land_store(self, work: _SmallStore, error: Exception | None) -> TransferResult:
-        ticket, room, index = work.ticket, work.room, self._index
+    def _land_store(
+        self,
+        keys: Sequence[bytes],
+        raw_bytes: int,
+        plan: Plan,
+        room: Room,
+        ticket: Ticket,
+        evicted: int,
+        started: float,
+        error: Exception | None,
+    ) -> TransferResult:
+        count = len(keys)
         assert self._stores is not None
         try:
             if error is not None:
@@ -409,12 +423,11 @@ class DeviceSwap:
             status, sizes, crcs, rows = ticket.arrays
             if status[0]:
                 _native.check(int(status[0]), "encoding on the GPU")
-            contents, header_of, reason = work.plan.context
-            count, joined = len(work.keys), rows.tobytes()
+            contents, header_of, reason = plan.context
+            payload_bytes, joined = sizes.tolist(), rows.tobytes()
             size = len(joined) // count
-            tables = [joined[at : at + size] for at in range(0, len(joined), size)]
-            entries = index.enter(room, sizes.tolist(), crcs.tolist(), tables, [contents] * count, header_of)
-            index.publish(dict(zip(work.keys, entries, strict=True)))
+            tables = [joined] if count == 1 else [joined[at : at + size] for at in range(0, len(joined), size)]
+            self._index.land(room, keys, payload_bytes, crcs.tolist(), tables, contents, header_of)
         except BaseException:
             with self._failures("store"):
                 raise
@@ -423,12 +436,12 @@ class DeviceSwap:
             self._stores.end(ticket)
         result = TransferResult(
             count,
-            work.blocks.nbytes,
-            sum(entry.allocation.nbytes for entry in entries),
-            time.perf_counter() - work.started,
-            work.evicted,
+            raw_bytes,
+            sum(payload_bytes) + count * contents.header_bytes,
+            time.perf_counter() - started,
+            evicted,
             fallback_reasons(np.frombuffer(joined, ENTRY_DTYPE), reason)
-            if reason or any(joined[_REASON_AT :: ENTRY_DTYPE.itemsize])
+            if reason or joined[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0")
             else {},
         )
         self._host.count_store(result)
@@ -437,6 +450,9 @@ class DeviceSwap:
     def _room_runs(self, room: Room) -> list[Run]:
         """Runs of a room, by their place in an arena that is copied there."""
         base, at, runs = self._pool.address, 0, []
+        if len(room.runs) == 1:
+            offset, nbytes = room.runs[0]
+            return [(0, base + offset, nbytes)]
         for offset, nbytes in room.runs:
             runs.append((at, base + offset, nbytes))
             at += nbytes
@@ -455,20 +471,21 @@ class DeviceSwap:
         if contents.extended or contents.table_id != 0 or not all(decodes_on_gpu(entries)):
             return None
         after = stream_handle(stream, self._device)
-        view = out.with_groups(check_geometry(contents.geometry, out.layout))
         records = self._records(entries)
         try:
             with queue.lock:
                 if self._closed:
                     return None
                 small = self._small_loads()
-                plan = small.plan_for(view, contents)
+                plan = small.plan_for(out, contents)
+                if plan is None:
+                    plan = small.new_plan(out, contents, check_geometry(contents.geometry, out.layout))
                 if plan is None:
                     return None
-                ticket = small.load(plan, view.block_ids, records, after)
+                ticket = small.load(plan, out.block_ids, records, after)
                 if ticket is not None:
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
-                    queue.add(transfer, partial(self._land_load, _SmallLoad(keys, entries, out, ticket, started)))
+                    queue.add(transfer, partial(self._land_load, keys, entries, out.nbytes, ticket, started))
                     self._reaper.notice()
                     return transfer
         except NativeError as error:
@@ -504,26 +521,30 @@ class DeviceSwap:
         crcs = [entry.payload_crc32c for entry in chunk]
         return Records(runs, at, header, offsets, payload_bytes, crcs, b"".join([entry.table for entry in chunk]))
 
-    def _land_load(self, work: _SmallLoad, error: Exception | None) -> TransferResult:
+    def _land_load(
+        self,
+        keys: Sequence[bytes],
+        entries: Sequence[Entry],
+        raw_bytes: int,
+        ticket: Ticket,
+        started: float,
+        error: Exception | None,
+    ) -> TransferResult:
         assert self._loads is not None
         try:
             if error is not None:
                 raise error
-            statuses = work.ticket.arrays[0].tobytes()
+            statuses = ticket.arrays[0].tobytes()
             if any(statuses):
-                raise self._damaged(work.keys, np.flatnonzero(np.frombuffer(statuses, np.uint32)).tolist())
+                raise self._damaged(keys, np.flatnonzero(np.frombuffer(statuses, np.uint32)).tolist())
         except BaseException:
             with self._failures("load"):
                 raise
         finally:
-            self._index.end_load(work.entries)
-            self._loads.end(work.ticket)
-        result = TransferResult(
-            len(work.keys),
-            work.out.nbytes,
-            sum(entry.allocation.nbytes for entry in work.entries),
-            time.perf_counter() - work.started,
-        )
+            self._index.end_load(entries)
+            self._loads.end(ticket)
+        record_bytes = sum([entry.allocation.nbytes for entry in entries])
+        result = TransferResult(len(keys), raw_bytes, record_bytes, time.perf_counter() - started)
         self._host.count_load(result)
         return result
 
@@ -547,42 +568,69 @@ class DeviceSwap:
         pages = sum(len(part.keys) * len(part.blocks.layout.segments) for part in parts)
         self._host.count_fallback("coded_on_host", pages)
 
+    def _plan(self, part: Part, codec: Codec, *, raw: bool = False) -> _StorePlan:
+        """The plan of a part of a store; `raw`: of what the encoder could not do."""
+        request, layout = part.request, part.blocks.layout
+        keep = (layout, codec, request)
+        key = (*map(id, keep), raw)
+        plan = self._plans.get(key)
+        if plan is None:
+            reason = Reason.ENCODER_FAILED if raw else request.reason
+            extended = codec.name == "cuszp" and request.mode == "rice"
+            plan = _StorePlan(
+                keep=keep,
+                on_gpu=codec.name in _NATIVE and encodes_on_gpu(codec, part),
+                coding=Coding.RAW if raw or codec.name != "cuszp" else coding_of(request),
+                contents=contents_of(layout, codec.name, table_id(request.bound, len(layout.segments)), extended),
+                header_of=_header_maker(layout, codec, request, reason),
+                most_bytes=max_record_bytes(codec, layout),
+                reason=reason,
+            )
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
     def _store(
-        self, parts: Sequence[Part], codec: Codec, measure_error: bool, after: int, transfer: Transfer
+        self,
+        parts: Sequence[Part],
+        plans: Sequence[_StorePlan],
+        codec: Codec,
+        measure_error: bool,
+        after: int,
+        transfer: Transfer,
     ) -> TransferResult:
-        codings = [coding_of(part.request) if codec.name == "cuszp" else Coding.RAW for part in parts]
-        reason, evicted = parts[0].request.reason, self._index.evicted
+        evicted = self._index.evicted
         try:
-            return self._encode(parts, codings, codec, reason, measure_error, after, transfer)
+            return self._encode(parts, plans, codec, measure_error, after, transfer)
         except CudaError:
             raise  # the device is at fault: another encoder would fail as well
         except NativeError as error:
             if not transfer._recall():
                 raise  # the caller's stream was let go: the pages may hold other values by now
             _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
-            raw = [Coding.RAW] * len(parts)
-            result = self._encode(parts, raw, codec, Reason.ENCODER_FAILED, measure_error, after, transfer)
-            return replace(result, evicted=self._index.evicted - evicted)
+            raw = [self._plan(part, codec, raw=True) for part in parts]
+            result = self._encode(parts, raw, codec, measure_error, after, transfer)
+            return result._replace(evicted=self._index.evicted - evicted)
 
     def _encode(
         self,
         parts: Sequence[Part],
-        codings: Sequence[Coding | list[Coding]],
+        plans: Sequence[_StorePlan],
         codec: Codec,
-        reason: Reason,
         measure_error: bool,
         after: int,
         transfer: Transfer,
     ) -> TransferResult:
-        layout, index, pool = parts[0].blocks.layout, self._index, self._pool
-        keys = [key for part in parts for key in part.keys]
-        header = header_nbytes(layout)
-        worst = len(keys) * pool.round_up(max_record_bytes(codec, layout))
+        index, pool = self._index, self._pool
+        keys = parts[0].keys if len(parts) == 1 else [key for part in parts for key in part.keys]
+        header = plans[0].contents.header_bytes
+        worst = len(keys) * pool.round_up(plans[0].most_bytes)
         if not index.can_hold(worst, keys):
             # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
             needed = 0
-            for part, coding in zip(parts, codings, strict=True):
-                sizes = self._transport.out.sizes(part.blocks, part.request.bound, coding, after)
+            for part, plan in zip(parts, plans, strict=True):
+                sizes = self._transport.out.sizes(part.blocks, part.request.bound, plan.coding, after)
                 needed += sum(pool.round_up(int(n)) for n in sizes)
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys, replacing=False)
@@ -592,39 +640,41 @@ class DeviceSwap:
         max_error = 0.0
         evicted_before = index.evicted
 
-        rooms: list[Room] = []
+        rooms: deque[Room] = deque()  # of chunks that were not entered yet
 
-        def enter(part: Part, contents: Contents, chunk: EncodedChunk) -> list[Entry]:
+        def enter(plan: _StorePlan, chunk: EncodedChunk) -> list[Entry]:
             count, joined = len(chunk.tables), chunk.tables.tobytes()
             size = len(joined) // count
             entries = index.enter(
-                rooms.pop(),
+                rooms.popleft(),
                 chunk.payload_bytes.tolist(),
                 chunk.payload_crc32c.tolist(),
                 [joined[at : at + size] for at in range(0, len(joined), size)],
-                [contents] * count,
-                _header_maker(layout, codec, part.request, reason),
+                [plan.contents] * count,
+                plan.header_of,
             )
             fresh.extend(entries)
             return entries
 
-        def place(part: Part, contents: Contents, chunk: EncodedChunk) -> list[Run]:
+        def place(plan: _StorePlan, chunk: EncodedChunk) -> list[Run]:
+            if self._packed:  # as the arena: the records are copied before anything is known of them
+                last = header + int(chunk.payload_bytes[-1])
+                rooms.append(index.take(int(chunk.offsets[-1]) + pool.round_up(last), keys))
+                return self._room_runs(rooms[-1])
             extent = pool.extent_bytes
             extents = (chunk.payload_bytes.astype(np.int64) + (header + extent - 1)) // extent
             rooms.append(index.take(int(extents.sum()) * extent, keys))
-            if self._packed:  # as the arena: the records are copied before anything is known of them
-                return self._room_runs(rooms[-1])
-            return self._entry_runs(enter(part, contents, chunk), chunk.offsets.tolist())
+            return self._entry_runs(enter(plan, chunk), chunk.offsets.tolist())
 
-        def copying(part: Part, contents: Contents, chunk: EncodedChunk) -> None:
+        def copying(plan: _StorePlan, chunk: EncodedChunk) -> None:
             nonlocal record_bytes
             if rooms:
-                enter(part, contents, chunk)
-            if reason or any(chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize]):
-                fallbacks.update(fallback_reasons(chunk.tables, reason))
+                enter(plan, chunk)
+            if plan.reason or chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0"):
+                fallbacks.update(fallback_reasons(chunk.tables, plan.reason))
             record_bytes += int(chunk.payload_bytes.sum()) + len(chunk.tables) * header
 
-        def landed(part: Part, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
+        def landed(part: Part, plan: _StorePlan, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
             nonlocal violations, max_error
             if original is None:
                 return
@@ -639,24 +689,20 @@ class DeviceSwap:
             )
             max_error = max(max_error, *(error for error, _ in measured))
             violations += sum(bad for _, bad in measured)
-            header_of = _header_maker(layout, codec, part.request, reason)
             for entry, (error, _) in zip(entries, measured, strict=True):
-                entry.header = partial(header_of, max_errors=np.array([error]))
+                entry.header = partial(plan.header_of, max_errors=np.array([error]))
 
         try:
-            for number, (part, coding) in enumerate(zip(parts, codings, strict=True)):
+            for number, (part, plan) in enumerate(zip(parts, plans, strict=True)):
                 original = self._to_host(part.blocks, after) if measure_error else None
-                bound = part.request.bound
-                named, extended = table_id(bound, len(layout.segments)), _is_extended(codec, part.request)
-                contents = contents_of(layout, codec.name, named, extended)
                 self._transport.out.run(
                     part.blocks,
-                    bound,
-                    coding,
+                    part.request.bound,
+                    plan.coding,
                     after,
-                    partial(place, part, contents),
-                    partial(landed, part, original, len(fresh)),
-                    partial(copying, part, contents),
+                    partial(place, plan),
+                    partial(landed, part, plan, original, len(fresh)),
+                    partial(copying, plan),
                     transfer._mark_queued if number == len(parts) - 1 else (lambda stream: None),
                 )
             index.publish(dict(zip(keys, fresh, strict=True)))
@@ -839,10 +885,6 @@ def _header_of(
     )
     row: npt.NDArray[np.uint8] = headers[0]
     return row
-
-
-def _is_extended(codec: Codec, request: EncodeRequest) -> bool:
-    return codec.name == "cuszp" and request.mode == "rice"
 
 
 def encodes_on_gpu(codec: Codec, part: Part) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +53,7 @@ _log = logging.getLogger("kvzip")
 
 _MOST_REQUESTS = 64  # that an engine keeps
 _EXIT_SECONDS = 5.0  # that the end of the process waits for transfers under way
+_MOST_ENDED = 1024  # transfers that it has not counted yet
 
 #: Raw bytes that are encoded or decoded in one step; bounds the scratch memory of a transfer.
 CHUNK_BYTES = 32 << 20
@@ -182,6 +183,7 @@ class SwapEngine:
         self._totals: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._meter = Meter()
+        self._ended: deque[tuple[str, TransferResult]] = deque()  # not counted yet
         self._seconds = {"store": 0.0, "load": 0.0}
         self._requests: dict[tuple[Any, ...], tuple[ErrorBound | BoundPolicy, BlockLayout, EncodeRequest]] = {}
         self._staging = staging or Staging()
@@ -488,7 +490,7 @@ class SwapEngine:
         names = _check_keys(keys, out, repeats=True)
         if not out.writable:
             raise LayoutError("the blocks to load into are read-only: pass writable tensors")
-        if len(set(out.block_ids.tolist())) != len(out):
+        if len(out) > 1 and len(set(out.block_ids.tolist())) != len(out):
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         try:
             entries = self._index.begin_load(names)
@@ -591,17 +593,7 @@ class SwapEngine:
 
     def count_store(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
-        with self._lock:
-            self._totals["stored_blocks"] += result.blocks
-            self._totals["stored_raw_bytes"] += result.raw_bytes
-            self._totals["stored_record_bytes"] += result.record_bytes
-            if result.violations is not None:
-                self._totals["verified_blocks"] += result.blocks
-                self._totals["violations"] += result.violations
-            if result.fallbacks:
-                self._fallbacks.update(result.fallbacks)
-            self._seconds["store"] += result.seconds
-            self._meter.finished("store", result.raw_bytes, result.record_bytes, result.seconds)
+        self._count("store", result)
         if result.violations:
             _log.error(
                 "%d values of a store of %d blocks are outside their bound: the codec is at fault",
@@ -611,11 +603,31 @@ class SwapEngine:
 
     def count_load(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
-        with self._lock:
-            self._totals["loaded_blocks"] += result.blocks
-            self._totals["loaded_raw_bytes"] += result.raw_bytes
-            self._seconds["load"] += result.seconds
-            self._meter.finished("load", result.raw_bytes, result.record_bytes, result.seconds)
+        self._count("load", result)
+
+    def _count(self, operation: str, result: TransferResult) -> None:
+        """Remember what ended; counting it would take as long as a small copy."""
+        self._ended.append((operation, result))
+        if len(self._ended) > _MOST_ENDED:
+            with self._lock:
+                self._count_ended()
+
+    def _count_ended(self) -> None:
+        """Bring the counters up to date; the lock is held."""
+        totals = self._totals
+        while self._ended:
+            operation, result = self._ended.popleft()
+            what = "stored" if operation == "store" else "loaded"
+            totals[what + "_blocks"] += result.blocks
+            totals[what + "_raw_bytes"] += result.raw_bytes
+            if operation == "store":
+                totals["stored_record_bytes"] += result.record_bytes
+                self._fallbacks.update(result.fallbacks)
+            if result.violations is not None:
+                totals["verified_blocks"] += result.blocks
+                totals["violations"] += result.violations
+            self._seconds[operation] += result.seconds
+            self._meter.finished(operation, result.raw_bytes, result.record_bytes, result.seconds)
 
     def bounds_of(self, table_id: int) -> PageBounds:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -643,6 +655,9 @@ class SwapEngine:
 
     def _device(self, name: str) -> DeviceSwap | TorchSwap:
         """The GPU side for ``"cuda:N"``, made at its first use."""
+        made = self._devices.get(name)
+        if made is not None:  # it says itself when it is closed
+            return made
         with self._lock:
             if name not in self._devices:
                 if self._closing:
@@ -724,6 +739,7 @@ class SwapEngine:
     def stats(self) -> EngineStats:
         """Counters at this moment; of a closed engine the last ones."""
         with self._lock:
+            self._count_ended()
             pool = self._last_pool_stats
             if pool is None:
                 if self.pool.closed:
@@ -847,11 +863,11 @@ def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | N
 
 
 def _key_list(keys: object) -> list[bytes]:
-    if isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable):
+    if type(keys) is not list and (isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable)):
         raise ConfigError(f"keys is the single key {keys!r}: give a list of keys")
     names: list[bytes] = list(keys)
-    for name in names if set(map(type, names)) != {bytes} else ():
-        if not isinstance(name, bytes):
+    for name in names:
+        if type(name) is not bytes and not isinstance(name, bytes):
             raise ConfigError(f"key {name!r} is of type {type(name).__name__}: keys are bytes")
     return names
 
@@ -860,7 +876,7 @@ def _check_keys(keys: object, blocks: BlockView, *, repeats: bool = False) -> li
     names = _key_list(keys)
     if len(names) != len(blocks):
         raise ConfigError(f"{len(names)} keys for {len(blocks)} blocks: give one key a block")
-    if not repeats and len(set(names)) != len(names):
+    if not repeats and len(names) > 1 and len(set(names)) != len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ConfigError(f"key {twice!r} is given twice: each block needs its own key")
     return names

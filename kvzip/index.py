@@ -195,14 +195,11 @@ class RecordIndex:
         store needs to evict so much less.
         """
         with self.lock:
-            if nbytes > self.pool.free_bytes:
-                if nbytes > self.pool.headroom_bytes or nbytes > self.room(keys):
-                    return None
+            room = self.pool.try_take(nbytes)
+            if room is None and nbytes <= self.pool.headroom_bytes and nbytes <= self.room(keys):
                 self._make_room(nbytes, keys, replacing=False)
-            try:
-                return self.pool.take(nbytes)
-            except PoolExhaustedError:  # another engine on this pool was faster
-                return None
+                room = self.pool.try_take(nbytes)  # None: another engine on this pool was faster
+            return room
 
     def enter(
         self,
@@ -230,6 +227,26 @@ class RecordIndex:
             if header is not None:
                 entry.header, entry.on_gpu = header, True
         return entries
+
+    def land(
+        self,
+        room: Room,
+        keys: Sequence[bytes],
+        payload_bytes: Sequence[int],
+        payload_crc32c: Sequence[int],
+        tables: Sequence[bytes],
+        contents: Contents,
+        header: Callable[[Entry], npt.NDArray[np.uint8]],
+    ) -> None:
+        """`enter` and `publish` in one step, for the records of a small store that a GPU made, all of one kind."""
+        before = contents.header_bytes
+        with self.lock:
+            allocations = room.divide([before + n for n in payload_bytes])
+            fresh = {}
+            for key, allocation, table, crc in zip(keys, allocations, tables, payload_crc32c, strict=True):
+                entry = fresh[key] = Entry(allocation, contents, table, crc, header=header, on_gpu=True)
+                entry.pins.entry = entry
+            self.publish(fresh)
 
     def admit(
         self,

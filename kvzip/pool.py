@@ -188,11 +188,14 @@ class Room:
     __slots__ = ("_pool", "_taken", "nbytes", "runs")
 
     def __init__(self, pool: HostPool, taken: list[tuple[int, int]], extents: int) -> None:
-        extent = pool.extent_bytes
+        extent = pool._extent
         self._pool = pool
         self._taken: list[tuple[int, int]] | None = taken  # guarded by the pool's lock
-        self.runs = tuple([(start * extent, length * extent) for start, length in taken])
-        self.nbytes = extents * extent
+        self.nbytes = nbytes = extents * extent
+        if len(taken) == 1:  # as a rule
+            self.runs: tuple[tuple[int, int], ...] = ((taken[0][0] * extent, nbytes),)
+        else:
+            self.runs = tuple([(start * extent, length * extent) for start, length in taken])
 
     def divide(self, sizes: Sequence[int]) -> list[Allocation]:
         """Make allocations of it, one behind the other in the order of `runs`; what is left returns to the pool.
@@ -403,17 +406,26 @@ class HostPool:
         wanted = _positive(nbytes, "nbytes")
         with self._lock:
             self._memory()
-            extents = self._reserve(wanted)
-            start, length = self._top
-            if length < extents:
-                self._settle()
-                start, length = self._free.take_run(extents, _TOP_BYTES // self._extent)
-            if length:
-                self._top = (start + extents, length - extents)
-            taken = [(start, extents)] if length else self._free.take(extents)
-            room = Room(self, taken, extents)
-            self._rooms.add(room)
-            return room
+            return self._take(self._reserve(wanted))
+
+    def try_take(self, nbytes: int) -> Room | None:
+        """`take`; None where fewer bytes are free.
+
+        Raises:
+            ConfigError: ``nbytes`` is not positive, or the pool is closed.
+        """
+        if nbytes < 1:
+            _positive(nbytes, "nbytes")
+        extents = -(-nbytes // self._extent)
+        with self._lock:
+            self._memory()
+            occupied = self._used + self._reserved + extents
+            if occupied > self._extents:
+                return None
+            self._reserved += extents
+            if occupied > self._peak_occupied:
+                self._peak_occupied = occupied
+            return self._take(extents)
 
     def free(self, allocation: Allocation) -> None:
         """Return an allocation's extents to the pool. The caller sees to it that no copy of it is under way.
@@ -628,6 +640,18 @@ class HostPool:
             self._peak_occupied = occupied
         return extents
 
+    def _take(self, extents: int) -> Room:
+        """A room of extents that are reserved."""
+        start, length = self._top
+        if length < extents:
+            self._settle()
+            start, length = self._free.take_run(extents, _TOP_BYTES // self._extent)
+        if length:
+            self._top = (start + extents, length - extents)
+        room = Room(self, [(start, extents)] if length else self._free.take(extents), extents)
+        self._rooms.add(room)
+        return room
+
     def _place(self, nbytes: int, extents: int) -> Allocation:
         """Allocate extents that are reserved, which cannot fail: free runs hold all that is reserved, and more."""
         self._settle()
@@ -648,13 +672,20 @@ class HostPool:
         self, taken: list[tuple[int, int]], sizes: Sequence[int]
     ) -> tuple[list[Allocation], list[tuple[int, int]]]:
         """Allocations one behind the other in runs of extents, which hold them; and what is left of the runs."""
-        extent, token = self._extent, self._token
+        extent, token, made = self._extent, self._token, []
+        if len(taken) == 1:  # as a rule
+            start, length = taken[0]
+            end = start + length
+            for nbytes in sizes:
+                needed = -(-nbytes // extent)
+                made.append(Allocation(((start * extent, nbytes),), nbytes, needed * extent, token))
+                start += needed
+            return made, [(start, end - start)] if start < end else []
         taken = taken[::-1]
         start, length = taken.pop()
-        made = []
         for nbytes in sizes:
             needed = -(-nbytes // extent)
-            if needed <= length:  # as a rule: one run holds them all
+            if needed <= length:
                 made.append(Allocation(((start * extent, nbytes),), nbytes, needed * extent, token))
             else:
                 parts = []
@@ -671,24 +702,28 @@ class HostPool:
         return made, taken
 
     def _divide_room(self, room: Room, sizes: Sequence[int]) -> list[Allocation]:
-        extent, needed = self._extent, 0
+        extent, extents, payload = self._extent, 0, 0
         for nbytes in sizes:
             if nbytes < 1:
                 _positive(nbytes, "nbytes")
-            needed -= -nbytes // extent
-        needed *= extent
+            extents -= -nbytes // extent
+            payload += nbytes
         with self._lock:
             self._memory()
-            if room._taken is None:
+            taken = room._taken
+            if taken is None:
                 raise ConfigError("this room was divided or closed before: take another")
-            if needed > room.nbytes:
-                raise ConfigError(f"{needed} bytes do not fit into a room of {room.nbytes} bytes: take more")
-            made, left = self._cut(room._taken, sizes)
-            self._enter(made)
+            if extents * extent > room.nbytes:
+                raise ConfigError(f"{extents * extent} bytes do not fit into a room of {room.nbytes} bytes: take more")
+            made, left = self._cut(taken, sizes)
+            runs = len(made) if len(taken) == 1 else sum([len(a.runs) for a in made])
+            self._account(made, extents, payload, runs)
             self._return_room(room, left)
             return made
 
     def _close_room(self, room: Room) -> None:
+        if room._taken is None:  # as a rule it was divided
+            return
         with self._lock:
             if room._taken is not None and self._bytes is not None:
                 self._return_room(room, room._taken)
@@ -719,7 +754,10 @@ class HostPool:
             extent_bytes += allocation.extent_nbytes
             nbytes += allocation.nbytes
             runs += len(allocation.runs)
-        extents = extent_bytes // self._extent
+        self._account(made, extent_bytes // self._extent, nbytes, runs)
+
+    def _account(self, made: list[Allocation], extents: int, nbytes: int, runs: int) -> None:
+        """The same, where the sums are known."""
         self._live.update(made)
         self._reserved -= extents
         self._used += extents

@@ -39,7 +39,7 @@ from kvzip.transport import (
     Staging,
     SwapCall,
 )
-from kvzip.types import BlockView
+from kvzip.types import BlockLayout, BlockView
 
 TICKETS = 16  # transfers of a direction under way
 TICKET_BYTES = 64 << 10  # host memory of each, for block numbers, sizes and segment tables
@@ -336,11 +336,13 @@ class SmallLoads(_Direction):
 
     def plan_for(self, blocks: BlockView, contents: object) -> Plan | None:
         """The plan for views that share their tensors and layout with `blocks`, and records of these contents."""
-        found = self._plans.get((id(blocks.addresses), id(blocks.layout), id(contents)))
-        if found is not None:
-            return found
+        return self._plans.get((id(blocks.addresses), id(blocks.layout), id(contents)))
+
+    def new_plan(self, blocks: BlockView, contents: object, layout: BlockLayout) -> Plan | None:
+        """Make it, for records of this layout; None while there is no room for one and transfers are under way."""
         keep = (blocks.addresses, blocks.layout, contents)
-        return self._new_plan(tuple(map(id, keep)), keep, blocks, _native.segments_array(blocks))
+        view = blocks.with_groups(layout)
+        return self._new_plan(tuple(map(id, keep)), keep, view, _native.segments_array(view))
 
     @staticmethod
     def fits(pages: int, blocks: int) -> bool:

@@ -16,7 +16,8 @@ of the caller's streams: ordering against them is by events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,6 +41,7 @@ Copy = tuple[int, int, int]  # (to, from, bytes)
 
 MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
 SPIN_US = 50  # that a wait for the device spins, before it only looks now and then
+_EDGE_SPIN_US = 400  # the same at a transfer's ends, where the link is idle until the wait is over
 _PATIENCE_US = 1_000_000  # between looks at the interpreter's signals
 
 
@@ -72,8 +74,8 @@ class Driver(Protocol):
     ) -> Callable[[], None]: ...
 
     def decode_call(  # noqa: D102
-        self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, copies: int, stream: int
-    ) -> Callable[[Sequence[Copy]], None]: ...
+        self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int
+    ) -> Callable[[], None]: ...
 
     def store_call(  # noqa: D102
         self, encode: EncodeArgs, move: MoveArgs, order: int, device: int, stream: int
@@ -182,7 +184,7 @@ class SwapCall(Protocol):
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What an encoder said about a chunk of blocks, in host memory.
+    """What an encoder said about a chunk of blocks, in host memory that is used again when the chunk has landed.
 
     Attributes:
         first: position of the chunk's first block in the batch.
@@ -284,6 +286,7 @@ class _Slot:
             raise
         self.busy = False
         self.bound: dict[tuple[int, ...], Any] = {}  # calls that know the slot's addresses
+        self._segments: object = None  # what stands in front of the tables
 
     def fit(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> None:
         """Grow what is too small for a chunk. The slot must not be in use."""
@@ -297,6 +300,13 @@ class _Slot:
                 self._region.close()
                 self._region = None
             self._region = self._resource.allocate(meta_bytes)
+            self._segments = None
+
+    def give_segments(self, table: npt.NDArray[Any], segments: npt.NDArray[Any]) -> None:
+        """Put descriptors of the pages in front of the tables, where they are not there already."""
+        if self._segments is not segments:
+            table[:] = segments
+            self._segments = segments
 
     @property
     def arena(self) -> int:
@@ -404,19 +414,17 @@ class _EncodeCall:
     payload_crc32c: npt.NDArray[np.uint32]
 
     def chunk(self, first: int) -> EncodedChunk:
-        """What the encoder said. Copies, as the slot is used again."""
+        """What the encoder said."""
         if self.status[0]:
             _native.check(int(self.status[0]), "encoding on the GPU")
-        return EncodedChunk(
-            first, self.record_offsets.copy(), self.table.copy(), self.payload_bytes.copy(), self.payload_crc32c.copy()
-        )
+        return EncodedChunk(first, self.record_offsets, self.table, self.payload_bytes, self.payload_crc32c)
 
 
 @dataclass(frozen=True)
 class _DecodeCall:
-    """As `_EncodeCall`; launched with the copies of the records."""
+    """As `_EncodeCall`."""
 
-    launch: Callable[[Sequence[Copy]], None]
+    launch: Callable[[], None]
     segments: npt.NDArray[Any]
     words: npt.NDArray[np.uint64]
     payload_crc32c: npt.NDArray[np.uint32]
@@ -443,6 +451,7 @@ class Staging:
     small_bytes: int = 8 << 20
 
 
+@lru_cache(maxsize=64)
 def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[tuple[int, int]]:
     """Cut a batch into chunks: a short one first, so that the link need not wait, then longer ones.
 
@@ -515,8 +524,8 @@ class _Pipeline:
     def _chunks(self, blocks: int, layout: BlockLayout, *, short_end: bool = False) -> list[tuple[int, int]]:
         return chunk_bounds(blocks, max(1, self._staging.chunk_bytes // layout.nbytes), short_end=short_end)
 
-    def _wait(self, event: int) -> None:
-        while not self._driver.event_wait(event, SPIN_US, _PATIENCE_US):
+    def _wait(self, event: int, *, edge: bool = False) -> None:
+        while not self._driver.event_wait(event, _EDGE_SPIN_US if edge else SPIN_US, _PATIENCE_US):
             pass
 
     def _next_slot(self) -> _Slot:
@@ -561,16 +570,28 @@ class EncodePipeline(_Pipeline):
             coding: coding wanted, or one a page.
             after: event that the pages are ready at.
         """
-        header = header_nbytes(blocks.layout)
-        chunks = [np.zeros(0, np.uint64)]
+        header = np.uint64(header_nbytes(blocks.layout))
+        ahead: deque[tuple[_Slot, _EncodeCall]] = deque()
+        found = [np.zeros(0, np.uint64)]
+
+        def collect() -> None:
+            slot, call = ahead.popleft()
+            self._wait(slot.kernel_done)
+            slot.busy = False
+            found.append(call.payload_bytes + header)
+
         try:
-            for slot, call, _ in self._encode(blocks, bound, coding, after):
-                self._wait(slot.kernel_done)
-                slot.busy = False
-                chunks.append(call.payload_bytes + np.uint64(header))
+            launch = self._launcher(blocks, bound, coding, after)
+            for first, last in self._chunks(len(blocks), blocks.layout):
+                slot = self._next_slot()
+                while slot.busy:
+                    collect()
+                ahead.append((slot, launch(slot, first, last)))
+            while ahead:
+                collect()
         finally:
             self.drain()
-        return np.concatenate(chunks)
+        return np.concatenate(found)
 
     def run(
         self,
@@ -601,58 +622,70 @@ class EncodePipeline(_Pipeline):
             CudaError: the device failed; chunks that had landed did.
             Exception: what the callbacks raise; the device is idle then.
         """
-        waiting: list[tuple[_Slot, EncodedChunk]] = []
+        ahead: deque[tuple[_Slot, _EncodeCall, int]] = deque()  # launched
+        moving: deque[tuple[_Slot, EncodedChunk]] = deque()  # their copies are queued
+        noted: deque[EncodedChunk] = deque()  # of these, what `copying` was not called with yet
+
+        def copy() -> None:
+            slot, call, first = ahead.popleft()
+            self._wait(slot.kernel_done, edge=first == 0)
+            chunk, arena = call.chunk(first), slot.arena
+            pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
+            self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
+            moving.append((slot, chunk))
+            noted.append(chunk)
+
+        def land() -> None:
+            slot, chunk = moving.popleft()
+            if len(noted) > len(moving):
+                copying(noted.popleft())
+            self._wait(slot.copy_done, edge=not moving)
+            slot.busy = False
+            landed(chunk)
+
         try:
-            for slot, call, first in self._encode(blocks, bound, coding, after, waiting, landed, queued):
-                self._wait(slot.kernel_done)
-                chunk, arena = call.chunk(first), slot.arena
-                pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
-                self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
-                waiting.append((slot, chunk))
-                copying(chunk)
-            while waiting:
-                self._land(waiting, landed)
+            launch = self._launcher(blocks, bound, coding, after)
+            for first, last in self._chunks(len(blocks), blocks.layout):
+                slot = self._next_slot()
+                while slot.busy:
+                    copy() if ahead else land()
+                ahead.append((slot, launch(slot, first, last), first))
+                if last == len(blocks):
+                    queued(self._kernels)
+                if first == 0:
+                    continue  # the GPU has the next chunk before the host looks at this one
+                # The link comes first; what the host notes of a chunk has time while later ones move.
+                if len(noted) > 1:
+                    copying(noted.popleft())
+                while ahead:
+                    copy()
+            while ahead:
+                copy()
+            while noted:
+                copying(noted.popleft())
+            while moving:
+                land()
         finally:
             self.drain()
 
-    def _land(self, waiting: list[tuple[_Slot, EncodedChunk]], landed: Callable[[EncodedChunk], None]) -> None:
-        slot, chunk = waiting.pop(0)
-        self._wait(slot.copy_done)
-        slot.busy = False
-        landed(chunk)
-
-    def _encode(
-        self,
-        blocks: BlockView,
-        bound: PageBounds,
-        coding: int | Sequence[int],
-        after: int,
-        waiting: list[tuple[_Slot, EncodedChunk]] | None = None,
-        landed: Callable[[EncodedChunk], None] = lambda chunk: None,
-        queued: Callable[[int], None] = lambda stream: None,
-    ) -> Iterator[tuple[_Slot, _EncodeCall, int]]:
-        """Launch the chunks, one ahead of the one that is handed out."""
+    def _launcher(
+        self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int
+    ) -> Callable[[_Slot, int, int], _EncodeCall]:
+        """What launches the encoder of blocks first to last - 1 in a slot."""
         segments = self._segments(blocks, bound, coding)
-        worst, header = blocks.layout.padded_nbytes, header_nbytes(blocks.layout)
+        pages, worst, header = len(segments), blocks.layout.padded_nbytes, header_nbytes(blocks.layout)
+        block_ids = blocks.block_ids
         self._driver.stream_wait_event(self._kernels, after)
-        ahead: list[tuple[_Slot, _EncodeCall, int]] = []
-        for first, last in self._chunks(len(blocks), blocks.layout):
-            slot = self._next_slot()
-            while slot.busy:
-                if waiting:
-                    self._land(waiting, landed)
-                else:
-                    yield ahead.pop(0)
-            call = self._call(slot, len(segments), last - first, header, worst)
-            call.segments[:] = segments
-            call.block_ids[:] = blocks.block_ids[first:last]
+
+        def launch(slot: _Slot, first: int, last: int) -> _EncodeCall:
+            call = self._call(slot, pages, last - first, header, worst)
+            slot.give_segments(call.segments, segments)
+            call.block_ids[:] = block_ids[first:last]
             slot.busy = True
             call.launch()
-            ahead.append((slot, call, first))
-            if len(ahead) > 1:
-                yield ahead.pop(0)
-        queued(self._kernels)
-        yield from ahead
+            return call
+
+        return launch
 
     def _call(self, slot: _Slot, pages: int, count: int, header: int, worst: int) -> _EncodeCall:
         key = (pages, count, header, worst)
@@ -724,31 +757,35 @@ class DecodePipeline(_Pipeline):
             CudaError: the device failed.
         """
         statuses = np.zeros(len(blocks), np.uint32)
-        pending: list[tuple[_Slot, _DecodeCall, int, int]] = []
+        pending: deque[tuple[_Slot, _DecodeCall, int, int]] = deque()
 
         def collect() -> None:
-            slot, call, first, last = pending.pop(0)
-            self._wait(slot.kernel_done)
+            slot, call, first, last = pending.popleft()
+            self._wait(slot.kernel_done, edge=not pending)
             slot.busy = False
             statuses[first:last] = call.block_status
 
         try:
             segments = self._segments(blocks, None, Coding.RAW)
+            pages = len(segments)
             self._driver.stream_wait_event(self._kernels, after)
             for first, last in self._chunks(len(blocks), blocks.layout, short_end=True):
                 chunk = records(first, last)
-                slot = self._next_slot()
+                slot, count = self._next_slot(), last - first
                 while slot.busy and pending:
                     collect()
-                call = self._call(slot, len(segments), last - first, chunk.arena_bytes, extended, checked)
-                base, arena = slot.arena + chunk.header_bytes, slot.arena
-                ids = blocks.block_ids[first:last].tolist()
-                call.segments[:] = segments
-                call.words[:] = [*ids, *[base + offset for offset in chunk.offsets], *chunk.payload_bytes]
+                call = self._call(slot, pages, count, chunk.arena_bytes, extended, checked)
+                arena = slot.arena
+                slot.busy = True
+                pieces = [(arena + at, address, nbytes) for at, address, nbytes in chunk.runs]
+                self._driver.copy_between(pieces, 0, slot.copy_done, self._copies)  # the link has work from here on
+                slot.give_segments(call.segments, segments)
+                words, base = call.words, arena + chunk.header_bytes
+                words[:count] = blocks.block_ids[first:last]
+                words[count:] = [*[base + offset for offset in chunk.offsets], *chunk.payload_bytes]
                 call.payload_crc32c[:] = chunk.payload_crc32c
                 call.table.data[:] = chunk.tables
-                slot.busy = True
-                call.launch([(arena + at, address, nbytes) for at, address, nbytes in chunk.runs])
+                call.launch()
                 pending.append((slot, call, first, last))
             queued(self._kernels)
             while pending:
@@ -760,12 +797,12 @@ class DecodePipeline(_Pipeline):
     def _call(
         self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: bool, checked: bool
     ) -> _DecodeCall:
-        fields = _decode_fields(pages, count)
-        slot.fit(arena_bytes, fields.nbytes, pages, count)
         key = (pages, count, extended, checked)
         found: _DecodeCall | None = slot.bound.get(key)
-        if found is not None:
+        if found is not None and arena_bytes <= slot.memory.size("arena"):
             return found
+        fields = _decode_fields(pages, count)
+        slot.fit(arena_bytes, fields.nbytes, pages, count)
         host, host_at, device_at = slot.host_meta, slot.host_meta_address, slot.device_meta
         arrays = {name: fields.array(host, name) for name in fields.names}
         arrays["table"] = arrays["table"].view(np.uint8)
@@ -789,7 +826,6 @@ class DecodePipeline(_Pipeline):
             (device_at, host_at, fields.offset("block_status")),
             slot.copy_done,
             slot.kernel_done,
-            self._copies,
             self._kernels,
         )
         made = slot.bound[key] = _DecodeCall(launch=launch, **arrays)

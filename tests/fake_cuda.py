@@ -101,10 +101,11 @@ class FakeDriver:
     def copy_between(self, pieces: Any, after: int, done: int, stream: int) -> None:
         self._called("copy_between", held=False)
         assert stream in self.streams
-        assert {after, done} <= self.events
+        assert {after or done, done} <= self.events
+        moved = list(pieces)
 
         def work() -> None:
-            for to, source, nbytes in pieces:
+            for to, source, nbytes in moved:
                 ctypes.memmove(to, source, nbytes)
 
         self._do(work)
@@ -215,15 +216,14 @@ class FakeDriver:
 
         return call
 
-    def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, copies: int, stream: int) -> Any:
-        def call(pieces: Any) -> None:
+    def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, stream: int) -> Any:
+        def call() -> None:
             self._called("decode_call", held=False)
             assert {copied, done} <= self.events
-            assert {copies, stream} <= self.streams
+            assert stream in self.streams
 
             def work() -> None:
-                for piece in (inputs, *pieces):
-                    ctypes.memmove(*piece)
+                ctypes.memmove(*inputs)
                 self.decode(decode, stream)
 
             self._do(work)

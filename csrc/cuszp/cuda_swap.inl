@@ -319,17 +319,15 @@ int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stre
 
 int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args* args, void* stream) {
   if (args == nullptr) return KVZ_INVALID_ARGUMENT;
-  int32_t status = kvz_cuda_copy_batch(args->to, args->from, args->bytes, args->count, args->copies);
-  if (status == KVZ_OK) status = kvz_cuda_event_record(args->copied, args->copies);
+  int32_t status = kvz_cuda_mapped_copy(args->inputs_to, args->inputs_from, args->inputs_bytes, stream);
   if (status == KVZ_OK) status = kvz_cuda_stream_wait_event(stream, args->copied);
-  if (status == KVZ_OK) status = kvz_cuda_mapped_copy(args->inputs_to, args->inputs_from, args->inputs_bytes, stream);
   if (status == KVZ_OK) status = kvz_cuda_decode(&args->decode, stream);
   return status == KVZ_OK ? kvz_cuda_event_record(args->done, stream) : status;
 }
 
 int32_t kvz_cuda_copy_between(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count,
                               void* after, void* done, void* stream) {
-  int32_t status = kvz_cuda_stream_wait_event(stream, after);
+  int32_t status = after == nullptr ? KVZ_OK : kvz_cuda_stream_wait_event(stream, after);
   if (status == KVZ_OK) status = kvz_cuda_copy_batch(to, from, bytes, count, stream);
   return status == KVZ_OK ? kvz_cuda_event_record(done, stream) : status;
 }

@@ -14,7 +14,7 @@
 #define KVZ_API __attribute__((visibility("default")))
 #endif
 
-#define KVZ_ABI_VERSION 2
+#define KVZ_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -263,23 +263,19 @@ typedef struct kvz_cuda_encode_chunk_args {
 } kvz_cuda_encode_chunk_args;
 KVZ_API int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stream);
 
-// A chunk of a large load: records are copied in one stream; in another, inputs come by a kernel and all is decoded.
+// A chunk of a large load whose records are copied in another stream (kvz_cuda_copy_between): inputs come by a kernel,
+// and behind the copies all is decoded.
 typedef struct kvz_cuda_decode_chunk_args {
   kvz_cuda_decode_args decode;
   void* inputs_to;
   const void* inputs_from;
   uint64_t inputs_bytes;
-  const uint64_t* to;  // as of kvz_cuda_copy_batch
-  const uint64_t* from;
-  const uint64_t* bytes;
-  uint64_t count;
-  void* copies;  // stream
   void* copied;  // event behind the copies
   void* done;    // event behind everything
 } kvz_cuda_decode_chunk_args;
 KVZ_API int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args* args, void* stream);
 
-// kvz_cuda_copy_batch behind one event; another is recorded behind it.
+// kvz_cuda_copy_batch behind one event, if any; another is recorded behind it.
 KVZ_API int32_t kvz_cuda_copy_between(const uint64_t* to, const uint64_t* from, const uint64_t* bytes, uint64_t count,
                                       void* after, void* done, void* stream);
 

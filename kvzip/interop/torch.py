@@ -33,6 +33,8 @@ def stream_handle(stream: object, device: int) -> int:
     Raises:
         ConfigError: it is none of these.
     """
+    if type(stream) is int:
+        return stream
     if stream is None:
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized():
