@@ -28,6 +28,7 @@ from kvzip.types import BoundKind, ErrorBound
 __all__ = ["CalibrationTable", "parse_bounds"]
 
 _FORMAT = "kvzip calibration 1"
+_FORMAT_OF_SHAPES = "kvzip calibration 2"  # of layers that differ; what reads only 1 must not take their padding
 _FLOOR = 0.01  # of the head's mean: a channel that queries never use in the text may be used in another one
 
 
@@ -37,10 +38,12 @@ class CalibrationTable:
 
     Attributes:
         moments: shape ``[layers, kv_heads, head_dim]``, float32: for each channel the sum, over the query heads that
-            share the KV head, of the mean of q_c^2 over the tokens of a text.
+            share the KV head, of the mean of q_c^2 over the tokens of a text. Where layers differ, the sizes are the
+            largest ones, and what is beyond a layer's own is padding.
         model: name of the model, for messages.
         tokens: tokens of the text; 0 = not known.
         value_factors: shape ``[layers]``, float32: what the bound of V is multiplied by in each layer; None = 1.
+        shapes: KV heads and head_dim of each layer, (0, 0) for a layer without attention; None given = all are alike.
 
     Raises:
         ConfigError: the moments or the factors have another shape, or one is negative or not finite.
@@ -50,6 +53,7 @@ class CalibrationTable:
     model: str = ""
     tokens: int = 0
     value_factors: npt.NDArray[np.float32] | None = None
+    shapes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         moments = np.array(self.moments, np.float32)
@@ -57,8 +61,17 @@ class CalibrationTable:
             raise ConfigError(f"moments of shape {moments.shape}: give [layers, kv_heads, head_dim]")
         if not (np.isfinite(moments).all() and (moments >= 0).all()):
             raise ConfigError("a query moment is negative or not finite: calibrate again")
-        if not (moments.max(axis=2) > 0).all():
-            raise ConfigError("a KV head has only zero moments: its queries were not measured; calibrate again")
+        shapes = tuple((int(h), int(d)) for h, d in self.shapes) or ((moments.shape[1], moments.shape[2]),) * len(
+            moments
+        )
+        most = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+        if len(shapes) != len(moments) or most != moments.shape[1:] or any((h == 0) != (d == 0) for h, d in shapes):
+            raise ConfigError(f"layers of {shapes} KV heads and channels do not fit moments of shape {moments.shape}")
+        object.__setattr__(self, "shapes", shapes)
+        for layer, (heads, dim) in zip(moments, shapes, strict=True):
+            layer[heads:] = layer[:, dim:] = 0
+            if not (layer[:heads].max(axis=1) > 0).all():
+                raise ConfigError("a KV head has only zero moments: its queries were not measured; calibrate again")
         moments.flags.writeable = False
         object.__setattr__(self, "moments", moments)
         if self.value_factors is not None:
@@ -70,31 +83,52 @@ class CalibrationTable:
 
     @property
     def geometry(self) -> tuple[int, int, int]:
-        """(layers, KV heads, head_dim)."""
+        """(layers, KV heads, head_dim), the largest where layers differ."""
         layers, heads, dim = self.moments.shape
         return layers, heads, dim
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have attention of one shape."""
+        return len(set(self.shapes)) == 1
+
     def select(self, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> CalibrationTable:
-        """The table of some layers or KV heads, such as those of one rank of a tensor-parallel model."""
+        """The table of some layers or KV heads, such as those of one rank of a tensor-parallel model.
+
+        Raises:
+            ConfigError: heads are selected of layers that have different numbers of them.
+        """
         chosen = list(range(len(self.moments)) if layers is None else layers)
-        moments = self.moments[chosen]
+        shapes = [self.shapes[layer] for layer in chosen]
+        own = range(self.geometry[1]) if heads is None else heads
+        if heads is not None:
+            if len({h for h, _ in shapes}) > 1:
+                raise ConfigError(
+                    f"heads {list(heads)} of layers with {shapes} KV heads and channels: select layers first"
+                )
+            shapes = [(len(own), d) for _, d in shapes]
+        most_heads, most_dim = (max(sizes) for sizes in zip(*shapes, strict=True))
+        moments = self.moments[chosen][:, list(own)[:most_heads], :most_dim]
         factors = None if self.value_factors is None else self.value_factors[chosen]
-        return CalibrationTable(moments if heads is None else moments[:, list(heads)], self.model, self.tokens, factors)
+        return CalibrationTable(moments, self.model, self.tokens, factors, tuple(shapes))
 
     def key_bounds(self, t: float) -> npt.NDArray[np.float64]:
         """Absolute bounds of K: ``t / sqrt(moment)``, the moments floored at 1 % of the mean of their head.
 
         Returns:
-            Shape ``[layers, kv_heads, head_dim]``.
+            Shape ``[layers, kv_heads, head_dim]``; NaN where a layer has padding.
 
         Raises:
             ConfigError: t is not finite and positive.
         """
         if not (np.isfinite(t) and t > 0):
             raise ConfigError(f"t {t!r} is not finite and positive: use 0.4")
-        moments = self.moments.astype(np.float64)
-        floor = _FLOOR * moments.mean(axis=2, keepdims=True)
-        bounds: npt.NDArray[np.float64] = t / np.sqrt(np.maximum(moments, floor))
+        bounds = np.full(self.moments.shape, np.nan)
+        for bound, layer, (heads, dim) in zip(bounds, self.moments.astype(np.float64), self.shapes, strict=True):
+            moments = layer[:heads, :dim]
+            if heads:
+                floor = _FLOOR * moments.mean(axis=1, keepdims=True)
+                bound[:heads, :dim] = t / np.sqrt(np.maximum(moments, floor))
         return bounds
 
     def policy(self, t: float = 0.4, r: float = 0.17, *, sink: ErrorBound | None = None) -> BoundPolicy:
@@ -110,14 +144,18 @@ class CalibrationTable:
     def _policy(
         self, t: float, value: ErrorBound, sink: ErrorBound | None, other: ErrorBound | None = None
     ) -> BoundPolicy:
-        keys = [ErrorBound.channel_table(layer) for layer in self.key_bounds(t)]
+        keys = {
+            layer: ErrorBound.channel_table(bounds[:heads, :dim])
+            for layer, (bounds, (heads, dim)) in enumerate(zip(self.key_bounds(t), self.shapes, strict=True))
+            if heads
+        }
         return BoundPolicy(
-            key=keys[0],
+            key=next(iter(keys.values())),
             value=value,
-            layers={layer: (key, self._value(value, layer)) for layer, key in enumerate(keys)},
+            layers={layer: (key, self._value(value, layer)) for layer, key in keys.items()},
             sink=sink,
             other=ErrorBound.lossless() if other is None else other,
-            num_layers=len(keys),
+            num_layers=len(self.shapes),
         )
 
     def _value(self, bound: ErrorBound, layer: int) -> ErrorBound:
@@ -128,7 +166,10 @@ class CalibrationTable:
     def save(self, path: str | Path) -> None:
         """Write the table: JSON where the name ends in ``.json``, else NumPy's ``.npz``."""
         target = Path(path)
-        about = {"format": _FORMAT, "model": self.model, "tokens": self.tokens, "geometry": list(self.geometry)}
+        about: dict[str, Any] = {"format": _FORMAT, "model": self.model, "tokens": self.tokens}
+        about["geometry"] = list(self.geometry)
+        if not self.is_uniform:
+            about |= {"format": _FORMAT_OF_SHAPES, "shapes": [list(shape) for shape in self.shapes]}
         about["value_factors"] = None if self.value_factors is None else self.value_factors.tolist()
         if target.suffix == ".json":
             target.write_text(json.dumps({**about, "moments": self.moments.tolist()}), encoding="utf-8")
@@ -145,19 +186,22 @@ class CalibrationTable:
             OSError: it cannot be read.
         """
         source = Path(path)
+        about: dict[str, Any]
         try:
             if source.suffix == ".npy":
                 return cls(np.load(source, allow_pickle=False), source.stem)
             if source.suffix == ".json":
-                about: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+                about = json.loads(source.read_text(encoding="utf-8"))
                 moments = np.asarray(about["moments"], np.float32)
             else:
                 with np.load(source, allow_pickle=False) as arrays:
                     about = json.loads(arrays["about"].tobytes())
                     moments = np.asarray(arrays["moments"], np.float32)
-            if about["format"] != _FORMAT or list(moments.shape) != about["geometry"]:
+            known = _FORMAT_OF_SHAPES if "shapes" in about else _FORMAT
+            if about["format"] != known or list(moments.shape) != about["geometry"]:
                 raise ConfigError(f"format {about['format']!r}, geometry {about['geometry']}, shape {moments.shape}")
-            return cls(moments, str(about["model"]), int(about["tokens"]), about.get("value_factors"))
+            shapes = tuple((h, d) for h, d in about.get("shapes", ()))
+            return cls(moments, str(about["model"]), int(about["tokens"]), about.get("value_factors"), shapes)
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise FormatError(f"{source} is no calibration table ({error}): make one with `kvzip calibrate`") from error
 

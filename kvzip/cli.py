@@ -494,8 +494,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     found = {
         "model": table.model,
         "layers": layers,
-        "kv_heads": heads,
-        "head_dim": head_dim,
+        "kv_heads": heads if table.is_uniform else [h for h, _ in table.shapes],
+        "head_dim": head_dim if table.is_uniform else [d for _, d in table.shapes],
         "tokens": table.tokens,
         "table": str(arguments.out),
     }

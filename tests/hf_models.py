@@ -59,6 +59,30 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, float]] = {
 }
 
 
+# Layers that differ; as above, where every layer has queries of its own.
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4, two shapes, shared layers": (
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 8,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 300,
+        },
+    ),
+    "lfm2, convolutions between": (
+        "Lfm2Config",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    ),
+}
+
+
 def byte_tokenizer() -> Any:
     """A tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -71,7 +95,7 @@ def byte_tokenizer() -> Any:
 
 
 def make(name: str) -> LanguageModel:
-    kind, settings, _, _ = MODELS[name]
+    kind, settings, *_ = MODELS.get(name) or MIXED[name]
     config = getattr(transformers, kind)(**{**SIZES, **settings})
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config)

@@ -49,15 +49,17 @@ def weigh(
         mean over the model stays as it was.
 
     Raises:
-        ConfigError: the text is too short, or the table is of another model.
+        ConfigError: the text is too short, the table is of another model, or its layers differ in heads or channels.
     """
+    if not table.is_uniform:
+        raise ConfigError(f"the layers of {model.name} have different heads or channels: leave --gradients out")
     ids = model.tokens(text)[:, :max_tokens]
     if ids.shape[1] < _LEAST_TOKENS:
         raise ConfigError(f"a text of {ids.shape[1]} tokens is too short for gradients: use about 2,000")
     cut = ids.shape[1] * 3 // 4
     shapes, squares, values = squared_gradients(model, ids[:, :cut], ids[:, cut:], samples=samples, seed=seed)
-    if shapes != [table.geometry[1:]] * table.geometry[0]:
-        raise ConfigError(f"a table of {table.geometry} layers, heads and channels does not fit {model.name}")
+    if tuple(shapes) != table.shapes:
+        raise ConfigError(f"a table of {table.shapes} heads and channels does not fit {model.name}")
     late = [total[_PROTECTED:] for total in squares]
     keys = np.stack([total.sum(0).cpu().numpy() for total in late[::2]]).astype(np.float64)
     moments = (1 / table.key_bounds(1.0)) ** 2  # with their floor

@@ -14,6 +14,7 @@ with the queries as attention gets them: after bias, normalisation and RoPE. The
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,8 +45,7 @@ def calibrate(
         The table, with the moments as they were measured.
 
     Raises:
-        ConfigError: no text; or the model does not dispatch its attention as transformers' own decoders do, or its
-            layers differ in heads.
+        ConfigError: no text; or the model does not dispatch its attention as transformers' own decoders do.
     """
     torch, _ = require("torch", "transformers")
     if max_tokens < 1:
@@ -62,26 +62,47 @@ def calibrate(
             progress("calibrate", done, len(texts))
     if not total:
         raise ConfigError("no text to calibrate with: give about 2,000 tokens of text")
-    shapes = {tuple(moment.shape) for moment in sums.values()}
-    if sorted(sums) != list(range(len(sums))) or len(shapes) != 1:
+    shapes = _shapes(model, sums)
+    moments = np.zeros((len(shapes), *(max(sizes) for sizes in zip(*shapes, strict=True))), np.float32)
+    for layer, moment in sums.items():
+        heads, dim = moment.shape
+        moments[layer, :heads, :dim] = (moment / total).float().cpu().numpy()
+    return CalibrationTable(moments, model.name, total, shapes=tuple(shapes))
+
+
+def _shapes(model: LanguageModel, sums: dict[int, Any]) -> list[tuple[int, int]]:
+    """KV heads and head_dim of every layer that a cache of the model has; (0, 0) of those without attention.
+
+    Raises:
+        ConfigError: a layer with keys was not seen.
+    """
+    (cache_utils,) = require("transformers.cache_utils")
+    if not sums:
+        raise ConfigError(f"{model.name} dispatches no attention: use a decoder of transformers")
+    layers = cache_utils.DynamicCache(config=model.model.config).layers
+    shapes = [(0, 0)] * max(len(layers), max(sums) + 1)
+    for number, moment in sums.items():
+        shapes[number] = (int(moment.shape[0]), int(moment.shape[1]))
+    with_keys = [number for number, layer in enumerate(layers) if isinstance(layer, cache_utils.CacheLayerMixin)]
+    if unseen := [number for number in with_keys if number not in sums]:
         raise ConfigError(
-            f"{model.name} has attention with {sorted(shapes)} KV heads and channels in the layers {sorted(sums)}: "
-            "use a decoder whose layers all have attention of one shape, dispatched through ALL_ATTENTION_FUNCTIONS"
+            f"{model.name} keeps keys in layer {unseen[0]}, whose attention was not seen: use a decoder that "
+            "dispatches all of it through ALL_ATTENTION_FUNCTIONS"
         )
-    moments = np.stack([(sums[layer] / total).float().cpu().numpy() for layer in range(len(sums))])
-    return CalibrationTable(moments, model.name, total)
+    return shapes
 
 
 @contextmanager
 def _watched(model: Any, sums: dict[int, Any]) -> Iterator[None]:
     """Let every attention function that the model's modules may dispatch to add up its queries first."""
     replaced: list[tuple[Any, str, Any]] = []
+    owners: list[tuple[Callable[[], Any], int]] = []
     modules = {type(module).__module__ for module in model.modules()}
     try:
         for interface in {id(i): i for i in (_interface(name) for name in modules) if i is not None}.values():
             for name in {*interface, "eager"}:
                 replaced.append((interface, name, interface.get(name)))
-                interface[name] = _watching(interface.get(name), sums)
+                interface[name] = _watching(interface.get(name), sums, owners)
         yield
     finally:
         for interface, name, before in replaced:
@@ -95,8 +116,14 @@ def _interface(module: str) -> Any:
     return getattr(sys.modules[module], "ALL_ATTENTION_FUNCTIONS", None)
 
 
-def _watching(attention: Callable[..., Any] | None, sums: dict[int, Any]) -> Callable[..., Any]:
-    """An attention function that adds up its queries, then does what `attention` does (None: the module's own)."""
+def _watching(
+    attention: Callable[..., Any] | None, sums: dict[int, Any], owners: list[tuple[Callable[[], Any], int]]
+) -> Callable[..., Any]:
+    """An attention function that adds up its queries, then does what `attention` does (None: the module's own).
+
+    Queries count for the layer whose keys they meet: some models give the keys of one layer to later ones. `owners` has
+    the keys that still live, and whose they are.
+    """
 
     def watching(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         layer = getattr(module, "layer_idx", None)
@@ -107,7 +134,11 @@ def _watching(attention: Callable[..., Any] | None, sums: dict[int, Any]) -> Cal
             # Query heads of one KV head are neighbours: [batch, kv_heads, group, tokens, head_dim].
             groups = query.detach().double().unflatten(1, (heads, -1))
             moment = groups.square().sum((0, 2, 3)) * (scale * scale * head_dim)
-            sums[layer] = sums[layer] + moment if layer in sums else moment
+            owners[:] = [known for known in owners if known[0]() is not None]
+            owner = next((number for keys, number in owners if keys() is key), layer)
+            if owner == layer:
+                owners.append((weakref.ref(key), layer))
+            sums[owner] = sums[owner] + moment if owner in sums else moment
         own = attention or sys.modules[type(module).__module__].eager_attention_forward
         return own(module, query, key, value, *args, **kwargs)
 

@@ -22,7 +22,7 @@ from kvzip.types import ErrorBound
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[calibrate]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[calibrate]'")
 
-from hf_models import MODELS, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
+from hf_models import MIXED, MODELS, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
 
 from kvzip.adapters.transformers import fidelity, gradients, moments, schemes  # noqa: E402
 from kvzip.adapters.transformers.models import LanguageModel, load_model  # noqa: E402
@@ -77,6 +77,34 @@ def test_the_moments_are_those_of_the_queries(name: str) -> None:
         pairs = table.moments[layer, :, :half] + table.moments[layer, :, half:]
         np.testing.assert_allclose(pairs, expected[:, :half] + expected[:, half:], rtol=1e-4)
         assert not np.allclose(table.moments[layer], expected, rtol=1e-2), "these are the queries before RoPE"
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_that_differ_have_moments_of_their_own(name: str) -> None:
+    """Where later layers use the keys of an earlier one, their queries count there."""
+    model = make(name)
+    seen: dict[int, Any] = {}
+    for path, module in model.model.named_modules():
+        if found := re.search(r"layers\.(\d+)\.self_attn\.q_(norm|layernorm)$", path):
+            module.register_forward_hook(
+                lambda _, __, out, layer=int(found[1]): seen.update({layer: out.detach().double()[0]})
+            )
+    table = moments.calibrate(model, [TEXT])
+    gemma = name.startswith("gemma4")
+    assert table.shapes == (((2, 16), (1, 32)) if gemma else ((0, 0), (2, 16), (0, 0), (2, 16)))
+    assert not table.is_uniform
+    for layer, (heads, dim) in enumerate(table.shapes):
+        own = (layer, layer + 2) if gemma else (layer,) if heads else ()
+        squares = [seen[i].unflatten(1, (heads, -1)).square().mean(0).sum(1) * (dim if gemma else 1) for i in own]
+        expected = np.zeros((heads, dim)) + sum(s.numpy() for s in squares)
+        half = dim // 2
+        found = table.moments[layer, :heads, :dim]
+        np.testing.assert_allclose(
+            found[:, :half] + found[:, half:], expected[:, :half] + expected[:, half:], rtol=1e-4
+        )
+        assert not table.moments[layer, heads:].any()
+    with pytest.raises(ConfigError, match="--gradients"):
+        gradients.weigh(model, table, TEXT)
 
 
 def test_several_texts_count_by_their_tokens(llama: LanguageModel) -> None:

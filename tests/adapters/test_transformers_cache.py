@@ -26,7 +26,7 @@ from kvzip.types import ErrorBound
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[transformers]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[transformers]'")
 
-from hf_models import MODELS, SIZES, TEXT, make  # noqa: E402
+from hf_models import MIXED, MODELS, SIZES, TEXT, make  # noqa: E402
 
 from kvzip.adapters.transformers import moments  # noqa: E402
 from kvzip.adapters.transformers.cache import CompressedCache  # noqa: E402
@@ -148,17 +148,33 @@ def test_rows_that_are_padded_on_the_left(llama: Any, device: str, way: str) -> 
         assert torch.equal(generate(llama, ids, cache, attention_mask=mask, **WAYS[way]), expected)
 
 
-def test_other_kinds_of_layer_stay_as_transformers_keeps_them(device: str) -> None:
-    config = transformers.Lfm2Config(
-        **{**SIZES, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}
-    )
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(device)
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_layers_that_differ(name: str, way: str, device: str) -> None:
+    """Other heads and channels, keys that several layers share, and layers that are no attention."""
+    model = load(name, device)
     ids = prompt(2, 45, device)
+    expected = generate(model, ids, **WAYS[way])
     with compressed(model, bound=LOSSLESS) as cache:
-        assert torch.equal(generate(model, ids, cache, **GREEDY), generate(model, ids, **GREEDY))
-        assert cache.engine.stats().records == 2 * 2 * (cache.get_seq_length() // 16)
+        assert torch.equal(generate(model, ids, cache, **WAYS[way]), expected)
+        assert cache.engine.stats().loaded_blocks > 20
         assert cache.memory().device_bytes > 0
+
+
+def test_layers_that_differ_have_bounds_of_their_own(device: str) -> None:
+    tiny = make("gemma4, two shapes, shared layers")
+    table = moments.calibrate(tiny, [TEXT])
+    model = tiny.model.to(device)
+    ids = prompt(1, 64, device)
+    plain = transformers.DynamicCache()
+    run(model, ids, plain)
+    with compressed(model, bound=table.policy(0.4, 0.2), mode="rice") as cache:
+        run(model, ids, cache)
+        now, before = cache.layers[1].keys, plain.layers[1].keys
+        error = (now.double() - before.double()).abs()
+        bounds = torch.from_numpy(table.key_bounds(0.4)[1, :1, :32]).to(device)
+        assert (error <= bounds[None, :, None]).all()
+        assert error.max() > 0
 
 
 @pytest.mark.parametrize("kind", ["GPT2Config", "OPTConfig"])

@@ -164,6 +164,54 @@ def test_factors_of_v_go_with_their_layers(tmp_path: Path, name: str) -> None:
             CalibrationTable(table().moments, value_factors=bad)
 
 
+SHAPES = ((2, 8), (0, 0), (1, 16))
+
+
+def mixed() -> CalibrationTable:
+    moments = np.random.default_rng(1).lognormal(0, 1, (3, 2, 16))
+    return CalibrationTable(moments, "a model", 2000, np.array([1, 2, 3], np.float32), SHAPES)
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t.json"])
+def test_a_table_of_layers_that_differ(tmp_path: Path, name: str) -> None:
+    mixed().save(tmp_path / name)
+    loaded = CalibrationTable.load(tmp_path / name)
+    np.testing.assert_array_equal(loaded.moments, mixed().moments)
+    assert (loaded.shapes, loaded.geometry, loaded.is_uniform) == (SHAPES, (3, 2, 16), False)
+    assert not loaded.moments[2, 1].any(), "padding"
+    bounds = loaded.key_bounds(0.4)
+    for layer, (heads, dim) in enumerate(SHAPES):
+        alone = np.full((2, 16), np.nan)
+        if heads:
+            own = CalibrationTable(mixed().moments[layer : layer + 1, :heads, :dim])
+            alone[:heads, :dim] = own.key_bounds(0.4)[0]
+        np.testing.assert_array_equal(bounds[layer], alone)
+    policy = loaded.policy(0.4, 0.1)
+    assert policy.num_layers == 3
+    assert set(policy.layers) == {0, 2}
+    assert policy.layers[2] == (ErrorBound.channel_table(bounds[2, :1]), ErrorBound.token_rms(0.1 * 3))
+    attention = loaded.select(layers=[0, 2])
+    assert (attention.shapes, attention.geometry) == ((SHAPES[0], SHAPES[2]), (2, 2, 16))
+    assert loaded.select(layers=[0], heads=[1]).shapes == ((1, 8),)
+    np.testing.assert_array_equal(loaded.select(layers=[0], heads=[1]).moments[0, 0], loaded.moments[0, 1, :8])
+    with pytest.raises(ConfigError, match="select layers first"):
+        loaded.select(heads=[0])
+
+
+@pytest.mark.parametrize("shapes", [SHAPES[:2], ((2, 8), (0, 0), (1, 12)), ((2, 16), (0, 4), (1, 16)), ((0, 0),) * 3])
+def test_shapes_must_fit_the_moments(shapes: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(ConfigError, match="do not fit"):
+        CalibrationTable(np.ones((3, 2, 16)), shapes=shapes)
+
+
+def test_tables_of_layers_that_differ_are_of_another_format(tmp_path: Path) -> None:
+    """What reads only the first one must not take padding for moments."""
+    mixed().save(tmp_path / "t.json")
+    table().save(tmp_path / "u.json")
+    assert '"kvzip calibration 2"' in (tmp_path / "t.json").read_text()
+    assert '"kvzip calibration 1"' in (tmp_path / "u.json").read_text()
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"PK\x03\x04nothing", b'{"format": "other"}', b"\x93NUMPY"])
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".npy"])
 def test_other_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
