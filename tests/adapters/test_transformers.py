@@ -424,7 +424,7 @@ def test_the_code_of_the_guide_runs(folder: Path, tmp_path: Path, monkeypatch: p
     for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
         if language == "python":
             exec(compile(text, "calibrate.md", "exec"), namespace)
-        for line in text.splitlines() if language == "sh" else ():
+        for line in text.splitlines() if language in ("sh", "bash") else ():
             command, *arguments = shlex.split(line, comments=True)
             if command == "kvzip":
                 ran.append(arguments[0])

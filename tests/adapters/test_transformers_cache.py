@@ -544,7 +544,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tiny.tokenizer.save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```py\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 2
     for text in blocks:
         exec(compile(text, "transformers.md", "exec"), namespace)
