@@ -8,7 +8,7 @@ An object is the KV of one chunk of tokens. It holds one tensor for each group o
 shape                                 meaning
 ====================================  ==============================================================================
 ``2, L, T, H * D``                    K and V apart
-``1, L, T, H * 2D``                   K and V of each head side by side, where the settings say that it is so
+``1, L, T, H * 2D``, ``L, T, H * 2D`` K and V of each head side by side, where the settings say that it is so
 ``1, L, T, D`` or ``L, T, D``         latent caches (MLA) and other vectors, one a token
 ====================================  ==============================================================================
 
@@ -147,7 +147,7 @@ def _tensor_pages(shape: tuple[int, ...], dtype: Any, at: int, layers: int, form
     element = DType.parse(str(dtype))
     tokens, hidden = shape[-2], shape[-1]
     plane = tokens * hidden * item
-    planes = shape[0] if len(shape) == 4 else 0
+    planes = {3: 1, 4: shape[0]}.get(len(shape), 0)
     packed = planes == 1 and form.packed and form.head_dim > 0 and hidden % (2 * form.head_dim) == 0
     dim = form.head_dim if form.head_dim and hidden % form.head_dim == 0 else hidden
     pages: _Pages = []
@@ -160,8 +160,8 @@ def _tensor_pages(shape: tuple[int, ...], dtype: Any, at: int, layers: int, form
 
     if planes == 2 or packed:
         vectors = 2 if packed else 1  # of a head, K or K and V
-        second = dim * item if packed else shape[1] * plane  # from K to V
-        for layer in range(shape[1]):
+        second = dim * item if packed else shape[-3] * plane  # from K to V
+        for layer in range(shape[-3]):
             for name, offset in (("k", 0), ("v", second)):
                 add(layer * plane + offset, hidden // dim // vectors, dim, vectors * dim * item, name, layers + layer)
     else:

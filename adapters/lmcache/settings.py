@@ -37,8 +37,8 @@ class SerdeSettings(Coding):
         threads: most host threads for one object; 0 = all usable cores.
         max_workers: objects that are coded at a time.
         head_dim: values of one head of one token; 0 = not known. Bounds by token and by channel need it.
-        packed: objects of one plane, ``[1, layers, tokens, heads * 2 * head_dim]``, have K and V of each head side by
-            side, and are no latent cache.
+        packed: objects of one plane, ``[1, layers, tokens, heads * 2 * head_dim]`` or the same without the first axis,
+            have K and V of each head side by side, and are no latent cache.
     """
 
     codec: str = "cuszp"
