@@ -30,8 +30,7 @@ from kvzip import _native
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import get_codec
-from kvzip.bounds import BoundPolicy, bound_of_page, resolve
-from kvzip.coding import compare_pages, max_record_bytes, on_host
+from kvzip.coding import compare_blocks, max_record_bytes, on_host
 from kvzip.demo import choose_device, paged, read_input
 from kvzip.engine import SwapEngine
 from kvzip.errors import ConfigError
@@ -305,34 +304,6 @@ def link_environment() -> Row:
 # ---- kvzip bench
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a comparison of loaded blocks with the stored ones found.
-
-    Attributes:
-        values: values compared.
-        violations: values outside the bound, and non-finite values whose bits changed.
-        max_error_over_bound: largest ratio of a value's error to the bound of its page.
-    """
-
-    values: int
-    violations: int
-    max_error_over_bound: float
-
-
-def compare(source: BlockView, target: BlockView, bound: ErrorBound | BoundPolicy) -> Found:
-    """Compare the blocks of two views, value by value, on the host."""
-    source, target = on_host(source), on_host(target)
-    bounds = resolve(bound, source.layout)
-    violations, worst = 0, 0.0
-    for b in range(len(source)):
-        for s, segment in enumerate(source.layout.segments):
-            found = compare_pages(source.page(b, s), target.page(b, s), segment.dtype, bound_of_page(bounds, s))
-            violations += found.violations
-            worst = max(worst, found.over_bound)
-    return Found(source.nbytes // source.layout.segments[0].dtype.itemsize, violations, worst)
-
-
 def run(
     path: Path | None = None,
     *,
@@ -469,7 +440,7 @@ def _measure_engine(
     )
     into = case.repeat(lambda slot: way.load(chosen[slot], slot), out.used)
     loaded = np.concatenate(chosen[: into.used])[:SAMPLE_BLOCKS]
-    found = compare(source[loaded], target[loaded], bound)
+    found = compare_blocks(on_host(source[loaded]), on_host(target[loaded]), bound)
     way.forget()
     rows = [
         transfer_row(way.name, direction, raw, timing, blocks=blocks)
@@ -478,7 +449,7 @@ def _measure_engine(
     rows[1] |= {
         "compared_blocks": len(loaded),
         "violations": found.violations,
-        "max_error_over_bound": found.max_error_over_bound,
+        "max_error_over_bound": found.over_bound,
     }
     return rows
 
@@ -506,7 +477,7 @@ def _measure_codec(
                 | quantiles(timing.seconds)
             )
         sample = source.block_ids[:SAMPLE_BLOCKS]
-        rows[-1]["violations"] = compare(source[sample], target[sample], bound).violations
+        rows[-1]["violations"] = compare_blocks(source[sample], target[sample], bound).violations
     return rows
 
 

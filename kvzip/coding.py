@@ -8,7 +8,7 @@ The engine and the top-level `encode` and `decode` share these functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -191,7 +191,7 @@ def measure_errors(
 
 @dataclass(frozen=True)
 class PageError:
-    """How far a page is from what was stored.
+    """How far a page, or the worst of several, is from what was stored.
 
     Attributes:
         max_error: largest absolute error over the finite values, formed in float64.
@@ -232,6 +232,38 @@ def compare_pages(before: npt.NDArray[Any], after: npt.NDArray[Any], dtype: DTyp
         math.inf if math.isnan(over) else over,
         int(np.count_nonzero(wrong)),
     )
+
+
+def compare_blocks(
+    before: BlockView,
+    after: BlockView,
+    bound: ErrorBound | BoundPolicy,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PageError:
+    """Compare blocks in host memory with what came back of them.
+
+    Args:
+        before: the blocks that were stored.
+        after: as many blocks of the same layout.
+        bound: what they were stored with; none of them as the first of a sequence.
+        progress: called with the blocks done.
+
+    Returns:
+        The worst of all pages, and the violations of all.
+    """
+    bounds = resolve(bound, before.layout)
+    worst = PageError(0.0, 0.0, 0)
+    for block in range(len(before)):
+        for number, segment in enumerate(before.layout.segments):
+            pages = before.page(block, number), after.page(block, number)
+            found = compare_pages(*pages, segment.dtype, bound_of_page(bounds, number))
+            worst = PageError(
+                max(worst.max_error, found.max_error),
+                max(worst.over_bound, found.over_bound),
+                worst.violations + found.violations,
+            )
+        progress(block + 1)
+    return worst
 
 
 def value_bounds(x: npt.NDArray[np.float64], bound: ErrorBound) -> npt.NDArray[np.float64]:

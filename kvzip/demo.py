@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import get_codec
-from kvzip.bounds import BoundPolicy, bound_of_page, resolve
-from kvzip.coding import compare_pages, max_record_bytes
+from kvzip.bounds import BoundPolicy
+from kvzip.coding import compare_blocks, max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError
 from kvzip.interop.torch import copy_to, host_bits
@@ -182,7 +182,6 @@ def run(
     view = BlockView(pages, layout)
     count = len(view)
     keys = [f"block-{i}".encode() for i in range(count)]
-    bounds = resolve(bound, layout)
 
     if budget_bytes is None:
         with SwapEngine(1 << 20, codec=codec, mode=mode) as probe:
@@ -214,17 +213,10 @@ def run(
             load_seconds += result.seconds
             progress("load", first + len(chosen), len(held))
 
-        max_error = over_bound = 0.0
-        violations = 0
-        original, loaded = BlockView(before, layout), BlockView([host_bits(p, dtype) for p in pages], layout)
-        for done, (source, place) in enumerate(zip(held, target, strict=True), 1):
-            for s, segment in enumerate(layout.segments):
-                asked = bound_of_page(bounds, s)
-                found = compare_pages(original.page(source, s), loaded.page(int(place), s), segment.dtype, asked)
-                max_error = max(max_error, found.max_error)
-                over_bound = max(over_bound, found.over_bound)
-                violations += found.violations
-            progress("verify", done, len(held))
+        came_back = BlockView([host_bits(page, dtype) for page in pages], layout)
+        found = compare_blocks(
+            BlockView(before, layout)[held], came_back[target], bound, lambda done: progress("verify", done, len(held))
+        )
         loaded_bytes = len(held) * layout.nbytes
         return DemoResult(
             raw_bytes=stats.raw_bytes,
@@ -236,9 +228,9 @@ def run(
             mode=engine.settings.mode,
             device=device,
             bound=str(bound).removeprefix("rel:"),
-            max_error=max_error,
-            max_error_over_bound=over_bound,
-            violations=violations,
+            max_error=found.max_error,
+            max_error_over_bound=found.over_bound,
+            violations=found.violations,
             store_gb_per_s=count * layout.nbytes / store_seconds / 1e9,
             load_gb_per_s=loaded_bytes / load_seconds / 1e9,
             pool_payload_fraction=stats.pool.payload_bytes / max(1, stats.pool.extent_bytes_used),

@@ -21,9 +21,8 @@ import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.backends.registry import get_codec
-from kvzip.benchmark import compare
 from kvzip.calibration import parse_bounds
-from kvzip.coding import max_record_bytes
+from kvzip.coding import compare_blocks, max_record_bytes
 from kvzip.demo import choose_device, paged, read_input
 from kvzip.engine import SwapEngine
 from kvzip.interop.torch import copy_to, host_bits
@@ -187,13 +186,13 @@ def store_and_load(case: Case, device: str = "cpu", threads: int = 1) -> tuple[D
 def _check(case: Case, ways: list[_Way], expected: Digests | None) -> Checked:
     _native.set_cpu_isa(ways[0].isa)
     found, source, target = store_and_load(case, ways[0].device, ways[0].threads)
-    compared = compare(source, target, parse_bounds(case.bound))
+    compared = compare_blocks(source, target, parse_bounds(case.bound))
     differ = []
     for way in ways[1:]:  # what has the same digests is within the same bound
         _native.set_cpu_isa(way.isa)
         if store_and_load(case, way.device, way.threads)[0] != found:
             differ.append(way.name)
-    return Checked(case.name, compared.violations, compared.max_error_over_bound, found == expected, differ)
+    return Checked(case.name, compared.violations, compared.over_bound, found == expected, differ)
 
 
 def _pages(case: Case) -> list[Bits]:

@@ -20,6 +20,7 @@ import pytest
 
 import kvzip
 from kvzip import cli
+from kvzip._arguments import size
 from kvzip.backends import registry
 from kvzip.backends.base import EncodeRequest
 from kvzip.backends.raw import RawCodec
@@ -344,7 +345,7 @@ def test_demo_with_an_archive_of_arrays(tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_sizes(text: str, value: int) -> None:
-    assert cli._bytes(text) == value
+    assert size(text) == value
 
 
 # ---- bench

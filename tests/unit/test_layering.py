@@ -20,6 +20,8 @@ PACKAGE = ROOT / "kvzip"
 LAYERS: list[set[str]] = [
     {
         "kvzip.cli",
+        "kvzip._arguments",
+        "kvzip._text",
         "kvzip.demo",
         "kvzip.benchmark",
         "kvzip.selfcheck",

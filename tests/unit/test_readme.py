@@ -18,6 +18,7 @@ from scripts import load_script
 
 import kvzip
 from kvzip import CalibrationTable, _config, cli
+from kvzip._arguments import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -176,7 +177,7 @@ def _set_by_init(made: type) -> set[str]:
 def test_the_command_line_page_has_every_option() -> None:
     sections = re.split(r"^## kvzip ", read("docs/reference/cli.md"), flags=re.MULTILINE)[1:]
     documented = {s.split()[0]: set(re.findall(r"^\| `(--[\w-]+)", s, re.MULTILINE)) for s in sections}
-    action = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    action = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert documented.keys() == action.choices.keys()
     for command, parser in action.choices.items():
         options = {o for a in parser._actions for o in a.option_strings if o.startswith("--")} - {"--help"}
