@@ -167,6 +167,7 @@ class DeviceSwap:
         self._small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
         self._packed = pool.extent_bytes == RECORD_ALIGNMENT
         self._plans: dict[tuple[object, ...], _StorePlan] = {}
+        self._marks: list[int] = []  # events that no transfer uses
         self._small_out = TransferQueue(self._driver, "store")
         self._small_into = TransferQueue(self._driver, "load")
         self._stores: SmallStores | None = None  # made at their first use, under the lock of their queue
@@ -221,9 +222,9 @@ class DeviceSwap:
             return result
 
         try:
-            self._out.submit(Job(run, partial(self._driver.event_destroy, after), transfer, "store"))
+            self._out.submit(Job(run, partial(self._marks.append, after), transfer, "store"))
         except BaseException:
-            self._driver.event_destroy(after)
+            self._marks.append(after)
             raise
         return transfer
 
@@ -243,7 +244,7 @@ class DeviceSwap:
 
         def clean_up() -> None:
             self._index.end_load(entries)
-            self._driver.event_destroy(after)
+            self._marks.append(after)
 
         def run() -> TransferResult:
             with self._failures("load"):
@@ -284,6 +285,8 @@ class DeviceSwap:
                 for small in (self._stores, self._loads):
                     if small is not None:
                         each.callback(small.close)
+                for event in self._marks:
+                    each.callback(self._driver.event_destroy, event)
                 self._driver.set_device(self._device)
         except KvzipError as error:
             _log.warning("GPU %d failed while its memory was given back: %s", self._device, str(error))
@@ -331,7 +334,7 @@ class DeviceSwap:
         """An event at the end of the caller's stream."""
         self._driver.set_device(self._device)
         handle = stream_handle(stream, self._device)
-        event = self._driver.event_create()
+        event = self._marks.pop() if self._marks else self._driver.event_create()
         try:
             self._driver.event_record(event, handle)
         except BaseException:

@@ -866,8 +866,10 @@ def _key_list(keys: object) -> list[bytes]:
     if type(keys) is not list and (isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable)):
         raise ConfigError(f"keys is the single key {keys!r}: give a list of keys")
     names: list[bytes] = list(keys)
-    for name in names:
-        if type(name) is not bytes and not isinstance(name, bytes):
+    if len(names) == 1 and type(names[0]) is bytes:
+        return names
+    for name in names if set(map(type, names)) != {bytes} else ():
+        if not isinstance(name, bytes):
             raise ConfigError(f"key {name!r} is of type {type(name).__name__}: keys are bytes")
     return names
 

@@ -174,7 +174,8 @@ class RecordIndex:
             PoolExhaustedError: they do not fit, however much may leave; nothing has left.
         """
         with self.lock:
-            while True:
+            room = self.pool.try_take(nbytes)
+            while room is None:
                 if nbytes > self.pool.free_bytes:
                     # Nothing leaves before it is certain that enough may.
                     if not self._freed.wait_for(
@@ -183,10 +184,11 @@ class RecordIndex:
                         raise self.refuse(nbytes, len(keys), keys, replacing=replacing)
                     self._make_room(nbytes, keys, replacing)
                 try:
-                    return self.pool.take(nbytes)
+                    room = self.pool.take(nbytes)
                 except PoolExhaustedError:  # another engine on this pool was faster: look again
                     if nbytes > self.room(keys, replacing=replacing):
                         raise
+            return room
 
     def take_ahead(self, nbytes: int, keys: Sequence[bytes]) -> Room | None:
         """Take the worst case of a small store of `keys`, whose sizes are not known yet; None if that asks too much.
@@ -302,17 +304,18 @@ class RecordIndex:
                         pins = entry.pins = held[key].pins
                         self._remove(key, evicted=False)
                         pins.entry = entry
+                        if pins.count:
+                            self._pinned += 1
+                            self._leavable -= entry.allocation.extent_nbytes
             held.update(fresh)
             raw_bytes = record_bytes = leavable = 0
             for key, entry in fresh.items():
                 allocation = entry.allocation
                 raw_bytes += entry.contents.raw_bytes
-                record_bytes += allocation.nbytes
-                if entry.pins.count:
-                    self._pinned += 1
-                else:
-                    leavable += allocation.extent_nbytes
-                insert(key, allocation.nbytes)
+                nbytes = allocation.nbytes
+                record_bytes += nbytes
+                leavable += allocation.extent_nbytes
+                insert(key, nbytes)
             self._raw_bytes += raw_bytes
             self._record_bytes += record_bytes
             self._leavable += leavable
