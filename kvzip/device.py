@@ -222,9 +222,9 @@ class DeviceSwap:
             return result
 
         try:
-            self._out.submit(Job(run, partial(self._marks.append, after), transfer, "store"))
+            self._out.submit(Job(run, partial(self._give_mark, after), transfer, "store"))
         except BaseException:
-            self._marks.append(after)
+            self._give_mark(after)
             raise
         return transfer
 
@@ -244,7 +244,7 @@ class DeviceSwap:
 
         def clean_up() -> None:
             self._index.end_load(entries)
-            self._marks.append(after)
+            self._give_mark(after)
 
         def run() -> TransferResult:
             with self._failures("load"):
@@ -285,8 +285,8 @@ class DeviceSwap:
                 for small in (self._stores, self._loads):
                     if small is not None:
                         each.callback(small.close)
-                for event in self._marks:
-                    each.callback(self._driver.event_destroy, event)
+                while self._marks:
+                    each.callback(self._driver.event_destroy, self._marks.pop())
                 self._driver.set_device(self._device)
         except KvzipError as error:
             _log.warning("GPU %d failed while its memory was given back: %s", self._device, str(error))
@@ -334,13 +334,23 @@ class DeviceSwap:
         """An event at the end of the caller's stream."""
         self._driver.set_device(self._device)
         handle = stream_handle(stream, self._device)
-        event = self._marks.pop() if self._marks else self._driver.event_create()
+        try:
+            event = self._marks.pop()
+        except IndexError:
+            event = self._driver.event_create()
         try:
             self._driver.event_record(event, handle)
         except BaseException:
             self._driver.event_destroy(event)
             raise
         return event
+
+    def _give_mark(self, event: int) -> None:
+        """Keep an event of `_mark` for the next transfer."""
+        if self._closed:
+            self._driver.event_destroy(event)
+        else:
+            self._marks.append(event)
 
     # ---- small transfers, in the caller's thread
 

@@ -240,6 +240,7 @@ def _geometry_runs(layout: BlockLayout) -> tuple[int, bytes]:
     return len(runs), b"".join(packed)
 
 
+@lru_cache(maxsize=256)
 def header_nbytes(layout: BlockLayout) -> int:
     """Bytes of the header of a record of this layout.
 
