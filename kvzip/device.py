@@ -369,8 +369,7 @@ class DeviceSwap:
     def _store_small(self, part: Part, codec: Codec, stream: object, started: float) -> Transfer | None:
         """Queue a small store; None where a worker must do it: to wait, to keep the order, or to find out sizes."""
         queue, index, keys, blocks, count = self._small_out, self._index, part.keys, part.blocks, len(part.keys)
-        pages = len(blocks.layout.segments)
-        if self._out.busy or not count or codec.name not in _NATIVE or not SmallStores.fits(pages, count):
+        if self._out.busy or not count or codec.name not in _NATIVE:
             return None
         after = stream_handle(stream, self._device)
         if not self._store_lock.acquire(blocking=False):
@@ -476,7 +475,7 @@ class DeviceSwap:
     ) -> Transfer | None:
         """Queue a small load; None where a worker must do it."""
         queue, count = self._small_into, len(keys)
-        if self._into.busy or not count or not SmallLoads.fits(len(out.layout.segments), count):
+        if self._into.busy or not count:
             return None
         contents = entries[0].contents
         if contents.codec not in _NATIVE or any(entry.contents is not contents for entry in entries):

@@ -295,7 +295,10 @@ class SwapEngine:
         self, bound: ErrorBound | BoundPolicy | Sequence[ErrorBound | BoundPolicy] | None
     ) -> tuple[Settings, Settings, int | None]:
         """What to code with; the same without pressure; and the step of the pressure, if it applies."""
-        settings, gauge, steps = self._settings, self._gauge, self._pressure.bounds if self._pressure else ()
+        settings, gauge = self._settings, self._gauge
+        if bound is None and gauge is None:
+            return settings, settings, None
+        steps = self._pressure.bounds if self._pressure else ()
         given: list[ErrorBound | BoundPolicy] = []
         if isinstance(bound, (list, tuple)):
             given = list(bound)

@@ -171,6 +171,11 @@ class _Direction(abc.ABC):
         self._plans[key] = made
         return made
 
+    @staticmethod
+    @abc.abstractmethod
+    def fits(pages: int, blocks: int) -> bool:
+        """Whether a ticket has room for the tables."""
+
     @abc.abstractmethod
     def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
         """The call for so many blocks, with the memory of a ticket."""
@@ -185,6 +190,8 @@ class _Direction(abc.ABC):
             return None
         bound = plan.calls.get((self._free[-1], blocks))
         if bound is None:
+            if not self.fits(len(plan.segments), blocks):
+                return None
             memory, workspace = self._memory, self._driver.workspace_bytes(len(plan.segments), blocks)
             if blocks * plan.record_bytes > memory.size("arena") or workspace > memory.size("workspace"):
                 return None

@@ -19,6 +19,7 @@ _log = logging.getLogger("kvzip")
 
 _SPIN_US = 200  # that a wait for a small transfer spins: most have ended by then
 _PATIENCE_SECONDS = 1.0  # between looks at the interpreter's signals
+_PATIENCE_US = int(_PATIENCE_SECONDS * 1e6)
 
 
 class StreamDriver(Protocol):
@@ -380,9 +381,13 @@ class TransferQueue:
             self._pending.popleft()[0]._abandon(error)
 
     def _wait(self, event: int, timeout_seconds: float | None) -> bool:
-        if timeout_seconds is not None and timeout_seconds <= _PATIENCE_SECONDS:
+        if timeout_seconds is None:
+            while not self._driver.event_wait(event, _SPIN_US, _PATIENCE_US):
+                pass
+            return True
+        if timeout_seconds <= _PATIENCE_SECONDS:
             return self._driver.event_wait(event, _SPIN_US, int(max(0.0, timeout_seconds) * 1e6))
-        left = float("inf") if timeout_seconds is None else timeout_seconds
+        left = timeout_seconds
         while left > 0:
             part = min(left, _PATIENCE_SECONDS)
             if self._driver.event_wait(event, _SPIN_US, int(part * 1e6)):
