@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.addHandler(warnings)
     try:
         status = _COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return 2
+    except KeyboardInterrupt:
+        return 130  # as shells say it
     except (KvzipError, OSError) as error:
         print(f"kvzip: {error}", file=sys.stderr)
         return 2

@@ -569,6 +569,36 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "demo", "--help")[0] == 0
 
 
+def test_a_reader_that_has_seen_enough() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [
+        sys.executable,
+        "-m",
+        "kvzip.cli",
+        "plan",
+        "--layers",
+        "8",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "64",
+        "--ratio",
+        "2",
+    ]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (2, b"")
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvzip.info.system_info", interrupt)
+    assert run(capsys, "info") == (130, "", "")
+
+
 def test_public_names() -> None:
     assert set(kvzip.__all__) == PUBLIC
     assert len(kvzip.__all__) == len(PUBLIC)
