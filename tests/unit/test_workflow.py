@@ -20,7 +20,7 @@ def test_the_workflow_runs_scripts_and_versions_that_there_are() -> None:
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     scripts = {script for command in commands for script in re.findall(r"\.ci/[\w.]+", command)}
-    assert scripts == {".ci/run", ".ci/vllm.sh", ".ci/release.sh"}
+    assert scripts == {".ci/run", ".ci/vllm.sh", ".ci/lmcache.sh", ".ci/release.sh"}
     assert all((ROOT / script).exists() for script in scripts)
     versions = set(jobs["python"]["strategy"]["matrix"]["python"])
     classified = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
