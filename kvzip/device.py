@@ -252,7 +252,7 @@ class DeviceSwap:
                 self._small_into.drain()
                 self._load(keys, entries, out, after, transfer)
             result = TransferResult(
-                len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started
+                len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started, 0, {}
             )
             self._host.count_load(result)
             return result
@@ -556,7 +556,7 @@ class DeviceSwap:
             self._index.end_load(entries)
             self._loads.end(ticket)
         record_bytes = sum([entry.allocation.nbytes for entry in entries])
-        result = TransferResult(len(keys), raw_bytes, record_bytes, time.perf_counter() - started)
+        result = TransferResult(len(keys), raw_bytes, record_bytes, time.perf_counter() - started, 0, {})
         self._host.count_load(result)
         return result
 

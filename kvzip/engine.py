@@ -521,7 +521,7 @@ class SwapEngine:
         finally:
             self._index.end_load(entries)
         record_bytes = sum(entry.allocation.nbytes for entry in entries)
-        result = TransferResult(len(names), out.nbytes, record_bytes, time.perf_counter() - started)
+        result = TransferResult(len(names), out.nbytes, record_bytes, time.perf_counter() - started, 0, {})
         self.count_load(result)
         self._loaded(out.device, entries, result)
         transfer = Transfer()

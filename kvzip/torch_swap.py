@@ -116,7 +116,7 @@ class TorchSwap:
             with self._host.counting_failures("load"), self._lanes[1].behind(after):
                 self._load(keys, entries, out)
             result = TransferResult(
-                len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started
+                len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started, 0, {}
             )
             self._host.count_load(result)
             return result

@@ -37,6 +37,7 @@ from kvzip.calibration import CalibrationTable
 from kvzip.controller import Controller, Prior
 from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
+from kvzip.index import RecordIndex
 from kvzip.integrity import Integrity
 from kvzip.memory import PageableMemory, Region
 from kvzip.pressure import BoundPressure
@@ -249,6 +250,34 @@ def test_measured_error_is_within_the_bound() -> None:
     assert result.max_error is not None
     assert 0.005 < result.max_error <= 0.01
     assert read_header(rig.engine.read_record(rig.keys[0])).max_error is not None
+    rig.close()
+
+
+def test_the_link_gets_its_chunks_before_the_host_notes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out: the copies of the first two chunks are queued before the index hears of one, and a copy after that before
+    what the host notes of the chunk in front of it. In: a chunk's copy is queued before its decoder."""
+    rig = Rig(bound=ErrorBound.lossless(), chunk_blocks=4)
+    steps: list[str] = []
+    called, enter = rig.driver._called, RecordIndex.enter
+
+    def note(name: str, *, held: bool = True) -> None:
+        if name in ("encode_call", "copy_between", "decode_call"):
+            steps.append(name.partition("_")[0])
+        called(name, held=held)
+
+    def entered(index: RecordIndex, *args: Any) -> Any:
+        steps.append("note")
+        return enter(index, *args)
+
+    monkeypatch.setattr(rig.driver, "_called", note)
+    monkeypatch.setattr(RecordIndex, "enter", entered)
+    rig.engine.store(rig.keys, rig.view).result(10)
+    sizes = [last - first for first, last in chunk_bounds(BLOCKS, 4)]
+    assert len(sizes) == 5
+    assert steps == ["encode", "encode", "copy", "copy", *["encode", "note", "copy"] * 3, "note", "note"]
+    steps.clear()
+    rig.engine.load(rig.keys, rig.view).result(10)
+    assert steps == ["copy", "decode"] * len(chunk_bounds(BLOCKS, 4, short_end=True))
     rig.close()
 
 

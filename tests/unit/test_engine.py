@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,27 @@ def test_a_store_may_have_a_bound_of_its_own() -> None:
         assert engine.settings.bound == ErrorBound.relative(1e-1)
         with pytest.raises(ConfigError, match="is no ErrorBound"):
             engine.store(K[2:3], view(x, [0]), bound=1e-3)  # type: ignore[arg-type]
+
+
+def test_results_go_between_processes(engine: kvzip.SwapEngine) -> None:
+    x = pages()
+    for transfer in (engine.store(K[:2], view(x, [0, 1])), engine.load(K[:2], view(np.zeros_like(x), [0, 1]))):
+        assert pickle.loads(pickle.dumps(transfer.result())) == transfer.result()
+
+
+def test_what_ended_is_counted_whether_somebody_asks_or_not(
+    engine: kvzip.SwapEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvzip.engine._MOST_ENDED", 3)
+    x = pages()
+    for i in range(6):
+        engine.store(K[i : i + 1], view(x, [i]))
+        assert len(engine._ended) <= 3  # it does not grow for ever
+    engine.load(K[:2], view(np.zeros_like(x), [0, 1]))
+    stats = engine.stats()
+    assert (stats.stored_blocks, stats.loaded_blocks) == (6, 2)
+    assert engine.metrics().value("kvzip_store_blocks_total") == 6
+    assert engine.stats().stored_blocks == 6  # once
 
 
 def test_keys_and_the_bytes_of_the_pool_that_their_records_take(engine: kvzip.SwapEngine) -> None:

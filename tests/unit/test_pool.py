@@ -603,6 +603,26 @@ def test_many_allocations_in_a_fragmented_pool() -> None:
         pool.check()
 
 
+def test_a_room_is_tried_for() -> None:
+    with HostPool(16 * 256) as pool:
+        room = pool.try_take(10 * 256 + 1)
+        assert room is not None
+        assert room.nbytes == 11 * 256
+        refusals = pool.stats().total_refusals
+        assert pool.try_take(6 * 256) is None
+        assert pool.stats().total_refusals == refusals  # nothing was asked of it that it could not give
+        rest = pool.try_take(5 * 256)
+        assert rest is not None
+        assert pool.free_bytes == 0
+        with pytest.raises(ConfigError, match="nbytes=0"):
+            pool.try_take(0)
+        room.close()
+        rest.close()
+        pool.check()
+    with pytest.raises(ConfigError, match="closed"):
+        pool.try_take(256)
+
+
 def test_a_room_is_divided_when_sizes_are_known() -> None:
     with HostPool(64 * 1024) as pool:
         room = pool.take(10_000)
