@@ -437,6 +437,8 @@ class DeviceSwap:
                 _native.check(int(status[0]), "encoding on the GPU")
             contents, header_of, reason = plan.context
             payload_bytes, joined = sizes.tolist(), rows.tobytes()
+            if max(payload_bytes) > plan.record_bytes - contents.header_bytes:
+                raise NativeError(f"the table of sizes of {count} blocks encoded on the GPU contradicts itself")
             size = len(joined) // count
             tables = [joined] if count == 1 else [joined[at : at + size] for at in range(0, len(joined), size)]
             self._index.land(room, keys, payload_bytes, crcs.tolist(), tables, contents, header_of)

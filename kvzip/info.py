@@ -22,7 +22,6 @@ _OPTIONAL = (
     "triton",
     "nvidia-nvcomp-cu13",
     "vllm",
-    "lmcache",
     "transformers",
     "ml_dtypes",
     "prometheus_client",

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.bounds import PageBounds
+from kvzip.errors import NativeError
 from kvzip.memory import MemoryResource, PinnedMemory, Region
 from kvzip.record import ENTRY_DTYPE, Coding, header_nbytes
 from kvzip.types import BlockLayout, BlockView, ChannelBounds, ErrorBound
@@ -412,11 +413,25 @@ class _EncodeCall:
     payload_bytes: Words
     record_offsets: Words
     payload_crc32c: npt.NDArray[np.uint32]
+    header_bytes: int
+    most_bytes: int  # of a payload
 
     def chunk(self, first: int) -> EncodedChunk:
-        """What the encoder said."""
+        """What the encoder said.
+
+        Raises:
+            NativeError: it failed, or what it said cannot be.
+        """
         if self.status[0]:
             _native.check(int(self.status[0]), "encoding on the GPU")
+        # Copies are made by these numbers, so they must not lead out of the arena, or records into one another.
+        offsets, sizes = self.record_offsets, self.payload_bytes
+        wrong = bool((sizes > self.most_bytes).any()) or bool(offsets[0])
+        if not wrong and len(sizes) > 1:
+            rounded = (sizes[:-1] + (self.header_bytes + RECORD_ALIGNMENT - 1)) // RECORD_ALIGNMENT * RECORD_ALIGNMENT
+            wrong = bool((offsets[1:] - offsets[:-1] != rounded).any())
+        if wrong:
+            raise NativeError(f"the table of sizes of {len(sizes)} blocks encoded on the GPU contradicts itself")
         return EncodedChunk(first, self.record_offsets, self.table, self.payload_bytes, self.payload_crc32c)
 
 
@@ -722,7 +737,7 @@ class EncodePipeline(_Pipeline):
             slot.kernel_done,
             self._kernels,
         )
-        made = slot.bound[key] = _EncodeCall(launch=launch, **arrays)
+        made = slot.bound[key] = _EncodeCall(launch=launch, header_bytes=header, most_bytes=worst, **arrays)
         return made
 
 

@@ -14,20 +14,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
 import numpy as np
 import pytest
-from fake_cuda import cuda_error
-from test_device import BLOCKS, Rig
+from fake_cuda import FakeDriver, cuda_error
+from test_device import BLOCKS, POLICY, Rig
 
 from kvzip import (
     BlockView,
     ConfigError,
+    CorruptRecordError,
     CudaError,
     ErrorBound,
     KvzipError,
     PoolExhaustedError,
     TransferError,
 )
+from kvzip.errors import NativeError
+from kvzip.small import Ticket
 from kvzip.transport import Staging
 
 WAYS = pytest.mark.parametrize("small", [False, True], ids=["worker", "small"])
@@ -198,6 +202,100 @@ def test_half_queued_copies_end_before_their_place_is_given_away() -> None:
     assert rig.driver.calls.count("stream_synchronize") == synchronized + 2  # both streams, before the bytes are free
     check_whole(rig)
     rig.driver.copy_between = real  # type: ignore[method-assign]
+    rig.close()
+
+
+SIZES = {
+    "too large": lambda sizes, offsets: sizes.__setitem__(-1, 1 << 40),
+    "next to nothing": lambda sizes, offsets: sizes.__setitem__(0, 16),
+    "beside each other": lambda sizes, offsets: offsets.__setitem__(-1, int(offsets[-1]) + 256),
+    "out of the arena": lambda sizes, offsets: offsets.__setitem__(-1, 1 << 50),
+    "not at the beginning": lambda sizes, offsets: offsets.__iadd__(np.uint64(256)),
+}
+
+
+@pytest.mark.parametrize("extent_bytes", [64, 256])
+@pytest.mark.parametrize("always", [False, True], ids=["once", "always"])
+@pytest.mark.parametrize("damage", SIZES)
+def test_a_damaged_table_of_sizes(
+    damage: str, always: bool, extent_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are made by these numbers: no byte moves by wrong ones. The blocks are kept raw, or the store fails."""
+    rig = exact_rig(False, chunk_blocks=4, extent_bytes=extent_bytes)
+    rig.engine.store([b"before"], rig.view[[0]]).wait()
+    encode, hits = FakeDriver.encode, []
+
+    def damaged(driver: FakeDriver, a: Any, stream: int) -> None:
+        encode(driver, a, stream)
+        if a.num_blocks > 1 and (always or not hits):
+            hits.append(1)
+            words = (fake_cuda.at(at, np.uint64, a.num_blocks) for at in (a.payload_bytes, a.record_offsets))
+            SIZES[damage](*words)
+
+    monkeypatch.setattr(FakeDriver, "encode", damaged)
+    transfer = rig.engine.store(rig.keys, rig.view)
+    if always:
+        with pytest.raises(NativeError, match=r"table of sizes of \d+ blocks .* contradicts itself"):
+            transfer.result(10)
+    else:
+        assert transfer.result(10).fallbacks == {"encoder_failed": 4 * BLOCKS}
+    assert hits
+    check_whole(rig)
+    assert rig.engine.contains(b"before")
+    monkeypatch.undo()
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    del transfer
+    rig.close()
+
+
+@pytest.mark.parametrize("damage", ["too large", "next to nothing"])
+def test_a_damaged_table_of_sizes_of_a_small_store(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be fails the store; what could be is found by the checksum when it is loaded."""
+    rig = exact_rig(True, reaper_seconds=30)
+    rig.engine.store([b"before"], rig.view[[0]]).wait()
+    transfer = rig.engine.store(rig.keys, rig.view)
+    (ticket,) = [a for a in rig.swap._small_out._pending[-1][1].args if isinstance(a, Ticket)]  # type: ignore[attr-defined]
+    SIZES[damage](ticket.arrays[1], None)
+    if damage == "too large":
+        with pytest.raises(NativeError, match=r"table of sizes of 12 blocks .* contradicts itself"):
+            transfer.result(10)
+        check_whole(rig)
+    else:
+        transfer.result(10)
+        with pytest.raises(CorruptRecordError) as caught:
+            rig.engine.load(rig.keys, rig.view).wait(10)
+        assert 0 in caught.value.blocks
+        del caught
+    rig.engine.discard(rig.keys)
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    del transfer, ticket
+    rig.close()
+
+
+def test_damaged_records_that_the_host_decodes() -> None:
+    """Bounds within pages without the Rice codings: the good ones are loaded all the same."""
+    rig = exact_rig(False, bound=POLICY, mode="plain")
+    rig.engine.store(rig.keys[:8], rig.view[range(8)]).wait(10)
+    rig.engine.configure(codec="raw")
+    rig.engine.store(rig.keys[8:], rig.view[range(8, BLOCKS)]).wait(10)
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    decoded = [a.copy() for a in rig.arrays]
+    for place in (2, 5, 9):
+        entry = rig.engine._index.find([rig.keys[place]])[0]
+        rig.pool.views(entry.allocation)[0][-1] ^= 4
+    rig.poison()
+    with pytest.raises(CorruptRecordError, match="3 of 12 records are damaged") as caught:
+        rig.engine.load(rig.keys, rig.view).wait(10)
+    assert caught.value.blocks == (2, 5, 9)
+    good = [i for i in range(BLOCKS) if i not in (2, 5, 9)]
+    for array, wanted in zip(rig.arrays, decoded, strict=True):
+        assert np.array_equal(array[good], wanted[good])
+        assert (array[[2, 5, 9]] == 0xA5A5).all()
+    assert rig.engine.stats().corrupt_blocks == 3
+    del caught
     rig.close()
 
 

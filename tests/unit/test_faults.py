@@ -60,6 +60,29 @@ def test_a_process_may_end_with_an_open_engine() -> None:
     assert run('kept = engine.load(keys, out)\nwith engine.pin(keys):\n    print("end")\n    sys.exit(0)\n') == "end\n"
 
 
+def test_a_codec_without_threads() -> None:
+    """Address space for no thread's stack: the codec goes on with the caller's own."""
+    code = """
+import mmap, resource, threading
+fresh = SwapEngine(1 << 24, threads=32)
+fresh.store(keys[:1], out[[0]])  # what is allocated once
+mapped = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (40 << 20), -1))
+threading.stack_size(64 << 20)
+try:
+    threading.Thread(target=len).start()
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("there is a thread to be had")
+fresh.store(keys, BlockView([pages], "2NHD"))
+fresh.load(keys, out)
+assert np.abs(out.tensors[0].astype(np.float32) - pages).max() < 0.1
+print("end")
+"""
+    assert run(code) == "end\n"
+
+
 def test_a_codec_that_is_missing_has_a_stand_in(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
