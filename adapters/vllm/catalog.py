@@ -50,6 +50,11 @@ class Record:
     lost: bool = False
     loads: int = 0
 
+    @property
+    def protected(self) -> bool:
+        """Whether eviction must pass it over."""
+        return not self.ready or self.loads > 0
+
 
 @dataclass(frozen=True)
 class StorePlan:
@@ -120,6 +125,7 @@ class RecordCatalog:
         self._records: dict[bytes, Record] = {}
         self._keys: dict[int, bytes] = {}  # number -> key
         self._used = [0] * workers
+        self._protected = [0] * workers  # of `_used`, what may not leave now
         self._recent: dict[int, list[deque[int]]] = {}  # group -> sizes of its records, for each worker
         self._loads_of_gone: Counter[bytes] = Counter()  # loads under way of records that have left
         self._next = 0
@@ -218,7 +224,9 @@ class RecordCatalog:
                 return key
             record.lost = True  # the store is under way elsewhere, and `finish_store` knows it by its key alone
             return None
-        self._used[worker] += nbytes - record.charges[worker]
+        change = nbytes - record.charges[worker]
+        self._used[worker] += change
+        self._protected[worker] += change if record.protected else 0
         record.charges[worker] = nbytes
         if record.group not in self._recent:
             self._recent[record.group] = [deque(maxlen=_RECENT) for _ in self._used]
@@ -234,7 +242,7 @@ class RecordCatalog:
             if record.lost:
                 self._remove(key, evicted=False)
                 continue
-            record.ready = True
+            self._change(record, ready=True)
             self._policy.insert(key, max(record.charges))
             self.counts.stored += 1
             held.append(key)
@@ -260,7 +268,7 @@ class RecordCatalog:
         for key in asked:
             record = self._records.get(key)
             if record is not None and record.ready:
-                record.loads += 1
+                self._change(record, loads=record.loads + 1)
                 numbers.append(record.number)
             else:
                 self._loads_of_gone[key] += 1
@@ -278,7 +286,7 @@ class RecordCatalog:
                 if not self._loads_of_gone[key]:
                     del self._loads_of_gone[key]
             elif (record := self._records.get(key)) is not None and record.loads > 0:
-                record.loads -= 1
+                self._change(record, loads=record.loads - 1)
 
     def touch(self, keys: Collection[bytes]) -> None:
         """Records were used; the first of the keys gets to be the hottest."""
@@ -299,12 +307,15 @@ class RecordCatalog:
         self._loads_of_gone.clear()
         self._discards.clear()
         self._used = [0] * len(self._used)
+        self._protected = [0] * len(self._used)
         self._first = self._next
 
     def check(self) -> None:
         """Assert that the sums agree with the records; for tests."""
         for worker, used in enumerate(self._used):
             assert used == sum(record.charges[worker] for record in self._records.values())
+            protected = [record.charges[worker] for record in self._records.values() if record.protected]
+            assert self._protected[worker] == sum(protected)
         assert {record.number: key for key, record in self._records.items()} == self._keys
         assert sorted(self._policy.victims()) == sorted(k for k, r in self._records.items() if r.ready)
 
@@ -317,6 +328,14 @@ class RecordCatalog:
         limit = self.capacity_bytes - needed
         if max(used) <= limit:
             return victims
+        # A store that is refused costs no walk: that comes again and again while the pool is full of what is loading.
+        staying = list(self._protected)
+        for key in keep:
+            kept = self._records.get(key)
+            if kept is not None and not kept.protected:
+                staying = [s + c for s, c in zip(staying, kept.charges, strict=True)]
+        if max(staying) > limit:
+            return None
         for key in self._policy.victims():
             record = self._records[key]
             if record.loads or key in keep:
@@ -330,6 +349,13 @@ class RecordCatalog:
     def _charge(self, record: Record, sign: int) -> None:
         for worker, nbytes in enumerate(record.charges):
             self._used[worker] += sign * nbytes
+            self._protected[worker] += sign * nbytes if record.protected else 0
+
+    def _change(self, record: Record, *, ready: bool = True, loads: int = 0) -> None:
+        """Change what protects a record from eviction."""
+        self._charge(record, -1)
+        record.ready, record.loads = ready, loads
+        self._charge(record, 1)
 
     def _remove(self, key: bytes, *, evicted: bool) -> None:
         record = self._records.pop(key)

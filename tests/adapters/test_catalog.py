@@ -168,6 +168,25 @@ def test_the_estimate_is_that_of_the_worker_with_the_largest_records() -> None:
     assert c.expected_bytes(0) == 60
 
 
+def test_a_store_that_is_refused_does_not_walk_through_all_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the pool is full of what is loading or being stored, it comes again at every step of the scheduler."""
+    c = catalog(1000 * WORST)
+    stored(c, k(*range(995)))
+    c.begin_load(k(*range(990)))
+    c.begin_store(k(*range(995, 1000)))
+    walks = []
+    victims = c._policy.victims
+    monkeypatch.setattr(c._policy, "victims", lambda: walks.append(1) or victims())
+    assert c.begin_store(k(*range(2000, 2006))) is None  # 500 bytes may leave, it needs 600
+    assert c.begin_store(k(990, *range(2000, 2005))) is None  # and one of these is asked for
+    assert not walks
+    plan = c.begin_store(k(*range(2000, 2005)))
+    assert plan is not None
+    assert len(plan.evicted) == 5
+    assert walks
+    c.check()
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ConfigError, match="must be at least 1"):
         catalog(0)
