@@ -161,7 +161,7 @@ typedef struct kvz_cuda_decode_args {
   const kvz_segment* device_segments;  // the same in device memory, to stay until the work is done
   const int64_t* block_ids;            // device memory, num_blocks
   const uint64_t* payloads;       // device memory, num_blocks addresses of payloads in device memory, multiples of 16
-  const uint64_t* payload_bytes;  // device memory, num_blocks
+  const uint64_t* payload_bytes;  // device memory, num_blocks; one that is no multiple of 16 is corrupt
   const kvz_entry* table;         // device memory, num_blocks * num_segments, 16-byte aligned
   uint32_t* block_status;         // device memory, out: KVZ_OK or KVZ_CORRUPT, num_blocks; may be NULL
   void* workspace;                // kvz_cuda_workspace_bytes

@@ -307,8 +307,8 @@ def launches(torch: Any, driver: Any, seed: int) -> Iterator[tuple[Batch, Encode
         number += 1
 
 
-def run(torch: Any, driver: Any, cases: int, seed: int) -> dict[str, Any]:
-    """Launch until there were so many cases.
+def run(torch: Any, driver: Any, cases: int, seed: int, most_seconds: float = float("inf")) -> dict[str, Any]:
+    """Launch until there were so many cases, or so much time has gone.
 
     Raises:
         Fault: a promise was broken; the message names the launch.
@@ -322,7 +322,7 @@ def run(torch: Any, driver: Any, cases: int, seed: int) -> dict[str, Any]:
         except Fault as fault:
             raise Fault(f"launch {launched} of seed {seed}: {fault}") from fault
         launched += 1
-        if done >= cases:
+        if done >= cases or time.perf_counter() - started > most_seconds:
             break
     outcomes: dict[str, dict[str, int]] = {}
     for name, count in sorted(counts.items()):
@@ -348,9 +348,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="hostile records against the CUDA decoder")
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
-    result = run(*bridge.load(), options.cases, options.seed)
+    result = run(*bridge.load(), options.cases, options.seed, options.seconds)
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
