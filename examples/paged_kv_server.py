@@ -50,6 +50,8 @@ class Server:
         self.free = list(range(num_blocks))
         self.resident: list[Conversation] = []  # those that have pages, least recently used first
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # the model's; None on the CPU
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # on which the tensors were filled
         # All that kvzip needs to know of the cache: its tensors, and the order of the axes behind the block axis.
         self.blocks = BlockView(self.cache, "2NHD")
         self.pool = HostPool(pool_bytes, resource=PinnedMemory() if self.stream else PageableMemory())
