@@ -11,6 +11,8 @@ that is named after the GPU, such as ``h200_transport.json``, and written as the
   time is a caller's: from the call of ``store`` or ``load`` until ``wait`` returns. Loads are compared with what they
   have to give. ``link_gb_per_s`` is what one plain copy of as many bytes reached in this run, ``efficiency`` the rate
   over ratio x link; ``cpu_s_per_gib`` is the time that all threads of the process computed.
+* ``timeline``: where the time of a large transfer goes, by CUDA events around the copies of its chunks: before the
+  first begins, while they move, between them, and after the last until the caller has the result.
 * ``both``: 1 GiB out and 1 GiB in at the same time, again and again.
 * ``codec``: the kernels alone, between CUDA events; ``ceiling_fraction`` compares raw plus encoded bytes with what a
   copy in device memory reads plus writes in this run. ``max_ctas_rows`` limits the thread blocks.
@@ -62,7 +64,7 @@ from kvzip.memory import PinnedMemory, Region
 from kvzip.record import header_nbytes
 from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
-SECTIONS = ("pool", "transport", "both", "codec", "interference")
+SECTIONS = ("pool", "transport", "timeline", "both", "codec", "interference")
 MOST_PAGES_OF_BLOCK = 64
 MAX_CTAS = (0, 32, 64, 96)
 
@@ -265,6 +267,109 @@ def section_transport(bench: TransportBench, results: Results, options: argparse
                 results.note("transport", f"{way.name}: {way.note()}")
             if isinstance(way, Kvzip):
                 way.close()
+
+
+# ---- section timeline
+
+
+class Timeline:
+    """Has a driver record events around the copies of each chunk. A context manager; `read` ends a transfer's.
+
+    Args:
+        driver: what the transfers use.
+        stream: idle when `begin` is called.
+    """
+
+    def __init__(self, driver: Any, stream: int) -> None:
+        self._driver, self._stream = driver, stream
+        self._copy = driver.copy_between
+        self._start = driver.event_create(timing=True)
+        self._pairs: list[tuple[int, int]] = []
+
+    def __enter__(self) -> Timeline:
+        self._driver.copy_between = self._watched
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._driver.copy_between  # the method of the class is back
+        self.read()
+        self._driver.event_destroy(self._start)
+
+    def begin(self) -> None:
+        """A transfer begins now."""
+        self._driver.event_record(self._start, self._stream)
+
+    def _watched(self, pieces: Any, after: int, done: int, stream: int) -> None:
+        pair = (self._driver.event_create(timing=True), self._driver.event_create(timing=True))
+        self._pairs.append(pair)
+        if after:
+            self._driver.stream_wait_event(stream, after)
+        self._driver.event_record(pair[0], stream)
+        self._copy(pieces, after, done, stream)
+        self._driver.event_record(pair[1], stream)
+
+    def read(self) -> list[tuple[float, float]]:
+        """Begin and end of each chunk's copies, seconds since `begin`, of a transfer that has ended."""
+        elapsed = self._driver.event_elapsed_seconds
+        found = [(elapsed(self._start, first), elapsed(self._start, last)) for first, last in self._pairs]
+        for event in (event for pair in self._pairs for event in pair):
+            self._driver.event_destroy(event)
+        self._pairs.clear()
+        return found
+
+
+def parts_of(seconds: float, copies: Sequence[tuple[float, float]]) -> Row:
+    """A transfer's time by what the link does meanwhile, in microseconds."""
+    link = sum(end - begin for begin, end in copies)
+    first, last = copies[0][0], copies[-1][1]
+    parts = {"us": seconds, "before_us": first, "link_us": link, "idle_us": last - first - link}
+    return {k: v * 1e6 for k, v in {**parts, "after_us": seconds - last}.items()} | {"chunks": len(copies)}
+
+
+def timeline_rows(bench: TransportBench, way: Kvzip, pages: int, repetitions: int) -> list[Row]:
+    """Medians of `repetitions` transfers of so many pages each way."""
+    way.pages = pages
+    chosen = bench.selections(pages, repetitions)
+    rows: list[Row] = []
+    for direction, call in (("out", way.store), ("in", way.load)):
+        parts: list[Row] = []
+        for number in range(-2, repetitions):
+            slot = number % len(chosen)
+            if direction == "out":
+                way.renew(chosen[slot], slot)
+            if number == -2:
+                call(chosen[slot], slot)  # makes the device's side
+                continue
+            with Timeline(way.engine._device("cuda:0").driver, bench.kernels.cuda_stream) as timeline:
+                timeline.begin()
+                start = time.perf_counter()
+                call(chosen[slot], slot)
+                seconds = time.perf_counter() - start
+                copies = timeline.read()
+            if number >= 0 and copies:
+                parts.append(parts_of(seconds, copies))
+        row: Row = {"way": way.name, "direction": direction, "pages": pages, "raw_bytes": pages * PAGE_BYTES}
+        rows.append(row | {k: float(np.median([p[k] for p in parts])) for k in parts[0]} | {"repetitions": len(parts)})
+    way.forget()
+    return rows
+
+
+def section_timeline(bench: TransportBench, results: Results, options: argparse.Namespace) -> None:
+    for kind in (Kvzip1e3, Kvzip1e2, KvzipLossless):
+        way = kind(bench)
+        try:
+            for pages in [n for n in options.pages if n * PAGE_BYTES > Staging().small_bytes]:
+                with results.attempt("timeline", f"{way.name}, {pages} pages"):
+                    rows = timeline_rows(bench, way, pages, 3 if options.quick else 15)
+                    results.add("timeline", rows)
+                    for row in rows:
+                        print(
+                            "{pages:6d} pages {direction:3s} {way:14s} {us:8.0f} us: before {before_us:.0f}, link "
+                            "{link_us:.0f}, idle {idle_us:.0f}, after {after_us:.0f}".format(**row),
+                            flush=True,
+                        )
+        finally:
+            way.close()
 
 
 # ---- swaps that go on
@@ -1121,6 +1226,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 SECTION: dict[str, Callable[[TransportBench, Results, argparse.Namespace], None]] = {
     "pool": section_pool,
     "transport": section_transport,
+    "timeline": section_timeline,
     "both": section_both,
     "codec": section_codec,
     "interference": section_interference,

@@ -353,7 +353,32 @@ def transport_section() -> list[str]:
                 ],
             ),
         ]
-    return parts
+    return parts + timeline_section()
+
+
+def timeline_section() -> list[str]:
+    """Where the time of large transfers goes."""
+    found = load("*_timeline.json")
+    if not found:
+        return []
+    name, data = found
+    parts = ("us", "before_us", "link_us", "idle_us", "after_us")
+    return [
+        "### Where the time of a large transfer goes, microseconds\n",
+        paragraph(
+            "By CUDA events around the copies of its chunks: until the first begins, while they move, between them, "
+            "and after the last until the caller has the result. The first and the last part do not grow with the "
+            "transfer. "
+            f"Medians; commit {data['environment']['commit']} ([{name}](../bench/results/{name}))."
+        ),
+        table(
+            ["way", "direction", "MiB", "in all", "before", "link", "between", "after"],
+            [
+                [WAYS[r["way"]], r["direction"], f"{r['raw_bytes'] >> 20:,}", *(f"{r[k]:,.0f}" for k in parts)]
+                for r in data["rows"]
+            ],
+        ),
+    ]
 
 
 def _missing_ways(shown: set[str]) -> list[str]:

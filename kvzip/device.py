@@ -44,7 +44,7 @@ from kvzip.record import (
 )
 from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
 from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult
-from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, EncodedChunk, Records, Run, Staging
+from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, Driver, EncodedChunk, Records, Run, Staging
 from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound, empty_view
 from kvzip.worker import Job, Reaper, Worker
 
@@ -174,6 +174,11 @@ class DeviceSwap:
         self._loads: SmallLoads | None = None
         use = partial(self._driver.set_device, device)
         self._reaper = Reaper(f"kvzip-small-{device}", use, (self._small_out, self._small_into))
+
+    @property
+    def driver(self) -> Driver:
+        """The device functions that it uses."""
+        return self._driver
 
     # ---- what the engine calls, in the caller's thread
 

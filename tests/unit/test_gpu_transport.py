@@ -90,6 +90,10 @@ class Driver(FakeDriver):
         super().__init__()
         self.memory = Memory()
 
+    def event_elapsed_seconds(self, start: int, stop: int) -> float:
+        assert {start, stop} <= self.events
+        return (stop - start) * 1e-6  # handles count up
+
     def arena_bytes(self, segments: Any, num_blocks: int, header_bytes: int) -> int:
         return num_blocks * (header_bytes + 64 * 65536 + 256)
 
@@ -162,6 +166,23 @@ def test_ways_are_measured_checked_and_written(module: Any, results: Any, tmp_pa
     }
     assert both["notes"] == []
     assert bench.pool.stats().allocations == 0
+
+
+def test_where_the_time_of_a_transfer_goes(module: Any, results: Any, tmp_path: Path) -> None:
+    bench = bench_of(module, 256)
+    events = set(bench.driver.events)
+    module.run(bench, results, options_of(module, tmp_path, "--pages", "64,256", "--sections", "timeline"))
+    written = json.loads((tmp_path / "h200_timeline.json").read_text())
+    assert written["notes"] == []
+    assert {(r["direction"], r["pages"]) for r in written["rows"]} == {("out", 256), ("in", 256)}  # 64 are small
+    for row in written["rows"]:
+        assert row["chunks"] > 1
+        parts = row["before_us"] + row["link_us"] + row["idle_us"] + row["after_us"]
+        assert parts == pytest.approx(row["us"], rel=0.5)  # medians of each
+    assert bench.driver.events == events
+    assert module.parts_of(10.0, [(1.0, 3.0), (4.0, 8.0)]) == {
+        "us": 10e6, "before_us": 1e6, "link_us": 6e6, "idle_us": 1e6, "after_us": 2e6, "chunks": 2
+    }  # fmt: skip
 
 
 def test_wrong_pages_are_found(module: Any) -> None:
