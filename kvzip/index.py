@@ -248,7 +248,11 @@ class RecordIndex:
             for key, allocation, table, crc in zip(keys, allocations, tables, payload_crc32c, strict=True):
                 entry = fresh[key] = Entry(allocation, contents, table, crc, header=header, on_gpu=True)
                 entry.pins.entry = entry
-            self.publish(fresh)
+            try:
+                self.publish(fresh)
+            except BaseException:
+                self.cancel(fresh.values())
+                raise
 
     def admit(
         self,
@@ -309,16 +313,33 @@ class RecordIndex:
                             self._leavable -= entry.allocation.extent_nbytes
             held.update(fresh)
             raw_bytes = record_bytes = leavable = 0
-            for key, entry in fresh.items():
-                allocation = entry.allocation
-                raw_bytes += entry.contents.raw_bytes
-                nbytes = allocation.nbytes
-                record_bytes += nbytes
-                leavable += allocation.extent_nbytes
-                insert(key, nbytes)
+            key = b""
+            try:
+                for key, entry in fresh.items():
+                    allocation = entry.allocation
+                    raw_bytes += entry.contents.raw_bytes
+                    nbytes = allocation.nbytes
+                    record_bytes += nbytes
+                    leavable += allocation.extent_nbytes
+                    insert(key, nbytes)
+            except BaseException:  # a policy that fails, or Ctrl-C: whoever asked frees what it brought
+                self._retract(fresh, key)
+                raise
             self._raw_bytes += raw_bytes
             self._record_bytes += record_bytes
             self._leavable += leavable
+
+    def _retract(self, fresh: Mapping[bytes, Entry], failed: bytes) -> None:
+        """Undo a `publish` whose policy refused a key, those before it accepted."""
+        for key in fresh:
+            if key == failed:
+                break
+            self._policy.remove(key, evicted=False)
+        for key, entry in fresh.items():
+            del self._entries[key]
+            if entry.pins.count:
+                self._pinned -= 1
+                self._leavable += entry.allocation.extent_nbytes
 
     def cancel(self, entries: Iterable[Entry], keys: Sequence[bytes] = ()) -> None:
         """Take back what `admit` gave to a store of `keys` that failed."""
@@ -511,4 +532,5 @@ class RecordIndex:
     def _release(self, entry: Entry) -> None:
         if entry.dropped and not entry.freed and entry.loads == 0:
             entry.freed = True
-            self.pool.free(entry.allocation)
+            if not self.pool.closed:  # by its owner, before the engine was
+                self.pool.free(entry.allocation)

@@ -31,6 +31,7 @@ from kvzip import (
     TransferError,
 )
 from kvzip.errors import NativeError
+from kvzip.policy import LRU
 from kvzip.small import Ticket
 from kvzip.transport import Staging
 
@@ -518,6 +519,61 @@ def test_what_left_for_a_store_that_fails_stays_away(small: bool) -> None:
     assert stats.evicted_blocks > 0
     check_whole(rig)
     rig.close()
+
+
+class Failing(LRU):
+    """Fails at one of its insertions, as Ctrl-C does it."""
+
+    fails_at = 0
+
+    def insert(self, key: bytes, nbytes: int) -> None:
+        self.fails_at -= 1
+        if self.fails_at == 0:
+            raise KeyboardInterrupt
+        super().insert(key, nbytes)
+
+
+@pytest.mark.parametrize("way", ["host", "worker", "small"])
+@pytest.mark.parametrize("fails_at", [1, 2, 4])
+def test_a_store_that_is_interrupted_while_its_records_are_published(way: str, fails_at: int) -> None:
+    policy = Failing()
+    rig = exact_rig(way == "small", policy=policy)
+    view = BlockView(rig.original, "2NHD", dtype="bfloat16") if way == "host" else rig.view
+    rig.engine.store(rig.keys[:3], view[range(3)]).wait()
+    with rig.engine.pin(rig.keys[:2]):
+        policy.fails_at = fails_at
+        with pytest.raises((KeyboardInterrupt, TransferError)):  # the first in the caller's thread
+            rig.engine.store(rig.keys[1:6], view[range(1, 6)]).wait(10)
+        assert rig.engine.list_keys() == rig.keys[:1]  # what was replaced is gone, what replaced it did not come
+        assert rig.engine.stats().pinned == 1
+    check_whole(rig)
+    rig.engine.store(rig.keys, view).wait(10)
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    assert all(np.array_equal(a, o) for a, o in zip(rig.arrays, rig.original, strict=True))
+    rig.close()
+
+
+@WAYS
+def test_a_pool_that_is_closed_before_its_engine(small: bool) -> None:
+    rig = exact_rig(small)
+    rig.engine.store(rig.keys, rig.view).wait()
+    rig.pool.close()
+    for use in (rig.engine.store, rig.engine.load):
+        with pytest.raises(ConfigError, match="closed"):
+            use(rig.keys, rig.view).wait(10)
+    rig.engine.close()
+    assert not rig.driver.memory
+    assert not rig.driver.streams
+
+
+def test_transfers_of_no_blocks() -> None:
+    for small in (False, True):
+        rig = exact_rig(small)
+        assert rig.engine.store([], rig.view[[]]).result(10).blocks == 0
+        assert rig.engine.load([], rig.view[[]]).result(10).blocks == 0
+        check_whole(rig)
+        rig.close()
 
 
 def test_eviction_walks_the_policy_once_however_much_is_pinned() -> None:
