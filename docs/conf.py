@@ -14,6 +14,7 @@ project = "kvzip"
 copyright = "The kvzip authors"
 extensions = ["myst_parser"]
 include_patterns = ["docs/**.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [".venv", "build", "dist"]  # not to be searched
 root_doc = "docs/index"
 myst_heading_anchors = 4
 html_theme = "furo"

@@ -22,6 +22,7 @@ _OPTIONAL = (
     "triton",
     "nvidia-nvcomp-cu13",
     "vllm",
+    "lmcache",
     "transformers",
     "ml_dtypes",
     "prometheus_client",

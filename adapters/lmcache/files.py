@@ -55,6 +55,7 @@ class FilesL2Adapter(FSL2Adapter):
     def __init__(self, config: FilesL2AdapterConfig, l1_memory_desc: Any = None) -> None:
         register()  # LMCache looks for the serde after it has made the tier
         self._loads: dict[L2TaskId, tuple[list[ObjectKey], list[MemoryObj]]] = {}
+        self._refused = 0
         super().__init__(config)
 
     def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> L2TaskId:
@@ -80,9 +81,14 @@ class FilesL2Adapter(FSL2Adapter):
             except FormatError as error:
                 logger.warning("%s is not read, LMCache will compute it again: %s", self._key_to_path(keys[i]), error)
                 found.clear(i)
+                self._refused += 1
                 # A file that begins like something else may be another serde's.
                 if isinstance(error, CorruptRecordError) and data[:4].tobytes() in (MAGIC, bytes(4), b""):
                     damaged.append(keys[i])
         if damaged:
             self.delete(damaged)
         return found
+
+    def report_status(self) -> dict[str, Any]:
+        """LMCache's status of the tier, and how many objects were read and refused since the start."""
+        return {**super().report_status(), "refused_object_count": self._refused}

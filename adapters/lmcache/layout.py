@@ -65,7 +65,7 @@ class Page:
     first: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one of each kind is made, and it is a key of caches on the hot path
 class ObjectLayout:
     """The pages of an object.
 
@@ -203,12 +203,11 @@ def page_bounds(bound: ErrorBound | BoundPolicy, layout: ObjectLayout, kv_rank: 
         if not segment.kind:
             bounds.append(policy.other if segment.dtype is not DType.OPAQUE else exact)
             continue
-        if page.first and policy.sink is not None:
-            bounds.append(policy.sink)
-            continue
         pair = policy.layers.get(page.layer, (policy.key, policy.value))
         key, value = pair if isinstance(pair, tuple) else (pair, pair)
         chosen = key if segment.kind == "k" else value
+        if page.first and policy.sink is not None:
+            chosen = policy.sink
         try:
             if chosen.kind in WITHIN_PAGES and not page.heads:
                 raise ConfigError(f"{segment.head_dim} values a token are no whole heads: give this model's head_dim")

@@ -58,6 +58,7 @@ class KvzipSerializer(Serializer):
         self.settings = settings
         self.stats = SerdeStats()
         self._codec = get_codec(settings.codec)
+        self._bounds, self._mode = settings.bounds, settings.coding_mode
         self._form = HeadForm(settings.head_dim, settings.packed)
         self._lock = threading.Lock()
 
@@ -94,8 +95,8 @@ class KvzipSerializer(Serializer):
             raise LayoutError(f"the buffer has {room.size} bytes, {needed} may be needed: see estimate_serialized_size")
         blocks = BlockView([data[None]], layout.block)
         out = room[None, header_nbytes(layout.block) :]  # the payload is made in its place
-        bounds = page_bounds(self.settings.bounds, layout, key.kv_rank)
-        request = EncodeRequest(bounds, self.settings.coding_mode, self.settings.threads)
+        bounds = page_bounds(self._bounds, layout, key.kv_rank)
+        request = EncodeRequest(bounds, self._mode, self.settings.threads)
         verify = self.settings.verify > 0 and random.random() < self.settings.verify
         batch = encode_records(blocks, self._codec, request, measure_error=verify, out=out)
         violations = batch.records[0].violations or 0
@@ -122,6 +123,7 @@ class KvzipDeserializer(Deserializer):
 
     def __init__(self, settings: SerdeSettings) -> None:
         self.settings = settings
+        self._bounds = settings.bounds
 
     def deserialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> None:
         """Fill an object from its record, after that was verified.
@@ -144,7 +146,7 @@ class KvzipDeserializer(Deserializer):
         codec = get_codec(header.codec)
         check_device(codec, blocks)
         if header.table_id:
-            bounds = page_bounds(self.settings.bounds, layout, key.kv_rank)
+            bounds = page_bounds(self._bounds, layout, key.kv_rank)
             if table_id(bounds, header.num_segments) != header.table_id:
                 raise ConfigError(
                     f"the record was stored with calibration table {header.table_id:016x}, the settings have another: "

@@ -116,6 +116,7 @@ def test_a_damaged_file_is_a_miss_of_its_chunk_alone_and_is_replaced(
     assert [after is None for after in loaded] == [i == 1 for i in range(len(keys))]
     assert all(torch.equal(before, after) for before, after in zip(chunks, loaded, strict=True) if after is not None)
     assert not file.exists()
+    assert one.manager.report_status()["l2_adapters"][0]["refused_object_count"] == 1
     one.store([keys[1]], [chunks[1]])  # LMCache computes it again and stores it
     assert torch.equal(one.load([keys[1]], chunks[0].shape, torch.bfloat16)[0], chunks[1])
 
