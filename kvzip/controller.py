@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -33,25 +33,48 @@ OBJECTIVES = ("latency", "balanced", "capacity")
 #: Why a choice was made; see `Decision`.
 CAUSES = ("asked", "objective", "hysteresis", "exploration")
 
+#: What is asked of a transfer: nothing, when it ends, or what it took as well: in place of `WATCH_EVERY`, or of itself.
+SKIP, NOTE, OBSERVE, YOUNGEST = 0, 1, 2, 3
+
 TO_RAW, TO_ENCODED = 0.04, 0.01  # of raw over encoded, logarithm: where the choice changes, each way
 SLACK = 0.02  # logarithm of the ratio up to which `capacity` finds both sizes equal
 OPTIMISM, UNSEEN_OPTIMISM = 2.0, 100.0  # raw is measured only if it could win at this part of its estimate
 FIRST_TRIES = 2  # of each road in a size class
-TRY_EVERY = 64  # choices in a size class, after that
-WATCH_FIRST, WATCH_EVERY = 16, 4  # transfers of a size that are observed: the first ones, then one of so many
+FIRST_PART = 0.05  # of the time of all transfers, that these may lose
+TRY_EVERY = 32  # choices in a size class, after that
+CHANGED = 0.25  # logarithm of the change of the road taken after which the other one is tried anew
+YOUNG = 16  # transfers of a size that are all observed, and after each of which the roads are compared
+WATCH_EVERY = 7  # one of so many is observed later, and the end of the one before it
 MOST_SAMPLES = 9
-SAMPLES_SECONDS = 30.0  # older samples go when a new one comes
+STALE = 4  # transfers of a size that were observed since: then a road's samples, all but one, go when a new one comes
 MOST_STATES = 512
 SMALLEST_CLASS, LARGEST_CLASS = 6, 16  # 4 KiB and less, 4 GiB and more
 SEEN_RATIO = 1.5  # of data that has not been encoded yet
 
 
-class Profile(NamedTuple):
-    """What an encoder is asked for: codec, mode, and bound (any hashable object with a readable ``str``)."""
+class Profile:
+    """What an encoder is asked for. Immutable; hashed once, as every store looks it up.
 
-    codec: str
-    mode: str
-    bound: Hashable
+    Args:
+        codec: name of the codec.
+        mode: encoding mode.
+        bound: any hashable object with a readable ``str``.
+        family: bounds of a family take about as long as each other at the same ratio.
+    """
+
+    __slots__ = ("_hash", "bound", "codec", "family", "mode")
+
+    def __init__(self, codec: str, mode: str, bound: Hashable, family: str = "") -> None:
+        self.codec, self.mode, self.bound, self.family = codec, mode, bound, family
+        self._hash = hash((codec, mode, bound))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Profile) and (self.codec, self.mode, self.bound) == (other.codec, other.mode, other.bound)
+        )
 
     def __str__(self) -> str:
         return f"{self.codec} {self.mode} {self.bound}"
@@ -116,7 +139,7 @@ class Decision(NamedTuple):
             or not for long enough), ``"exploration"`` (to measure it), ``"asked"`` (by the caller).
         expected_seconds: what the store was expected to take when the roads were last compared.
         starting: it is one of the first attempts, which have a budget of their own.
-        observed: what the store takes is of interest; of most, in a size that is known, it is not.
+        watch: what to report of the store: `SKIP`, `NOTE`, `OBSERVE` or `YOUNGEST`.
     """
 
     device: str
@@ -125,7 +148,7 @@ class Decision(NamedTuple):
     cause: str
     expected_seconds: float
     starting: bool = False
-    observed: bool = True
+    watch: int = YOUNGEST
 
 
 @dataclass(frozen=True)
@@ -160,10 +183,11 @@ class ControllerSnapshot:
     Attributes:
         objective: what it serves.
         decisions: choices made, by choice and cause.
-        transfer_seconds: of all transfers that were observed, without the time they waited for others.
+        transfer_seconds: of all transfers, estimated from those that were observed, without the time that they waited
+            for others.
         exploration_seconds: what roads took that were tried although they were expected to be slower, beyond what the
             others were expected to take.
-        waiting_seconds: by direction, time that transfers waited for others.
+        waiting_seconds: by direction, the time that they waited.
         link_bytes_per_second: by device and direction, what raw transfers of the largest size seen reach.
         crossings: what it thinks, by device, profile and size class.
     """
@@ -180,23 +204,24 @@ class ControllerSnapshot:
 class _Samples:
     """The latest observations of a number, and their lower median."""
 
-    __slots__ = ("_values",)
+    __slots__ = ("_count", "_values", "serial")
 
     def __init__(self) -> None:
-        self._values: deque[tuple[float, float]] = deque(maxlen=MOST_SAMPLES)
+        self._values: deque[float] = deque(maxlen=MOST_SAMPLES)
+        self._count = 0
+        self.serial = 0  # of the latest one, among all transfers of its size and direction
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def add(self, value: float, now: float) -> None:
-        while self._values and self._values[0][1] < now - SAMPLES_SECONDS:
+    def add(self, value: float, *, stale: bool) -> None:
+        """Add an observation. `stale`: the others are from another time, of which only the latest still counts."""
+        while stale and len(self._values) > 1:
             self._values.popleft()
-        self._values.append((value, now))
+        self._values.append(value)
+        self._count += 1
 
     def value(self, prior: float = 0.0) -> float:
-        """The lower median, as delays only add; the prior is one of the samples while there are fewer than three."""
-        values = [value for value, _ in self._values]
-        if len(values) < 3:
+        """The lower median, as delays only add; the prior is one of the samples until there were three."""
+        values = list(self._values)
+        if self._count < 3:
             values.append(prior)
         return sorted(values)[(len(values) - 1) // 2]
 
@@ -206,7 +231,7 @@ class _State:
     """A size class of a profile on a device."""
 
     choice: Choice = ENCODED
-    standing: tuple[Decision, Decision] | None = None  # what holds until the next look: observed, and not
+    standing: tuple[Decision, ...] | None = None  # what holds until the next look, by what is watched
     decisions: int = 0
     switches: int = 0
     changed: int = 0  # number of the decision at which the choice was made, or changed
@@ -214,10 +239,12 @@ class _State:
     tries: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))
     tried: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))  # number of the last decision
     expected: dict[Choice, float] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0.0))  # seconds of a store
+    known: float = 0.0  # seconds of the road that was taken when the other one was tried
 
 
 Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves
 Kind: TypeAlias = tuple[str, Direction, Hashable]  # device, direction, what is moved
+Way: TypeAlias = tuple[str, Direction]
 
 
 class Controller:
@@ -232,7 +259,8 @@ class Controller:
         loads_per_store: loads of a block that are expected for each store of it.
         exploration: most time, as a part of all transfers' time, that is lost by measuring the road that is not chosen;
             0 = never measure it.
-        allowance_seconds: what may be lost beside that on the first two attempts in each size class.
+        allowance_seconds: what may be lost at once on the first two attempts in each size class, and on those that
+            follow a change of what the chosen road takes; over time, 5 % of all.
         dwell: choices in a size class before the roads are compared again, and the choice may change again.
         priors: what is expected at first, by device (``"cuda:0"``) or kind of device (``"cuda"``, ``"cpu"``).
         clock: seconds; for tests.
@@ -248,7 +276,7 @@ class Controller:
         loads_per_store: float = 1.0,
         exploration: float = 0.01,
         allowance_seconds: float = 0.05,
-        dwell: int = 8,
+        dwell: int = 16,
         priors: Mapping[str, Prior] | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
@@ -270,12 +298,14 @@ class Controller:
         self._priors = {**PRIORS, **(priors or {})}
         self._clock = clock
         self._lock = threading.Lock()
-        self._states: OrderedDict[tuple[str, Profile, int], _State] = OrderedDict()
+        self._states: dict[tuple[str, Profile, int], _State] = {}
         self._cells: dict[Kind, dict[Cell, _Samples]] = {}
-        self._ratios: OrderedDict[Profile, _Samples] = OrderedDict()
+        self._ratios: dict[Profile, _Samples] = {}
         self._decisions: Counter[tuple[str, str]] = Counter()
-        self._ends: dict[tuple[str, Direction], float] = {}
-        self._watched: dict[tuple[Kind, int], int] = {}  # loads so far
+        self._ends: dict[Way, float] = {}
+        self._turns: dict[Way, int] = {}
+        self._serials: dict[tuple[str, Direction, int], int] = {}
+        self._loads_seen: dict[tuple[str, str, int], int] = {}
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
         self._seconds = 0.0
         self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
@@ -292,22 +322,32 @@ class Controller:
             asked: the caller's own choice, if there is one.
         """
         with self._lock:
-            state = self._state(device, profile, raw_bytes)
+            watch = self._turn((device, "store"))
+            state = self._states.get((device, profile, size_class(raw_bytes))) or self._state(
+                device, profile, raw_bytes
+            )
             state.decisions += 1
+            if state.decisions <= YOUNG:
+                watch = YOUNGEST
             if asked is not None:
-                decision = Decision(device, profile, asked, "asked", state.expected[asked])
-            elif state.standing is not None and state.decisions < state.next_look:  # the price of most stores
-                decision = state.standing[state.decisions > WATCH_FIRST and state.decisions % WATCH_EVERY > 0]
+                decision = Decision(device, profile, asked, "asked", state.expected[asked], watch=watch)
+            elif state.standing is None or (watch >= OBSERVE and state.decisions >= state.next_look):
+                decision = self._look(state, device, profile, raw_bytes, watch)
             else:
-                decision = self._look(state, device, profile, raw_bytes)
+                decision = state.standing[watch]  # the price of most stores
             state.tries[decision.choice] += 1
             state.tried[decision.choice] = state.decisions
             self._decisions[decision.choice, decision.cause] += 1
             return decision
 
-    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> Decision:
+    def _turn(self, way: Way) -> int:
+        """What to watch of the next transfer: one is observed now and then, with the end of the one before it."""
+        turn = self._turns[way] = (self._turns.get(way, -1) + 1) % WATCH_EVERY
+        return OBSERVE if turn == WATCH_EVERY - 1 else NOTE if turn == WATCH_EVERY - 2 else SKIP
+
+    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int, watch: int) -> Decision:
         """Compare the roads, and choose."""
-        state.next_look = state.decisions + (1 if state.decisions < 2 * self._dwell else self._dwell)
+        state.next_look = state.decisions + (1 if state.decisions < YOUNG else self._dwell)
         times = {}
         for choice in CHOICES:
             store = state.expected[choice] = self._expected(device, "store", choice, profile, raw_bytes)
@@ -321,12 +361,15 @@ class Controller:
             state.switches += 1
         cause = "objective" if state.choice == (RAW if gain > 0 else ENCODED) else "hysteresis"
         chosen = Decision(device, profile, state.choice, cause, state.expected[state.choice])
-        state.standing = (chosen, chosen._replace(observed=False))
+        state.standing = tuple(chosen._replace(watch=each) for each in (SKIP, NOTE, OBSERVE, YOUNGEST))
         other = ENCODED if state.choice == RAW else RAW
+        if state.known and abs(math.log(times[state.choice] / state.known)) > CHANGED:
+            state.tries[other] = min(state.tries[other], FIRST_TRIES - 1)  # who knows what it takes by now
         starting = state.tries[other] < FIRST_TRIES
         if self._explores(state, other, times, profile, starting):
-            return Decision(device, profile, other, "exploration", state.expected[other], starting)
-        return chosen
+            state.known = times[state.choice]
+            return Decision(device, profile, other, "exploration", state.expected[other], starting, watch)
+        return state.standing[watch]
 
     def _gain(self, times: Mapping[Choice, float], profile: Profile) -> float:
         """How much raw serves the objective better than encoded, logarithm."""
@@ -350,21 +393,17 @@ class Controller:
             if self._gain(hoped, profile) <= TO_RAW:
                 return False
         extra = max(0.0, times[other] - times[state.choice])
-        spent, most = self._explored[starting], self._allowance if starting else self._exploration * self._seconds
+        spent = self._explored[starting]
+        most = self._allowance + FIRST_PART * self._seconds if starting else self._exploration * self._seconds
         if spent + extra > most:
             return False
         self._explored[starting] = spent + extra
         return True
 
     def _state(self, device: str, profile: Profile, raw_bytes: int) -> _State:
-        key = (device, profile, size_class(raw_bytes))
-        state = self._states.get(key)
-        if state is None:
-            if len(self._states) >= MOST_STATES:
-                self._states.popitem(last=False)
-            state = self._states[key] = _State()
-        else:
-            self._states.move_to_end(key)
+        if len(self._states) >= MOST_STATES:
+            del self._states[next(iter(self._states))]
+        state = self._states[device, profile, size_class(raw_bytes)] = _State()
         return state
 
     # ---- observations
@@ -379,18 +418,39 @@ class Controller:
             seconds: from the call to its end.
         """
         now = self._clock()
-        own = self._end((decision.device, "store"), seconds, now)
-        if not decision.observed or raw_bytes <= 0 or record_bytes <= 0:
+        own = self._end((decision.device, "store"), seconds, now, decision.watch)
+        if decision.watch < OBSERVE or raw_bytes <= 0 or record_bytes <= 0:
             return
         with self._lock:
             if decision.choice == ENCODED:
-                self._learn_ratio(decision.profile, raw_bytes / record_bytes, now)
+                self._learn_ratio(decision, raw_bytes / record_bytes)
             kind = _kind(decision.device, "store", decision.choice, decision.profile)
-            self._observe(kind, decision.choice, raw_bytes, record_bytes, own, now)
+            self._observe(kind, decision.choice, raw_bytes, record_bytes, own)
             if decision.cause == "exploration":
                 self._explored[decision.starting] += max(0.0, own - decision.expected_seconds)
 
-    def loaded(self, device: str, profile: Profile | None, raw_bytes: int, record_bytes: int, seconds: float) -> None:
+    def watch_load(self, device: str, codec: str, raw_bytes: int) -> int:
+        """What to watch of a load that begins: `SKIP`, `NOTE`, `OBSERVE` or `YOUNGEST`.
+
+        Args:
+            device: where the blocks lie.
+            codec: of the first record.
+            raw_bytes: bytes of the blocks' values.
+        """
+        key = (device, codec, size_class(raw_bytes))
+        seen = self._loads_seen[key] = self._loads_seen.get(key, 0) + 1
+        turn = self._turn((device, "load"))
+        return YOUNGEST if seen <= YOUNG else turn
+
+    def loaded(
+        self,
+        device: str,
+        profile: Profile | None,
+        raw_bytes: int,
+        record_bytes: int,
+        seconds: float,
+        watch: int = YOUNGEST,
+    ) -> None:
         """A load has ended well.
 
         Args:
@@ -400,44 +460,48 @@ class Controller:
             raw_bytes: bytes of the blocks' values.
             record_bytes: bytes of their records.
             seconds: from the call to its end.
+            watch: what `watch_load` said.
         """
         now = self._clock()
-        own = self._end((device, "load"), seconds, now)
-        choice = RAW if profile is None else ENCODED
-        kind = _kind(device, "load", choice, profile)
-        count = self._watched.get((kind, size_class(raw_bytes)), 0)
-        self._watched[kind, size_class(raw_bytes)] = count + 1
-        if (count > WATCH_FIRST and count % WATCH_EVERY) or raw_bytes <= 0 or record_bytes <= 0:
+        own = self._end((device, "load"), seconds, now, watch)
+        if watch < OBSERVE or raw_bytes <= 0 or record_bytes <= 0:
             return
+        choice = RAW if profile is None else ENCODED
         with self._lock:
-            self._observe(kind, choice, raw_bytes, record_bytes, own, now)
+            self._observe(_kind(device, "load", choice, profile), choice, raw_bytes, record_bytes, own)
 
-    def _end(self, way: tuple[str, Direction], seconds: float, now: float) -> float:
+    def _end(self, way: Way, seconds: float, now: float, watch: int) -> float:
         """A transfer has ended: what it took, without the time that it waited for others of its direction.
 
         Without the lock: two that end at the same moment may count a little wrong.
         """
         own = max(now - max(now - seconds, self._ends.get(way, -math.inf)), 1e-7)
         self._ends[way] = now
-        self._seconds += own
-        self._waiting[way[1]] += max(0.0, seconds - own)
+        if watch >= OBSERVE:
+            times = WATCH_EVERY if watch == OBSERVE else 1
+            self._seconds += times * own
+            self._waiting[way[1]] += times * max(0.0, seconds - own)
         return own
 
-    def _observe(self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, own: float, now: float) -> None:
+    def _observe(self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, own: float) -> None:
         device, direction, _ = kind
-        ratio = raw_bytes / record_bytes
+        ratio, size = raw_bytes / record_bytes, size_class(raw_bytes)
         model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
         cells = self._cells.setdefault(kind, {})
         if len(self._cells) > MOST_STATES:
             del self._cells[next(iter(self._cells))]
-        cell = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
-        cells.setdefault(cell, _Samples()).add(math.log(own / model), now)
+        serial = self._serials[device, direction, size] = self._serials.get((device, direction, size), 0) + 1
+        samples = cells.setdefault((size, _octaves(ratio) if choice == ENCODED else 0), _Samples())
+        samples.add(math.log(own / model), stale=serial - samples.serial > STALE)
+        samples.serial = serial
 
-    def _learn_ratio(self, profile: Profile, ratio: float, now: float) -> None:
-        if profile not in self._ratios and len(self._ratios) >= MOST_STATES:
-            self._ratios.popitem(last=False)
-        self._ratios.setdefault(profile, _Samples()).add(math.log(ratio), now)
-        self._ratios.move_to_end(profile)
+    def _learn_ratio(self, decision: Decision, ratio: float) -> None:
+        samples = self._ratios.get(decision.profile)
+        if samples is None:
+            if len(self._ratios) >= MOST_STATES:
+                del self._ratios[next(iter(self._ratios))]
+            samples = self._ratios[decision.profile] = _Samples()
+        samples.add(math.log(ratio), stale=decision.cause == "exploration")
 
     # ---- predictions
 
@@ -446,9 +510,9 @@ class Controller:
         return SEEN_RATIO if samples is None else math.exp(samples.value(math.log(SEEN_RATIO)))
 
     def _expected(self, device: str, direction: Direction, choice: Choice, profile: Profile, raw_bytes: int) -> float:
-        ratio = self._ratio(profile)
-        model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
-        cell = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
+        prior, ratio = self._prior(device), self._ratio(profile)
+        model = prior.seconds(direction, choice, raw_bytes, ratio)
+        size, octave = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
         # What was never seen is as far from the model as its neighbour; as the other road; as the other direction.
         for kind in (
             _kind(device, direction, choice, profile),
@@ -458,8 +522,12 @@ class Controller:
         ):
             cells = self._cells.get(kind)
             if cells:
-                nearest = min(cells, key=lambda at: (abs(at[0] - cell[0]) + abs(at[1] - cell[1]), at))
-                return model * math.exp(cells[nearest].value())
+                near = min(cells, key=lambda at: (abs(at[0] - size) + 0.3 * abs(at[1] - octave), at))
+                factor = math.exp(cells[near].value())
+                if near[0] < size:  # what a smaller one took beside the model is no matter of its bytes
+                    there = prior.seconds(direction, choice, _middle(near[0]), ratio)
+                    return max(model + (factor - 1) * there, model / 4)
+                return model * factor
         return model
 
     def _prior(self, device: str) -> Prior:
@@ -478,7 +546,7 @@ class Controller:
         with self._lock:
             crossings = []
             for (device, profile, size), state in self._states.items():
-                middle = 2 << (2 * size)
+                middle = _middle(size)
                 expected = {
                     direction: {
                         choice: self._expected(device, direction, choice, profile, middle) for choice in CHOICES
@@ -503,8 +571,8 @@ class Controller:
             for (device, direction, moved), cells in self._cells.items():
                 if moved == RAW:
                     size, octave = max(cells)
-                    seconds = self._prior(device).seconds(direction, RAW, 2 << (2 * size), 1.0)
-                    links[device, direction] = (2 << (2 * size)) / (seconds * math.exp(cells[size, octave].value()))
+                    seconds = self._prior(device).seconds(direction, RAW, _middle(size), 1.0)
+                    links[device, direction] = _middle(size) / (seconds * math.exp(cells[size, octave].value()))
             return ControllerSnapshot(
                 self.objective,
                 dict(self._decisions),
@@ -524,6 +592,11 @@ def size_class(raw_bytes: int) -> int:
     return min(max((raw_bytes.bit_length() - 1) // 2, SMALLEST_CLASS), LARGEST_CLASS)
 
 
+def _middle(size: int) -> int:
+    """Bytes in the middle of a size class."""
+    return 2 << (2 * size)
+
+
 def _octaves(ratio: float) -> int:
     return round(2 * math.log2(ratio))
 
@@ -531,8 +604,10 @@ def _octaves(ratio: float) -> int:
 def _kind(device: str, direction: Direction, choice: Choice, profile: Profile | None) -> Kind:
     if choice == RAW or profile is None:
         return device, direction, RAW
+    if direction == "store":
+        return device, direction, (profile.codec, profile.mode, profile.family)
     # What is known of a record is its codec, and whether the kernels of the mode `rice` decode it.
-    return device, direction, profile if direction == "store" else (profile.codec, profile.mode == "rice")
+    return device, direction, (profile.codec, profile.mode == "rice")
 
 
 def make_controller(controller: str | Controller | None) -> Controller | None:

@@ -25,7 +25,7 @@ from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
 from kvzip.bounds import BoundPolicy, PageBounds, resolve, table_id
 from kvzip.coding import EncodedRecord, Part, check_device, check_geometry, encode_records, max_record_bytes
-from kvzip.controller import CHOICES, RAW, Choice, Controller, Decision, Profile, make_controller
+from kvzip.controller import CHOICES, RAW, SKIP, Choice, Controller, Decision, Profile, make_controller
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -174,6 +174,7 @@ class SwapEngine:
             _check_bound(step, self._settings.codec)
         self._gauge = None if pressure is None else PressureGauge(pressure)
         self._raw = get_codec(RAW)
+        self._profiles: dict[tuple[int, str, str], Profile] = {}  # by the identity of the bound, which they keep
         self._threads = threads
         self._owns_pool = not isinstance(pool, HostPool)
         self.pool = pool if isinstance(pool, HostPool) else HostPool(pool)
@@ -280,7 +281,7 @@ class SwapEngine:
         if blocks.device != "cpu":
             self._index.check_open()
             transfer = self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
-            if decision is not None or step is not None:
+            if step is not None or (decision is not None and decision.watch):
                 transfer._observe(partial(self._stored, decision, step))
             return transfer
         with self.counting_failures("store"), self._store_lock:
@@ -324,7 +325,14 @@ class SwapEngine:
             raise ConfigError(f"coding {coding!r}: use one of {', '.join(CHOICES)}, or None")
         if self.controller is None or settings.codec is self._raw or not len(blocks):
             return None
-        profile = Profile(settings.codec.name, settings.mode, settings.bound)
+        key = (id(settings.bound), settings.codec.name, settings.mode)
+        profile = self._profiles.get(key)
+        if profile is None:
+            if len(self._profiles) >= _MOST_REQUESTS:
+                self._profiles.clear()
+            kinds = settings.bound.kinds if isinstance(settings.bound, BoundPolicy) else {settings.bound.kind}
+            family = ",".join(sorted(kind.name for kind in kinds))
+            profile = self._profiles[key] = Profile(settings.codec.name, settings.mode, settings.bound, family)
         return self.controller.decide(blocks.device, profile, blocks.nbytes, coding)
 
     def _stored(self, decision: Decision | None, step: int | None, result: TransferResult) -> None:
@@ -335,14 +343,19 @@ class SwapEngine:
             with self._lock:
                 self._meter.pressure_blocks[step] += result.blocks
 
-    def _loaded(self, device: str, entries: Sequence[Entry], result: TransferResult) -> None:
-        """Take in what a load did; of records of several kinds it says nothing."""
+    def _watch_load(self, out: BlockView, entries: Sequence[Entry]) -> int:
         if self.controller is None or not entries:
+            return SKIP
+        return self.controller.watch_load(out.device, entries[0].contents.codec, out.nbytes)
+
+    def _loaded(self, device: str, entries: Sequence[Entry], watch: int, result: TransferResult) -> None:
+        """Take in what a load did; of records of several kinds it says nothing."""
+        if self.controller is None or watch == SKIP:
             return
         first = entries[0].contents
         if all(entry.contents is first for entry in entries):
             profile = None if first.codec == RAW else Profile(first.codec, "rice" if first.extended else "", None)
-            self.controller.loaded(device, profile, result.raw_bytes, result.record_bytes, result.seconds)
+            self.controller.loaded(device, profile, result.raw_bytes, result.record_bytes, result.seconds, watch)
 
     def _parts(
         self, names: Sequence[bytes], blocks: BlockView, sink: object, settings: Settings, calm: Settings
@@ -508,9 +521,10 @@ class SwapEngine:
             except BaseException:
                 self._index.end_load(entries)
                 raise
+            watch = self._watch_load(out, entries)
             transfer = swap.load(names, entries, out, stream)
-            if self.controller is not None:
-                transfer._observe(partial(self._loaded, out.device, entries))
+            if watch:
+                transfer._observe(partial(self._loaded, out.device, entries, watch))
             return transfer
         try:
             with self.counting_failures("load"):
@@ -523,7 +537,7 @@ class SwapEngine:
         record_bytes = sum(entry.allocation.nbytes for entry in entries)
         result = TransferResult(len(names), out.nbytes, record_bytes, time.perf_counter() - started, 0, {})
         self.count_load(result)
-        self._loaded(out.device, entries, result)
+        self._loaded(out.device, entries, self._watch_load(out, entries), result)
         transfer = Transfer()
         transfer._finish(result)
         return transfer

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -522,9 +523,7 @@ def fallback_reasons(
         tables: segment tables.
         whole: reason of the records; it is that of pages without a reason of their own.
     """
-    reasons = (
-        np.concatenate([np.atleast_1d(t["reason"]).ravel() for t in tables]) if len(tables) else np.empty(0, np.uint8)
-    )
-    counts = np.bincount(reasons, minlength=len(Reason))
-    counts[whole] += counts[Reason.AS_ASKED]
-    return {r.name.lower(): int(counts[r]) for r in Reason if r and counts[r]}
+    joined = tables.tobytes() if isinstance(tables, np.ndarray) else b"".join(table.tobytes() for table in tables)
+    counts = Counter(joined[ENTRY_DTYPE.itemsize - 1 :: ENTRY_DTYPE.itemsize])  # the reason is the last byte
+    counts[whole] += counts.pop(Reason.AS_ASKED, 0)
+    return {r.name.lower(): counts[r] for r in Reason if r and counts[r]}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvzip.controller import (
     CAUSES,
     CHOICES,
+    FIRST_PART,
     FIRST_TRIES,
     OBJECTIVES,
     TO_RAW,
@@ -139,12 +140,13 @@ def test_exploring_stays_within_its_budget(device: Device, raw_bytes: int, part:
         ):
             wasted += world.spent - before - best
             surprise = max(surprise, world.spent - before - best)
-    # What was spent beyond the part is at most a transfer that took longer than was expected of it.
-    assert wasted <= part * world.spent * (1 + 1e-6) + surprise + 1e-6
+    # What was spent beyond the parts is at most a transfer that took longer than was expected of it, of either kind.
+    most = (part + FIRST_PART) * world.spent + 2 * surprise + 1e-6
+    assert wasted <= most
     if part == 0:
         assert not any(cause == "exploration" for _, cause in controller.decisions)
     seen = controller.snapshot()
-    assert seen.exploration_seconds <= part * seen.transfer_seconds + surprise + 1e-6
+    assert seen.exploration_seconds <= most
 
 
 @given(devices, sizes)
@@ -230,6 +232,31 @@ def test_one_slow_transfer_changes_nothing() -> None:
         world.move(controller, device, 64 * MIB)
     world.move(controller, slow, 64 * MIB)
     assert [world.move(controller, device, 64 * MIB) for _ in range(50)].count("encoded") >= 48
+
+
+def test_a_load_that_begins_and_ends_beside_it_is_noticed() -> None:
+    """Beside other work the encoder is what is slow; without it, raw is. Both phases are short."""
+    world = World()
+    controller = Controller("latency", clock=world.clock)
+    idle = Device(prior(50e9, 500e9, 50e-6), prior(50e9, 500e9, 50e-6), ratio=3.0, noise=0.03)
+    busy = Device(prior(50e9, 500e9, 50e-6), prior(50e9, 30e9, 200e-6), ratio=3.0, noise=0.03)
+    for device, wanted in ((idle, "encoded"), (busy, "raw"), (idle, "encoded"), (busy, "raw"), (idle, "encoded")):
+        choices = [world.move(controller, device, 16 * MIB) for _ in range(400)]
+        assert choices[-60:].count(wanted) >= 55
+
+
+def test_a_bound_that_is_new_is_taken_for_its_family() -> None:
+    """What was seen of other bounds says more than what was seen of this bound in other sizes."""
+    world = World()
+    controller = Controller("latency", clock=world.clock, allowance_seconds=1.0)
+    device = Device(prior(50e9, 500e9, 100e-6), prior(50e9, 500e9, 130e-6), ratio=2.0)
+    for number in range(3):
+        for raw_bytes in (64 * KIB, 16 * MIB):
+            profile = Profile("cuszp", "fixed", number, "relative")
+            choices = [world.move(controller, device, raw_bytes, profile) for _ in range(60)]
+            assert choices[-1] == ("raw" if raw_bytes == 64 * KIB else "encoded")
+            if number:
+                assert choices[0] == choices[-1]
 
 
 def test_sizes_are_learned_apart_and_borrow_from_their_neighbours() -> None:
