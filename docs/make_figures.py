@@ -212,7 +212,7 @@ def performance() -> str:
     sections = (
         *(cpu_section, pool_section, policy_section),
         *(transport_section, codec_section, kernel_section, compute_section, controller_section, pinned_section),
-        *(sessions_section, conversation_section),
+        *(sessions_section, conversation_section, transformers_section),
     )
     for make in sections:
         parts += make()
@@ -718,6 +718,49 @@ def conversation_section() -> list[str]:
             ],
         ),
     ]
+
+
+def transformers_section() -> list[str]:
+    """`CompressedCache` beside the caches of transformers."""
+    parts: list[str] = []
+    for name, data in filter(None, (load("h100_transformers_cache.json"), load("transformers_cache.json"))):
+        e, rows = data["environment"], data["rows"]
+        on_gpu = "gpu" in e
+        where = e["gpu"] if on_gpu else f"{e['cpu'].replace('(R)', '')}, one thread"
+        parts.append(
+            paragraph(
+                f"{where}: {e['model']}, {e['dtype']}, {e['attention']}; torch {e['torch']}, transformers "
+                f"{e['transformers']}, blocks of {e['block_tokens']} tokens ([{name}](../bench/results/{name})). "
+                + (
+                    "`between` is what is allocated between two steps, `peak` the most within one, `beside` what the "
+                    "transfers take outside of torch. The values are noise, which compresses less than a model's, and "
+                    "the text of random weights changes as a whole with the first value: its last column tells exact "
+                    "from inexact, no more."
+                    if on_gpu
+                    else "The machine is small and shared: the time is that of the process's thread, which other "
+                    "programs do not add to. The ratios are those of float32."
+                )
+            )
+        )
+        head = ["cache", *(["between", "peak", "beside"] if on_gpu else ["cache's tensors"]), "pool or host"]
+        head += ["ms a token (p10-p90)" if on_gpu else "CPU ms a token", "the dynamic cache's tokens"]
+        for length in sorted({r["tokens"] for r in rows}):
+            cells = []
+            for r in (r for r in rows if r["tokens"] == length):
+                sizes = [r["device_bytes"], *((r["peak_bytes"], r["staging_bytes"]) if on_gpu else ()), r["host_bytes"]]
+                spread = f"{r['us'] / 1e3:.1f} ({r['us_p10'] / 1e3:.1f}-{r['us_p90'] / 1e3:.1f})"
+                cells.append(
+                    [
+                        *(r["cache"], *(f"{size / 2**20:,.1f} MiB" for size in sizes)),
+                        spread if on_gpu else f"{r['cpu_ms_per_token']:.0f}",
+                        f"{r['same_tokens']} of {r['of']}",
+                    ]
+                )
+            parts += [f"Behind {length:,} tokens:\n", table(head, cells)]
+        if data["notes"]:
+            parts.append(paragraph("Not measured: " + "; ".join(n.split(":")[0] for n in data["notes"]) + "."))
+        parts.append(plot(name.removesuffix(".json")))
+    return ["## A compressed cache in transformers\n", *parts] if parts else []
 
 
 def fidelity() -> str:

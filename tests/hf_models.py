@@ -72,7 +72,7 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
             "global_head_dim": 32,
             "num_global_key_value_heads": 1,
             "attention_k_eq_v": True,
-            "hidden_size_per_layer_input": 0,
+            "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 300,
         },
     ),

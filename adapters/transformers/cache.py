@@ -190,6 +190,12 @@ class CompressedCache(Cache):
         """Not possible: records have no static place."""
         raise ConfigError("a compressed cache cannot be exported or made static: use StaticCache of transformers")
 
+    def activate_past_recording(self) -> None:
+        """Keep what leaves a sliding window until the next `crop`, which may then go back."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
     def reset(self) -> None:
         """Forget all sequences; their records leave the pool."""
         super().reset()
@@ -390,8 +396,8 @@ class CompressedLayer(CacheLayerMixin):
                 f"a sliding window of {self.sliding_window} tokens cannot go back from {length} to {target} tokens: it "
                 f"holds them from {self._first} on; call activate_past_recording() before"
             )
+        self.offload()  # what was loaded ahead may begin or end elsewhere
         if target < length:
-            self.offload()
             blocks, rest = divmod(target - self._first, self._records.block_tokens)
             if blocks < len(self._rows[0]):
                 self._open_block(blocks)

@@ -52,12 +52,15 @@ def calibrate(
         raise ConfigError(f"max_tokens {max_tokens}: use at least 1; 2048 is usual")
     sums: dict[int, Any] = {}
     total = 0
+    # A model whose last layers share keys computes their queries for the logits that are asked for alone: ask for all.
+    shared = getattr(model.model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0)
+    few = {} if shared else {"logits_to_keep": 1}
     with _watched(model.model, sums), torch.inference_mode():
         for done, text in enumerate(texts, 1):
             ids = model.tokens(text)[:, :max_tokens]
             if ids.shape[1] == 0:
                 raise ConfigError(f"text {done} has no tokens: give about 2,000 tokens of text")
-            model.model(ids, use_cache=False, logits_to_keep=1)
+            model.model(ids, use_cache=False, **few)
             total += ids.shape[1]
             progress("calibrate", done, len(texts))
     if not total:

@@ -29,6 +29,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 from hf_models import MIXED, MODELS, SIZES, TEXT, make  # noqa: E402
 
 from kvzip.adapters.transformers import moments  # noqa: E402
+from kvzip.adapters.transformers.cache import _CROPS_TO_LENGTH as CROPS_TO_LENGTH  # noqa: E402
 from kvzip.adapters.transformers.cache import CompressedCache  # noqa: E402
 from kvzip.adapters.transformers.models import load_model  # noqa: E402
 
@@ -40,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sampled": {"do_sample": True, "temperature": 1.3},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"do_sample": True, "num_beams": 3},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 6},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 6, "eos_token_id": 0},
 }
 
 
@@ -112,9 +113,9 @@ def test_lossless_generation_is_that_of_a_plain_cache(name: str, way: str, devic
     model = load(name, device)
     ids = prompt(1 if way == "prompt lookup" else 2, 45, device)
     expected = generate(model, ids, **WAYS[way])
-    with compressed(model, bound=LOSSLESS) as cache:
+    assert len(expected.unique()) > 5, "the text says something"
+    with compressed(model, bound=LOSSLESS, prefetch=way not in ("greedy", "sampled")) as cache:
         assert torch.equal(generate(model, ids, cache, **WAYS[way]), expected)
-        assert len(expected.unique()) > 5, "the text says something"
         assert cache.engine.stats().loaded_blocks > 20
         length = cache.get_seq_length()
         assert length == expected.shape[1] - 1
@@ -317,17 +318,20 @@ def test_bounds_of_a_calibration_table(device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama, grouped queries", "mistral, sliding window", "gemma3, both kinds of layer"])
-@pytest.mark.parametrize("removed", [0, 1, 3, 16, 21, 40])
-def test_crop_goes_back(name: str, removed: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("removed", "prefetch"), [(0, True), (1, False), (3, True), (16, True), (21, False), (40, True)]
+)
+def test_crop_goes_back(name: str, removed: int, prefetch: bool, device: str) -> None:
     model = load(name, device)
     ids = prompt(2, 70, device)
     plain = transformers.DynamicCache()  # keeps all, the mask does the window
     run(model, ids[:, : 70 - removed], plain)
     expected = run(model, ids[:, :12], plain)
-    with compressed(model, bound=LOSSLESS) as cache:
+    with compressed(model, bound=LOSSLESS, prefetch=prefetch) as cache:
         cache.activate_past_recording()
         run(model, ids, cache)
-        cache.crop(-removed) if removed else None
+        if removed or not CROPS_TO_LENGTH:
+            cache.crop(-removed)
         assert cache.get_seq_length() == 70 - removed
         torch.testing.assert_close(run(model, ids[:, :12], cache), expected, rtol=1e-3, atol=1e-3)
 
@@ -420,7 +424,7 @@ def watch(model: Any, seen: list[int]) -> Callable[[], None]:
     def look(*_: Any) -> None:
         found = {}
         for thing in gc.get_objects():
-            if issubclass(type(thing), torch.Tensor) and thing.ndim == 4 and thing.shape[-1] == 16:
+            if type(thing) is torch.Tensor and thing.ndim == 4 and thing.shape[-1] == 16:
                 storage = thing.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
         seen.append(sum(found.values()))
@@ -440,7 +444,8 @@ def test_the_working_set_is_one_layer_and_the_next(device: str, prefetch: bool) 
     with compressed(model, bound=LOSSLESS, prefetch=prefetch) as cache:
         run(model, ids, cache)
         stop = watch(model, seen)
-        generate(model, ids[:, :1], cache, tokens=3, attention_mask=torch.ones(1, tokens + 1, device=device), **GREEDY)
+        for token in range(2):
+            run(model, ids[:, token : token + 1], cache)
         stop()
         tails = 10 * 2 * 2 * 16 * 4 * 16
         assert layer_bytes <= max(seen) <= 1.1 * layer_bytes * (1 + prefetch) + tails
@@ -471,7 +476,7 @@ def test_a_pool_that_is_full_says_so_and_keeps_what_it_holds(llama: Any, device:
     with pytest.raises(PoolExhaustedError, match="make the pool larger"):
         fill()
     assert cache.engine.stats().evicted_blocks == 0
-    with pytest.raises(PoolExhaustedError if device == "cuda" else ConfigError, match=r"pool|PoolExhausted"):
+    with pytest.raises(ConfigError, match="PoolExhaustedError"):
         fill()
     longer.reset()
     plain = transformers.DynamicCache()
@@ -508,8 +513,9 @@ def test_what_cannot_be_done_is_refused(llama: Any, device: str) -> None:
         CompressedCache(config, POOL, bound=BoundPolicy(LOSSLESS, LOSSLESS, num_layers=2))
     with pytest.raises(ConfigError, match="EncoderDecoderCache"):
         CompressedCache(transformers.T5Config(), POOL)
-    with pytest.raises(ConfigError, match="none of the"):
-        CompressedCache(transformers.Lfm2Config(**{**SIZES, "layer_types": ["conv"] * 3}), POOL)
+    if hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        with pytest.raises(ConfigError, match="none of the"):
+            CompressedCache(transformers.Lfm2Config(**{**SIZES, "layer_types": ["conv"] * 3}), POOL)
     with compressed(llama) as cache:
         with pytest.raises(ConfigError, match="no_grad"):
             llama(ids, past_key_values=cache)
