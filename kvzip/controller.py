@@ -231,7 +231,10 @@ class _State:
     """A size class of a profile on a device."""
 
     choice: Choice = ENCODED
-    standing: tuple[Decision, ...] | None = None  # what holds until the next look, by what is watched
+    standing: tuple[Decision, ...] = ()  # what holds until the next look, by what is watched
+    passes: int = 0  # stores that go by unwatched, and how many have
+    passed: int = 0
+    noted: bool = False  # the end of the last store is reported: the next one can be observed
     decisions: int = 0
     switches: int = 0
     changed: int = 0  # number of the decision at which the choice was made, or changed
@@ -303,7 +306,7 @@ class Controller:
         self._ratios: dict[Profile, _Samples] = {}
         self._decisions: Counter[tuple[str, str]] = Counter()
         self._ends: dict[Way, float] = {}
-        self._turns: dict[Way, int] = {}
+        self._known: dict[tuple[str, Profile, int], _State] = {}  # states by the very size of transfers
         self._serials: dict[tuple[str, Direction, int], int] = {}
         self._loads_seen: dict[tuple[str, str, int], int] = {}
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
@@ -321,29 +324,38 @@ class Controller:
             raw_bytes: bytes of the blocks' values.
             asked: the caller's own choice, if there is one.
         """
+        # The price of most stores: what was found by this key is not looked at before `passes` stores have gone by.
+        known = self._known.get((device, profile, raw_bytes))
+        if known is not None and known.passed < known.passes and asked is None:
+            known.passed += 1
+            return known.standing[SKIP]
         with self._lock:
-            watch = self._turn((device, "store"))
-            state = self._states.get((device, profile, size_class(raw_bytes))) or self._state(
-                device, profile, raw_bytes
-            )
+            state = self._state(device, profile, raw_bytes)
+            self._settle(state)
+            watch = YOUNGEST if state.decisions < YOUNG else OBSERVE if state.noted else NOTE
+            state.noted = watch == NOTE
             state.decisions += 1
-            if state.decisions <= YOUNG:
-                watch = YOUNGEST
             if asked is not None:
                 decision = Decision(device, profile, asked, "asked", state.expected[asked], watch=watch)
-            elif state.standing is None or (watch >= OBSERVE and state.decisions >= state.next_look):
+            elif not state.standing or (watch >= OBSERVE and state.decisions >= state.next_look):
                 decision = self._look(state, device, profile, raw_bytes, watch)
             else:
-                decision = state.standing[watch]  # the price of most stores
+                decision = state.standing[watch]
             state.tries[decision.choice] += 1
             state.tried[decision.choice] = state.decisions
+            state.passes = WATCH_EVERY - 2 if watch == OBSERVE and asked is None else 0
             self._decisions[decision.choice, decision.cause] += 1
             return decision
 
-    def _turn(self, way: Way) -> int:
-        """What to watch of the next transfer: one is observed now and then, with the end of the one before it."""
-        turn = self._turns[way] = (self._turns.get(way, -1) + 1) % WATCH_EVERY
-        return OBSERVE if turn == WATCH_EVERY - 1 else NOTE if turn == WATCH_EVERY - 2 else SKIP
+    def _settle(self, state: _State) -> None:
+        """Count the stores that went by."""
+        if state.passed:
+            passed, state.passed = state.passed, 0
+            chosen = state.standing[SKIP]
+            state.decisions += passed
+            state.tries[chosen.choice] += passed
+            state.tried[chosen.choice] = state.decisions
+            self._decisions[chosen.choice, chosen.cause] += passed
 
     def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int, watch: int) -> Decision:
         """Compare the roads, and choose."""
@@ -401,9 +413,17 @@ class Controller:
         return True
 
     def _state(self, device: str, profile: Profile, raw_bytes: int) -> _State:
-        if len(self._states) >= MOST_STATES:
-            del self._states[next(iter(self._states))]
-        state = self._states[device, profile, size_class(raw_bytes)] = _State()
+        key = (device, profile, size_class(raw_bytes))
+        state = self._states.get(key)
+        if state is None:
+            if len(self._states) >= MOST_STATES:
+                oldest = next(iter(self._states))
+                self._settle(self._states.pop(oldest))
+                self._known.clear()
+            state = self._states[key] = _State()
+        if len(self._known) >= MOST_STATES:
+            self._known.clear()
+        self._known[device, profile, raw_bytes] = state
         return state
 
     # ---- observations
@@ -439,8 +459,10 @@ class Controller:
         """
         key = (device, codec, size_class(raw_bytes))
         seen = self._loads_seen[key] = self._loads_seen.get(key, 0) + 1
-        turn = self._turn((device, "load"))
-        return YOUNGEST if seen <= YOUNG else turn
+        if seen <= YOUNG:
+            return YOUNGEST
+        turn = seen % WATCH_EVERY
+        return SKIP if turn > 1 else OBSERVE if turn else NOTE
 
     def loaded(
         self,
@@ -539,10 +561,13 @@ class Controller:
     def decisions(self) -> dict[tuple[str, str], int]:
         """Choices made so far, by choice and cause."""
         with self._lock:
+            for state in self._states.values():
+                self._settle(state)
             return dict(self._decisions)
 
     def snapshot(self) -> ControllerSnapshot:
         """What it has seen and what it thinks."""
+        decisions = self.decisions
         with self._lock:
             crossings = []
             for (device, profile, size), state in self._states.items():
@@ -575,7 +600,7 @@ class Controller:
                     links[device, direction] = _middle(size) / (seconds * math.exp(cells[size, octave].value()))
             return ControllerSnapshot(
                 self.objective,
-                dict(self._decisions),
+                decisions,
                 self._seconds,
                 sum(self._explored.values()),
                 dict(self._waiting),

@@ -287,7 +287,8 @@ class SwapEngine:
         with self.counting_failures("store"), self._store_lock:
             self._index.check_open()
             result = self.store_blocks(parts, settings.codec, measure_error)
-        self._stored(decision, step, result)
+        if step is not None or (decision is not None and decision.watch):
+            self._stored(decision, step, result)
         transfer = Transfer()
         transfer._finish(result)
         return transfer
