@@ -83,6 +83,13 @@ MIXED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# One KV head for each query head, learned positions: name of the configuration class, settings, the layer of queries.
+OLDER: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt2": ("GPT2Config", {}, "c_attn"),
+    "opt": ("OPTConfig", {"word_embed_proj_dim": 64, "ffn_dim": 96}, "q_proj"),
+}
+
+
 def byte_tokenizer() -> Any:
     """A tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -95,7 +102,7 @@ def byte_tokenizer() -> Any:
 
 
 def make(name: str) -> LanguageModel:
-    kind, settings, *_ = MODELS.get(name) or MIXED[name]
+    kind, settings, *_ = MODELS.get(name) or MIXED.get(name) or OLDER[name]
     config = getattr(transformers, kind)(**{**SIZES, **settings})
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config)

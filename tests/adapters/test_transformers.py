@@ -22,7 +22,7 @@ from kvzip.types import ErrorBound
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[calibrate]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[calibrate]'")
 
-from hf_models import MIXED, MODELS, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
+from hf_models import MIXED, MODELS, OLDER, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
 
 from kvzip.adapters.transformers import fidelity, gradients, moments, schemes  # noqa: E402
 from kvzip.adapters.transformers.models import LanguageModel, load_model  # noqa: E402
@@ -77,6 +77,20 @@ def test_the_moments_are_those_of_the_queries(name: str) -> None:
         pairs = table.moments[layer, :, :half] + table.moments[layer, :, half:]
         np.testing.assert_allclose(pairs, expected[:, :half] + expected[:, half:], rtol=1e-4)
         assert not np.allclose(table.moments[layer], expected, rtol=1e-2), "these are the queries before RoPE"
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_moments_without_rotation_are_those_of_the_projection(name: str) -> None:
+    model = make(name)
+    seen: list[Any] = []
+    for path, module in model.model.named_modules():
+        if path.endswith(f".{OLDER[name][2]}"):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.detach().double()))
+    table = moments.calibrate(model, [TEXT])
+    assert table.geometry == (3, 4, 16)
+    for moment, out in zip(table.moments, seen, strict=True):
+        queries = out.reshape(len(TEXT), -1)[:, :64].unflatten(1, (4, 16))
+        np.testing.assert_allclose(moment, queries.square().mean(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MIXED)

@@ -26,7 +26,7 @@ from kvzip.types import ErrorBound
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[transformers]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[transformers]'")
 
-from hf_models import MIXED, MODELS, SIZES, TEXT, make  # noqa: E402
+from hf_models import MIXED, MODELS, OLDER, SIZES, TEXT, make  # noqa: E402
 
 from kvzip.adapters.transformers import moments  # noqa: E402
 from kvzip.adapters.transformers.cache import _CROPS_TO_LENGTH as CROPS_TO_LENGTH  # noqa: E402
@@ -178,14 +178,9 @@ def test_layers_that_differ_have_bounds_of_their_own(device: str) -> None:
         assert error.max() > 0
 
 
-@pytest.mark.parametrize("kind", ["GPT2Config", "OPTConfig"])
-def test_models_of_the_older_kind(kind: str, device: str) -> None:
-    sizes = {"vocab_size": 300, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    shape = {"n_embd": 64, "n_layer": 3, "n_head": 4} if kind == "GPT2Config" else {}
-    shape = shape or {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_hidden_layers": 3}
-    torch.manual_seed(3)
-    config = getattr(transformers, kind)(**sizes, **shape, **({} if "n_head" in shape else {"num_attention_heads": 4}))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(device)
+@pytest.mark.parametrize("name", OLDER)
+def test_models_of_the_older_kind(name: str, device: str) -> None:
+    model = load(name, device)
     ids = prompt(2, 45, device)
     with compressed(model, bound=LOSSLESS) as cache:
         assert torch.equal(generate(model, ids, cache, **GREEDY), generate(model, ids, **GREEDY))
