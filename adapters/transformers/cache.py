@@ -169,12 +169,18 @@ class CompressedCache(Cache):
         if not isinstance(layer, CompressedLayer):
             kept: tuple[Any, Any] = layer.update(key_states, value_states, *args, **kwargs)
             return kept
-        try:
+        with self._all_or_failed(f"in layer {layer_idx}"):
             if self._prefetch or (self._prefetch is None and key_states.device.type == "cuda"):
                 self._load_next(layer_idx, key_states.shape[-2])
             return layer.update(key_states, value_states)
+
+    @contextmanager
+    def _all_or_failed(self, where: str) -> Iterator[None]:
+        """After an error layers may hold different numbers of tokens: nothing works before `reset`."""
+        try:
+            yield
         except BaseException as error:
-            self._failed = f"{type(error).__name__} in layer {layer_idx}"
+            self._failed = f"{type(error).__name__} {where}"
             raise
 
     def _load_next(self, layer_idx: int, tokens: int) -> None:
@@ -195,6 +201,19 @@ class CompressedCache(Cache):
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end of all layers: see `CompressedLayer.crop`.
+
+        Raises:
+            ConfigError: a sliding window cannot go back so far; nothing was changed.
+            CorruptRecordError: a record where the sequence ends now is damaged.
+        """
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.length_after(tokens_to_remove)
+        with self._all_or_failed("in crop"):
+            super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget all sequences; their records leave the pool."""
@@ -267,7 +286,7 @@ class CompressedLayer(CacheLayerMixin):
         self._records = records
         self._number = number
         self._bound = bound
-        self._sinks = tuple(sinks)
+        self._padding_blocks = tuple(sinks)
         self.is_sliding = sliding_window is not None
         self.sliding_window = sliding_window
         self.record_past = False  # of sliding windows: keep what has left the window until `crop`
@@ -276,6 +295,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _forget(self) -> None:
         self._rows: list[list[Record]] = []  # of each row the records of its blocks, in order
+        self._sinks: list[int] = []  # of each row the number of the block that begins its sequence; -1: none
         self._first = 0  # position of the first token that is held: a sliding window gives up blocks
         self._tail: tuple[Any, Any] | None = None
         self._tail_decoded = False  # the tail begins with values that a record was decoded to
@@ -290,9 +310,13 @@ class CompressedLayer(CacheLayerMixin):
                 raise ConfigError(f"keys or values of {states.dtype}: load the model in bfloat16, float16 or float32")
         if key_states.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"a model on {key_states.device}: kvzip works on the CPU and on CUDA GPUs")
+        rows, given = int(key_states.shape[0]), self._padding_blocks or (-1,)
+        if rows % len(given):
+            raise ConfigError(f"left_padding of {len(given)} rows, a batch of {rows}: give one number a row")
+        self._sinks = [given[row * len(given) // rows] for row in range(rows)]
         self.dtype, self.device = key_states.dtype, key_states.device
         self._tail = (key_states[..., :0, :].clone(), value_states[..., :0, :].clone())
-        self._rows = [[] for _ in range(key_states.shape[0])]
+        self._rows = [[] for _ in range(rows)]
         self.is_initialized = True
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -367,6 +391,7 @@ class CompressedLayer(CacheLayerMixin):
         at = chosen.to(self.device)
         self._tail = (self._tail[0].index_select(0, at), self._tail[1].index_select(0, at))
         self._rows = [list(self._rows[i]) for i in chosen.tolist()]
+        self._sinks = [self._sinks[i] for i in chosen.tolist()]
 
     def activate_past_recording(self) -> None:
         """Keep what leaves a sliding window until the next `crop`, which may then go back."""
@@ -384,18 +409,9 @@ class CompressedLayer(CacheLayerMixin):
         Raises:
             ConfigError: the sliding window before the cut is no longer held; nothing was changed.
         """
-        length = self.get_seq_length()
-        if tokens_to_remove > 0 or (_CROPS_TO_LENGTH and tokens_to_remove == 0):
-            target = min(length, tokens_to_remove)
-        else:
-            target = max(0, length + tokens_to_remove)
+        length, target = self.get_seq_length(), self.length_after(tokens_to_remove)
         if self._tail is None:
             return
-        if target - self._seen(target) < self._first:
-            raise ConfigError(
-                f"a sliding window of {self.sliding_window} tokens cannot go back from {length} to {target} tokens: it "
-                f"holds them from {self._first} on; call activate_past_recording() before"
-            )
         self.offload()  # what was loaded ahead may begin or end elsewhere
         if target < length:
             blocks, rest = divmod(target - self._first, self._records.block_tokens)
@@ -406,6 +422,24 @@ class CompressedLayer(CacheLayerMixin):
         unseen = self._unseen_blocks(target - self._first)
         self._rows = [row[unseen:] for row in self._rows]
         self._first += unseen * self._records.block_tokens
+
+    def length_after(self, tokens_to_remove: int) -> int:
+        """Tokens that `crop` leaves.
+
+        Raises:
+            ConfigError: see `crop`.
+        """
+        length = self.get_seq_length()
+        if tokens_to_remove > 0 or (_CROPS_TO_LENGTH and tokens_to_remove == 0):
+            target = min(length, tokens_to_remove)
+        else:
+            target = max(0, length + tokens_to_remove)
+        if target - self._seen(target) < self._first:
+            raise ConfigError(
+                f"a sliding window of {self.sliding_window} tokens cannot go back from {length} to {target} tokens: it "
+                f"holds them from {self._first} on; call activate_past_recording() before"
+            )
+        return target
 
     @property
     def keys(self) -> Any:
@@ -531,15 +565,11 @@ class CompressedLayer(CacheLayerMixin):
         exact = start + (self._tail_decoded and start == len(self._rows[0]))
         for first, last, bound in ((start, exact, ErrorBound.lossless()), (exact, stop, self._bound)):
             spots = [(row, (block - start) * size) for row in range(len(added)) for block in range(first, last)]
-            marks = [self._is_sink(row, base + block) for row in range(len(added)) for block in range(first, last)]
+            marks = [base + block == sink for sink in self._sinks for block in range(first, last)]
             made = self._records.store(keys, values, spots, bound, marks)
             for row, records in enumerate(added):
                 records += made[row * (last - first) : (row + 1) * (last - first)]
         return added
-
-    def _is_sink(self, row: int, block: int) -> bool:
-        """Whether a row's sequence begins in a block."""
-        return bool(self._sinks) and self._sinks[row * len(self._sinks) // len(self._rows)] == block
 
     def _unseen_blocks(self, held: int) -> int:
         """Blocks at the start of so many tokens that no later token sees."""

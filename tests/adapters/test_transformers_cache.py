@@ -335,8 +335,12 @@ def test_a_window_does_not_go_back_to_what_it_gave_up(device: str) -> None:
     model = load("mistral, sliding window", device)
     with compressed(model, bound=LOSSLESS) as cache:
         run(model, prompt(1, 70, device), cache)
+        before = tensors(cache)
         with pytest.raises(ConfigError, match="activate_past_recording"):
             cache.crop(-20)
+        for mine, old in zip(tensors(cache), before, strict=True):
+            assert all(map(torch.equal, mine, old))
+        run(model, prompt(1, 3, device), cache)
 
 
 def test_a_window_holds_no_more_than_it_needs(device: str) -> None:
@@ -499,6 +503,17 @@ def test_a_damaged_record_is_noticed(llama: Any, device: str, layer: int, prefet
         assert torch.equal(generate(llama, ids, cache, **GREEDY)[:, :64], ids)
 
 
+def test_damage_is_noticed_where_a_sequence_is_cut(llama: Any, device: str) -> None:
+    with compressed(llama) as cache:
+        run(llama, prompt(1, 64, device), cache)
+        cache.layers[0].offload()
+        flip(cache, layer=1, block=2)
+        with pytest.raises(CorruptRecordError, match="layer 1 is damaged"):
+            cache.crop(-(64 - 40))
+        with pytest.raises(ConfigError, match="reset"):
+            run(llama, prompt(1, 1, device), cache)
+
+
 def test_what_cannot_be_done_is_refused(llama: Any, device: str) -> None:
     config, ids = llama.config, prompt(2, 40, device)
     for options in ({"block_tokens": 24}, {"block_tokens": 0}, {"left_padding": [-1]}, {"mode": "nothing"}):
@@ -527,6 +542,8 @@ def test_what_cannot_be_done_is_refused(llama: Any, device: str) -> None:
         with pytest.raises(ConfigError, match="rows, heads or tokens"):
             cache.update(torch.zeros(1, 2, 3, 16, device=device), torch.zeros(1, 2, 4, 16, device=device), 0)
         cache.reset()
+        with pytest.raises(ConfigError, match="one number a row"):
+            run(llama, ids, CompressedCache(config, POOL, left_padding=[1, 2, 3]))
         with pytest.raises(ConfigError, match="static"):
             cache.early_initialization(1, 2, 16, torch.float32, device)
         with pytest.raises(ConfigError, match="replaced"):
