@@ -43,7 +43,8 @@ FIRST_TRIES = 2  # of each road in a size class
 FIRST_PART = 0.05  # of the time of all transfers, that these may lose
 TRY_EVERY = 32  # choices in a size class, after that
 CHANGED = 0.25  # logarithm of the change of the road taken after which the other one is tried anew
-YOUNG = 16  # transfers of a size that are all observed, and after each of which the roads are compared
+SMALL = 8 << 20  # raw bytes: of larger transfers each is observed, and the roads are compared after each
+YOUNG = 16  # so it is with the first ones of each size
 WATCH_EVERY = 7  # one of so many is observed later, and the end of the one before it
 MOST_SAMPLES = 9
 STALE = 4  # transfers of a size that were observed since: then a road's samples, all but one, go when a new one comes
@@ -279,7 +280,7 @@ class Controller:
         loads_per_store: float = 1.0,
         exploration: float = 0.01,
         allowance_seconds: float = 0.05,
-        dwell: int = 16,
+        dwell: int = 8,
         priors: Mapping[str, Prior] | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
@@ -308,7 +309,7 @@ class Controller:
         self._ends: dict[Way, float] = {}
         self._known: dict[tuple[str, Profile, int], _State] = {}  # states by the very size of transfers
         self._serials: dict[tuple[str, Direction, int], int] = {}
-        self._loads_seen: dict[tuple[str, str, int], int] = {}
+        self._loads_seen: dict[tuple[str, int], tuple[str, int]] = {}  # by size: codec of the last one, and how many
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
         self._seconds = 0.0
         self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
@@ -332,7 +333,8 @@ class Controller:
         with self._lock:
             state = self._state(device, profile, raw_bytes)
             self._settle(state)
-            watch = YOUNGEST if state.decisions < YOUNG else OBSERVE if state.noted else NOTE
+            young = state.decisions < YOUNG or raw_bytes > SMALL
+            watch = YOUNGEST if young else OBSERVE if state.noted else NOTE
             state.noted = watch == NOTE
             state.decisions += 1
             if asked is not None:
@@ -359,7 +361,7 @@ class Controller:
 
     def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int, watch: int) -> Decision:
         """Compare the roads, and choose."""
-        state.next_look = state.decisions + (1 if state.decisions < YOUNG else self._dwell)
+        state.next_look = state.decisions + (1 if watch == YOUNGEST else self._dwell)
         times = {}
         for choice in CHOICES:
             store = state.expected[choice] = self._expected(device, "store", choice, profile, raw_bytes)
@@ -378,6 +380,8 @@ class Controller:
         if state.known and abs(math.log(times[state.choice] / state.known)) > CHANGED:
             state.tries[other] = min(state.tries[other], FIRST_TRIES - 1)  # who knows what it takes by now
         starting = state.tries[other] < FIRST_TRIES
+        eased = min(1.0, times[state.choice] / state.known) if state.known else 1.0
+        times[other] *= eased  # what has eased one road will have eased the other one
         if self._explores(state, other, times, profile, starting):
             state.known = times[state.choice]
             return Decision(device, profile, other, "exploration", state.expected[other], starting, watch)
@@ -457,9 +461,11 @@ class Controller:
             codec: of the first record.
             raw_bytes: bytes of the blocks' values.
         """
-        key = (device, codec, size_class(raw_bytes))
-        seen = self._loads_seen[key] = self._loads_seen.get(key, 0) + 1
-        if seen <= YOUNG:
+        size = (device, size_class(raw_bytes))
+        before, seen = self._loads_seen.get(size, ("", 0))
+        seen += 1
+        self._loads_seen[size] = (codec, seen)
+        if seen <= YOUNG or raw_bytes > SMALL or codec != before:  # of the road that is seldom taken, all are
             return YOUNGEST
         turn = seen % WATCH_EVERY
         return SKIP if turn > 1 else OBSERVE if turn else NOTE
