@@ -449,8 +449,9 @@ class Controller:
             if decision.choice == ENCODED:
                 self._learn_ratio(decision, raw_bytes / record_bytes)
             kind = _kind(decision.device, "store", decision.choice, decision.profile)
-            self._observe(kind, decision.choice, raw_bytes, record_bytes, own)
-            if decision.cause == "exploration":
+            explored = decision.cause == "exploration"
+            self._observe(kind, decision.choice, raw_bytes, record_bytes, own, alone=explored)
+            if explored:
                 self._explored[decision.starting] += max(0.0, own - decision.expected_seconds)
 
     def watch_load(self, device: str, codec: str, raw_bytes: int) -> int:
@@ -511,7 +512,9 @@ class Controller:
             self._waiting[way[1]] += times * max(0.0, seconds - own)
         return own
 
-    def _observe(self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, own: float) -> None:
+    def _observe(
+        self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, own: float, *, alone: bool = False
+    ) -> None:
         device, direction, _ = kind
         ratio, size = raw_bytes / record_bytes, size_class(raw_bytes)
         model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
@@ -520,7 +523,7 @@ class Controller:
             del self._cells[next(iter(self._cells))]
         serial = self._serials[device, direction, size] = self._serials.get((device, direction, size), 0) + 1
         samples = cells.setdefault((size, _octaves(ratio) if choice == ENCODED else 0), _Samples())
-        samples.add(math.log(own / model), stale=serial - samples.serial > STALE)
+        samples.add(math.log(own / model), stale=alone or serial - samples.serial > STALE)
         samples.serial = serial
 
     def _learn_ratio(self, decision: Decision, ratio: float) -> None:
