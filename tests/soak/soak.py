@@ -172,7 +172,8 @@ class Episode:
             resource=Mapped() if small else None,
             headroom=self.rng.choice((0.0, 0.3)),
         )
-        self.engine = SwapEngine(self.pool, policy=self.policy, threads=1, bound=BOUNDS[0])
+        chooses = self.rng.choice((None, None, "latency", "balanced", "capacity"))
+        self.engine = SwapEngine(self.pool, policy=self.policy, threads=1, bound=BOUNDS[0], controller=chooses)
         self.codec, self.mode, self.bound = "cuszp", "fixed", BOUNDS[0]
         self.pages = np.full((BLOCKS, *SHAPE), POISON, np.uint16)
         self.driver: FakeDriver | None = None
@@ -258,6 +259,8 @@ class Episode:
             options["measure_error"] = True
         if self.rng.random() < 0.1:
             options["sink"] = [self.rng.random() < 0.5 for _ in ids]
+        if self.rng.random() < 0.1:
+            options["coding"] = self.rng.choice(("raw", "encoded"))
         keys = self.rng.sample(KEYS, len(ids))
         others = [i for i in range(BLOCKS) if i not in ids]
         before = self.pages[others]
