@@ -431,9 +431,9 @@ class Episode:
             return
         error = self.rng.choice([NativeError("injected", status=1), MemoryError("injected"), ValueError("injected")])
         codec = kvzip.get_codec("cuszp")
-        self.counts[f"fault: encoder raises {type(error).__name__}"] += 1
 
         def fail(*arguments: object) -> None:
+            self.counts[f"fault: encoder raises {type(error).__name__}"] += 1
             raise error
 
         fallbacks = self.engine.stats().fallbacks.get("encoder_failed", 0)
@@ -449,13 +449,13 @@ class Episode:
         if self.on_gpu or self.lost:
             return
         error = PoolExhaustedError("injected", requested=1, free=0) if call == "take" else ZeroDivisionError("injected")
-        self.counts[f"fault: pool.{call}"] += 1
         real, calls = getattr(self.pool, call), []
         at = self.rng.randint(1, 3)
 
         def fail(*arguments: Any, **named: Any) -> Any:
             calls.append(1)
-            if len(calls) == at and call == "write":
+            if len(calls) == at:
+                self.counts[f"fault: pool.{call} raises {type(error).__name__}"] += 1
                 raise error
             return real(*arguments, **named)
 
@@ -573,9 +573,9 @@ class Episode:
             return
 
         def refuse(thread: threading.Thread) -> None:
+            self.counts["fault: no thread"] += 1
             raise RuntimeError("can't start new thread")
 
-        self.counts["fault: no thread"] += 1
         with replaced(threading.Thread, "start", refuse):
             getattr(self, self.rng.choice(("store", "load")))("store or load, no thread")
 
