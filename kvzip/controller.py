@@ -42,7 +42,7 @@ OPTIMISM, UNSEEN_OPTIMISM = 2.0, 100.0  # raw is measured only if it could win a
 FIRST_TRIES = 2  # of each road in a size class
 FIRST_PART = 0.05  # of the time of all transfers, that these may lose
 TRY_EVERY = 32  # choices in a size class, after that
-CHANGED = 0.25  # logarithm of the change of the road taken after which the other one is tried anew
+CHANGED = 0.2  # logarithm of the change of the road taken after which the other one is tried anew
 SMALL = 8 << 20  # raw bytes: of larger transfers each is observed, and the roads are compared after each
 YOUNG = 16  # so it is with the first ones of each size
 WATCH_EVERY = 7  # one of so many is observed later, and the end of the one before it
@@ -243,7 +243,7 @@ class _State:
     tries: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))
     tried: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))  # number of the last decision
     expected: dict[Choice, float] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0.0))  # seconds of a store
-    known: float = 0.0  # seconds of the road that was taken when the other one was tried
+    beside: dict[Choice, float] = field(default_factory=dict)  # seconds of the other road, when this one was taken last
 
 
 Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves
@@ -377,13 +377,14 @@ class Controller:
         chosen = Decision(device, profile, state.choice, cause, state.expected[state.choice])
         state.standing = tuple(chosen._replace(watch=each) for each in (SKIP, NOTE, OBSERVE, YOUNGEST))
         other = ENCODED if state.choice == RAW else RAW
-        if state.known and abs(math.log(times[state.choice] / state.known)) > CHANGED:
+        change = math.log(times[state.choice] / state.beside.get(other, times[state.choice]))
+        if abs(change) > CHANGED:
             state.tries[other] = min(state.tries[other], FIRST_TRIES - 1)  # who knows what it takes by now
         starting = state.tries[other] < FIRST_TRIES
-        eased = min(1.0, times[state.choice] / state.known) if state.known else 1.0
-        times[other] *= eased  # what has eased one road will have eased the other one
+        state.beside[state.choice] = times[other]
+        times[other] *= math.exp(min(0.0, change))  # what has eased one road will have eased the other one
         if self._explores(state, other, times, profile, starting):
-            state.known = times[state.choice]
+            state.beside[other] = times[state.choice]
             return Decision(device, profile, other, "exploration", state.expected[other], starting, watch)
         return state.standing[watch]
 

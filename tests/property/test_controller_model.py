@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +30,7 @@ from kvzip.controller import (
 )
 from kvzip.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PROFILE = Profile("cuszp", "fixed", "rel:0.001")
 
@@ -257,6 +261,46 @@ def test_a_bound_that_is_new_is_taken_for_its_family() -> None:
             assert choices[-1] == ("raw" if raw_bytes == 64 * KIB else "encoded")
             if number:
                 assert choices[0] == choices[-1]
+
+
+@pytest.mark.parametrize("kind", ["rows", "host_rows"])
+def test_costs_that_were_measured(kind: str) -> None:
+    """One controller through all cases of the benchmark: bounds, sizes, an idle GPU and busy ones, in their order."""
+    found = ROOT / "bench" / "results" / "h100_controller.json"
+    if not found.exists():
+        pytest.skip("bench/ is not part of this installation")
+    cases: dict[tuple[str, str, int], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in json.loads(found.read_text(encoding="utf-8"))[kind]:
+        cases.setdefault((row["load"], row["profile"], row["pages"]), {})[row["way"], row["direction"]] = row
+    world, rng = World(), random.Random(1)
+    controller = Controller("latency", clock=world.clock)
+    over = []
+    for (_, bound, pages), case in cases.items():
+        exact = bound in ("noise", "lossless")
+        profile = Profile("cuszp", "fixed", "lossless" if exact else bound, "lossless" if exact else "relative")
+        raw_bytes = pages << 16
+        us = {key: row["us"] for key, row in case.items() if key[0] in CHOICES}
+        best = min(us[choice, "out"] + us[choice, "in"] for choice in CHOICES)
+        spent = 0.0
+        learned, counted = (40, 150) if pages <= 256 else (14, 10)
+        for number in range(learned + counted):
+            decision = controller.decide("cuda:0", profile, raw_bytes)
+            codec = "raw" if decision.choice == "raw" else "cuszp"
+            record_bytes = int(raw_bytes / case[decision.choice, "out"]["ratio"])
+            for direction in ("out", "in"):
+                watch = decision.watch if direction == "out" else controller.watch_load("cuda:0", codec, raw_bytes)
+                seconds = us[decision.choice, direction] * 1e-6 * (1 + rng.expovariate(1 / 0.08))
+                world.now += seconds
+                if watch and direction == "out":
+                    controller.stored(decision, raw_bytes, record_bytes, seconds)
+                elif watch:
+                    known = None if codec == "raw" else Profile(codec, "", None)
+                    controller.loaded("cuda:0", known, raw_bytes, record_bytes, seconds, watch)
+            spent += sum(us[decision.choice, d] for d in ("out", "in")) / best if number >= learned else 0.0
+        over.append(spent / counted)
+    assert sorted(over)[len(over) * 9 // 10] <= 1.05
+    assert max(over) <= 1.15
+    assert controller.snapshot().exploration_seconds <= 0.07 * world.now + 0.1
 
 
 def test_sizes_are_learned_apart_and_borrow_from_their_neighbours() -> None:
