@@ -45,10 +45,7 @@ class Coding:
 
     @property
     def coding_mode(self) -> str:
-        """`mode`; without one the codec's first, or ``rice`` where bounds differ within a page.
-
-        The CUDA codec has these bounds in that mode alone; in others the host would code the blocks, much slower.
-        """
+        """`mode`; without one the codec's first, or ``rice``, the smallest, where bounds differ within a page."""
         if self.mode is not None:
             return self.mode
         modes = get_codec(self.codec).modes

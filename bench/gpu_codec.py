@@ -21,6 +21,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ import cuda_bridge as bridge  # noqa: E402
 from cuda_bridge import (  # noqa: E402
     BF16,
     BOUND_ABSOLUTE,
+    BOUND_CHANNEL_TABLE,
     BOUND_RELATIVE,
+    BOUND_TOKEN_RMS,
     FIXED,
     FP16,
     FP32,
@@ -60,6 +63,8 @@ from cuda_bridge import (  # noqa: E402
 )
 
 SAMPLE = ROOT / "kvzip" / "data" / "smollm2_sample.npy"
+TOKEN = {"bound": 0.17, "bound_kind": BOUND_TOKEN_RMS}
+CHANNEL = {"bound": 1.0, "bound_kind": BOUND_CHANNEL_TABLE, "exact_channels": 0}  # from 1/16 to 1
 HEAD = 64  # channels of a unit that pages are made of
 
 #: name: heads, head_dim; 16 tokens each
@@ -152,6 +157,7 @@ def check(torch: Any, driver: Any, cache: npt.NDArray[np.uint16]) -> int:
                 (48, 1, 72, 1e-3, BOUND_RELATIVE, False, 0),
             ]
         ]
+        specs += [replace(specs[0], **TOKEN), replace(specs[1], **CHANNEL)]
         batch = Batch.random(torch, driver, specs, 48, seed)
         bridge.check_both_ways(batch, packed=bool(seed % 2), header=96 * (seed % 3), strips_per_warp=seed % 4)
         pages += batch.pages
@@ -300,6 +306,8 @@ def main() -> None:
             ("kvzip-1e-2", {"bound": 1e-2}),
             ("kvzip-1e-3", {"bound": 1e-3}),
             ("kvzip-lossless", {"coding": LOSSLESS}),
+            ("kvzip-token-0.17", TOKEN),
+            ("kvzip-channel-1", CHANNEL),
         ]:
             bench.run(name, page, 1024 * mib, **how)
     if options.tune:
@@ -311,6 +319,7 @@ def main() -> None:
             ("kvzip-1e-5", {"bound": 1e-5}),
             ("kvzip-plain-1e-2", {"coding": PLAIN, "bound": 1e-2}),
             ("kvzip-outlier-1e-2", {"coding": OUTLIER, "bound": 1e-2}),
+            ("kvzip-plain-token-0.17", {"coding": PLAIN, **TOKEN}),
         ]:
             bench.run(name, "64KiB", 1024 * mib, **how)
         bench.run("kvzip-1e-3", "64KiB", 1024 * mib, packed=False, bound=1e-3)

@@ -706,7 +706,7 @@ def _decode_args(args: DecodeArgs, *, all_or_nothing: bool = False, strips_per_w
         all_or_nothing=int(all_or_nothing),
         max_ctas=args.max_ctas,
         strips_per_warp=strips_per_warp,
-        extended=int(args.extended),
+        extended=args.extended,
         crc32c=args.crc32c,
     )
 

@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from kvzip._log import log_once
 from kvzip.backends.base import Bytes, Codec, EncodeRequest
-from kvzip.backends.portable import codec_for
+from kvzip.backends.portable import codec_for, device_codec
 from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy, PageBounds, bound_of_page, resolve, table_id
+from kvzip.cuda_codec import CudaCodec
 from kvzip.errors import BackendUnavailableError, ConfigError, LayoutError
 from kvzip.interop.torch import to_host
 from kvzip.record import (
@@ -382,7 +383,7 @@ def encode(
         layout = BlockLayout.from_tensors([tensor], layout, dtype=dtype)
     mode = chosen.modes[0] if mode is None else chosen.check_mode(mode)
     view = BlockView([tensor], layout)
-    chosen = codec_for(chosen, view.device)
+    chosen = _codec_on(chosen, view.device)
     request = EncodeRequest(resolve(bound, layout), mode)
     batch = encode_records(view, chosen, request, measure_error=measure_error)
     record = batch.records[0]
@@ -431,12 +432,19 @@ def decode(
     view = _decode_view(header, tensors)
     if not view.writable:
         raise LayoutError("out is read-only: pass a writable array")
-    codec = codec_for(codec, view.device)
+    codec = _codec_on(codec, view.device)
     check_device(codec, view)
     if header.table_id != 0:
         view = view.with_bounds(_table_of(header, bound, view.layout))
     codec.decode_blocks(view, [np.frombuffer(payload, np.uint8)], [header.table])
     return tensors[0] if made and len(tensors) == 1 else out
+
+
+def _codec_on(codec: Codec, device: str) -> Codec:
+    """The codec for tensors on a device: by the native kernels where there are some, else as `codec_for` says."""
+    if device.startswith("cuda") and codec.name in ("cuszp", "raw") and device_codec().name == "cuda":
+        return CudaCodec(codec)
+    return codec_for(codec, device)
 
 
 def _table_of(header: RecordHeader, bound: ErrorBound | BoundPolicy | None, layout: BlockLayout) -> PageBounds:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from kvzip import _native
 from kvzip._log import log_once
 from kvzip.backends.base import Codec, EncodeRequest
-from kvzip.backends.cuszp import coding_of
+from kvzip.backends.cuszp import Extended, coding_of, encodes_on_gpu, extended_by
 from kvzip.bounds import PageBounds, summary, table_id
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError
@@ -45,18 +45,15 @@ from kvzip.record import (
 from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
 from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult
 from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, Driver, EncodedChunk, Records, Run, Staging
-from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound, empty_view
+from kvzip.types import BlockLayout, BlockView, ErrorBound, empty_view
 from kvzip.worker import Job, Reaper, Worker
 
 _log = logging.getLogger("kvzip")
 
 _LOSSLESS = ErrorBound.lossless()
-# What the CUDA codec has.
-_GPU_PAGE_KINDS = (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE)  # in every mode
-_GPU_VECTORS = 4096  # most tokens x heads of a page with bounds by token
 _MOST_PLANS = 64  # of stores, that are kept
 _NATIVE = ("cuszp", "raw")  # codecs whose pages the pipelines encode
-_CODING_AT, _REASON_AT = 12, 15  # in an entry of a segment table (docs/reference/format.md)
+_REASON_AT = 15  # in an entry of a segment table (docs/reference/format.md)
 
 
 class HostPaths(Protocol):
@@ -414,8 +411,8 @@ class DeviceSwap:
 
     def _new_plan(self, part: Part, codec: Codec) -> Plan | None:
         common = self._plan(part, codec)
-        if not common.on_gpu or common.contents.extended:
-            return None  # the kernels of the mode `rice` take the long way
+        if not common.on_gpu:
+            return None
         plan = self._small_stores().new_plan(part.blocks, codec, part.request, common.coding)
         if plan is not None:
             plan.context = (common.contents, common.header_of, common.reason)
@@ -487,8 +484,6 @@ class DeviceSwap:
         contents = entries[0].contents
         if contents.codec not in _NATIVE or any(entry.contents is not contents for entry in entries):
             return None
-        if contents.extended or contents.table_id != 0 or not all(decodes_on_gpu(entries)):
-            return None
         after = stream_handle(stream, self._device)
         records = self._records(entries)
         try:
@@ -498,7 +493,8 @@ class DeviceSwap:
                 small = self._small_loads()
                 plan = small.plan_for(out, contents)
                 if plan is None:
-                    plan = small.new_plan(out, contents, check_geometry(contents.geometry, out.layout))
+                    view = out.with_groups(check_geometry(contents.geometry, out.layout))
+                    plan = small.new_plan(out, contents, self._with_tables(view, contents.table_id), contents.extended)
                 if plan is None:
                     return None
                 ticket = small.load(plan, out.block_ids, records, after)
@@ -579,10 +575,10 @@ class DeviceSwap:
     # ---- stores, in the worker
 
     def _count_host_coding(self, parts: Sequence[Part]) -> None:
-        bound = parts[0].request.bound
+        request = parts[0].request
         log_once(
-            "the GPU codec lacks a mode or a kind of bound, blocks are coded on the host, which is slower",
-            f"mode {parts[0].request.mode}, bound {summary(bound)}",
+            "pages have too many tokens x heads for the GPU codec, blocks are coded on the host, which is slower",
+            f"mode {request.mode}, bound {summary(request.bound)}",
         )
         pages = sum(len(part.keys) * len(part.blocks.layout.segments) for part in parts)
         self._host.count_fallback("coded_on_host", pages)
@@ -595,12 +591,13 @@ class DeviceSwap:
         plan = self._plans.get(key)
         if plan is None:
             reason = Reason.ENCODER_FAILED if raw else request.reason
-            extended = codec.name == "cuszp" and request.mode == "rice"
+            extended = extended_by(request) if codec.name == "cuszp" else Extended.NONE
+            named = table_id(request.bound, len(layout.segments))
             plan = _StorePlan(
                 keep=keep,
-                on_gpu=codec.name in _NATIVE and encodes_on_gpu(codec, part),
+                on_gpu=codec.name == "raw" or (codec.name == "cuszp" and encodes_on_gpu(request, layout)),
                 coding=Coding.RAW if raw or codec.name != "cuszp" else coding_of(request),
-                contents=contents_of(layout, codec.name, table_id(request.bound, len(layout.segments)), extended),
+                contents=contents_of(layout, codec.name, named, int(extended)),
                 header_of=_header_maker(layout, codec, request, reason),
                 most_bytes=max_record_bytes(codec, layout),
                 reason=reason,
@@ -783,7 +780,7 @@ class DeviceSwap:
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
         first = entries[0].contents if entries else None
-        if first is not None and first.codec in _NATIVE and all(e.contents is first and e.on_gpu for e in entries):
+        if first is not None and first.codec in _NATIVE and all(e.contents is first for e in entries):
             # As a rule all are alike: the link has work before the records are looked at one by one.
             layout = check_geometry(first.geometry, out.layout)
             statuses = self._transport.into.run(
@@ -797,13 +794,13 @@ class DeviceSwap:
             if statuses.any():
                 raise self._damaged(keys, np.flatnonzero(statuses).tolist())
             return
-        groups: dict[tuple[str, BlockLayout, int, bool], list[int]] = {}
-        alike: dict[tuple[int, bool], list[int]] = {}
-        for i, (entry, gpu) in enumerate(zip(entries, decodes_on_gpu(entries), strict=True)):
-            alike.setdefault((id(entry.contents), gpu), []).append(i)
-        for (_, gpu), members in alike.items():
+        groups: dict[tuple[str, BlockLayout, int, int], list[int]] = {}
+        alike: dict[int, list[int]] = {}
+        for i, entry in enumerate(entries):
+            alike.setdefault(id(entry.contents), []).append(i)
+        for members in alike.values():
             known = entries[members[0]].contents
-            codec = "" if known.codec in ("cuszp", "raw") and gpu else known.codec
+            codec = "" if known.codec in _NATIVE else known.codec
             layout = check_geometry(known.geometry, out.layout)
             groups.setdefault((codec, layout, known.table_id, known.extended), []).extend(members)
         others = [(name, layout, members) for (name, layout, _, _), members in groups.items() if name]
@@ -904,29 +901,6 @@ def _header_of(
     )
     row: npt.NDArray[np.uint8] = headers[0]
     return row
-
-
-def encodes_on_gpu(codec: Codec, part: Part) -> bool:
-    """Whether the CUDA codec has what a part of a store asks for."""
-    if codec.name == "raw":
-        return True
-    bound, segments = part.request.bound, part.blocks.layout.segments
-    kinds = {b.kind for b in ((bound,) if isinstance(bound, ErrorBound) else bound)}
-    if kinds <= set(_GPU_PAGE_KINDS):
-        return True
-    small = BoundKind.TOKEN_RMS not in kinds or all(s.tokens * s.heads <= _GPU_VECTORS for s in segments)
-    return part.request.mode == "rice" and small
-
-
-def decodes_on_gpu(entries: Sequence[Entry]) -> list[bool]:
-    """For each record whether the CUDA codec has all its codings; of any other codec's records it says nothing."""
-    for entry in entries:
-        if entry.on_gpu is None:
-            entry.on_gpu = all(
-                coding <= Coding.LOSSLESS or coding & 0x0F in (Coding.RICE, Coding.LOSSLESS_RICE)
-                for coding in entry.table[_CODING_AT :: ENTRY_DTYPE.itemsize]
-            )
-    return [bool(entry.on_gpu) for entry in entries]
 
 
 def _address(array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kvzip._log import log_once
 from kvzip._process import watch
 from kvzip.backends.base import Codec, EncodeRequest
+from kvzip.backends.cuszp import extended_by
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
 from kvzip.bounds import BoundPolicy, PageBounds, resolve, table_id
@@ -408,7 +409,7 @@ class SwapEngine:
             self._index.can_hold(worst, keys) and not any(key in self._index for key in keys)
         )
         fresh: dict[bytes, Entry] = {}
-        pending: list[tuple[bytes, EncodedRecord, tuple[int, bool]]] = []
+        pending: list[tuple[bytes, EncodedRecord, tuple[int, int]]] = []
         pending_bytes = record_bytes = 0
         fallbacks: Counter[str] = Counter()
         max_error = 0.0
@@ -419,8 +420,8 @@ class SwapEngine:
                 chunk = part.blocks[part.blocks.block_ids[first:last]]
                 batch = encode_records(chunk, codec, part.request, measure_error=measure_error)
                 fallbacks.update(batch.fallbacks)
-                rice = codec.name == "cuszp" and part.request.mode == "rice"
-                tables = table_id(part.request.bound, len(layout.segments)), rice
+                extended = extended_by(part.request) if codec.name == "cuszp" else 0
+                tables = table_id(part.request.bound, len(layout.segments)), int(extended)
                 for key, record in zip(part.keys[first:last], batch.records, strict=True):
                     max_error = max(max_error, record.max_error or 0.0)
                     violations += record.violations or 0
@@ -455,7 +456,7 @@ class SwapEngine:
 
     def _keep(
         self,
-        records: Sequence[tuple[bytes, EncodedRecord, tuple[int, bool]]],
+        records: Sequence[tuple[bytes, EncodedRecord, tuple[int, int]]],
         fresh: dict[bytes, Entry],
         layout: BlockLayout,
         keys: Sequence[bytes],

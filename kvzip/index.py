@@ -47,7 +47,7 @@ class Contents:
         geometry: shapes of the pages.
         header_bytes: bytes before the payload.
         table_id: name of the channel tables that it was encoded with; 0 = none.
-        extended: it was made in the mode ``rice``: kernels of their own decode it.
+        extended: what its pages may have that kernels of their own decode (`kvzip.backends.cuszp.Extended`).
     """
 
     raw_bytes: int
@@ -55,11 +55,11 @@ class Contents:
     geometry: tuple[Geometry, ...]
     header_bytes: int
     table_id: int = 0
-    extended: bool = False
+    extended: int = 0
 
 
 @lru_cache(maxsize=256)
-def contents_of(layout: BlockLayout, codec: str, tables: int = 0, extended: bool = False) -> Contents:
+def contents_of(layout: BlockLayout, codec: str, tables: int = 0, extended: int = 0) -> Contents:
     """What records of this layout hold; the same object for the same arguments."""
     return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout), tables, extended)
 
@@ -73,7 +73,6 @@ class Entry:
         contents: what it holds.
         table: its segment table, as it stands in the record.
         payload_crc32c: checksum of its payload.
-        on_gpu: whether the GPU has all codings of the record; None = nobody has looked.
         header: makes the record's header while that is not in the pool yet: a load on a GPU does not need it, and
             making it at every store would cost more than the link takes for the record.
     """
@@ -87,7 +86,6 @@ class Entry:
     dropped: bool = False  # out of the index, or about to be; freed when the last load ends
     freed: bool = False
     header: Callable[[Entry], npt.NDArray[np.uint8]] | None = None
-    on_gpu: bool | None = None
 
     @property
     def protected(self) -> bool:
@@ -227,7 +225,7 @@ class RecordIndex:
         for entry in entries:
             entry.pins.entry = entry
             if header is not None:
-                entry.header, entry.on_gpu = header, True
+                entry.header = header
         return entries
 
     def land(
@@ -246,7 +244,7 @@ class RecordIndex:
             allocations = room.divide([before + n for n in payload_bytes])
             fresh = {}
             for key, allocation, table, crc in zip(keys, allocations, tables, payload_crc32c, strict=True):
-                entry = fresh[key] = Entry(allocation, contents, table, crc, header=header, on_gpu=True)
+                entry = fresh[key] = Entry(allocation, contents, table, crc, header=header)
                 entry.pins.entry = entry
             try:
                 self.publish(fresh)

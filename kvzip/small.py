@@ -23,11 +23,13 @@ import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.backends.base import EncodeRequest
+from kvzip.bounds import PageBounds
 from kvzip.errors import KvzipError
 from kvzip.memory import MemoryResource
 from kvzip.record import ENTRY_DTYPE, header_nbytes
 from kvzip.transport import (
     RECORD_ALIGNMENT,
+    ChannelTables,
     DecodeArgs,
     DeviceMemory,
     Driver,
@@ -39,7 +41,7 @@ from kvzip.transport import (
     Staging,
     SwapCall,
 )
-from kvzip.types import BlockLayout, BlockView
+from kvzip.types import BlockView
 
 TICKETS = 16  # transfers of a direction under way
 TICKET_BYTES = 64 << 10  # host memory of each, for block numbers, sizes and segment tables
@@ -92,6 +94,7 @@ class Plan:
         device_segments: the same in device memory.
         header_bytes: bytes of a record before its payload.
         record_bytes: most bytes of a record in the arena.
+        extended: what pages may have, to decode them (`kvzip.transport.DecodeArgs`).
         calls: bound calls and the arrays behind them, by ticket and number of blocks.
         context: what the engine keeps with it.
     """
@@ -101,6 +104,7 @@ class Plan:
     device_segments: int
     header_bytes: int
     record_bytes: int
+    extended: int = 0
     calls: dict[tuple[int, int], _Bound] = field(default_factory=dict)
     context: Any = None
 
@@ -135,6 +139,7 @@ class _Direction(abc.ABC):
             undo.callback(driver.stream_destroy, self._stream)
             self._order = driver.event_create()
             undo.callback(driver.event_destroy, self._order)
+            self._tables = ChannelTables(driver, self._stream)
             self._memory = DeviceMemory(driver, self._stream)
             undo.callback(self._memory.close)
             self._memory.fit(
@@ -149,17 +154,26 @@ class _Direction(abc.ABC):
             undo.pop_all()
 
     def _new_plan(
-        self, key: tuple[int, ...], keep: tuple[Any, ...], blocks: BlockView, segments: npt.NDArray[Any]
+        self,
+        key: tuple[int, ...],
+        keep: tuple[Any, ...],
+        blocks: BlockView,
+        bounds: PageBounds,
+        segments: npt.NDArray[Any],
+        extended: int = 0,
     ) -> Plan | None:
         """A new plan; None while there is no room for one and transfers are under way."""
         size = -(-segments.nbytes // 16) * 16
         if size > PLANS_BYTES:
             return None
-        if len(self._plans) >= MOST_PLANS or self._plans_end + size > PLANS_BYTES:
+        full = len(self._plans) >= MOST_PLANS or self._plans_end + size > PLANS_BYTES
+        if full or not self._tables.fit(bounds):
             if len(self._free) < TICKETS:
                 return None
             self._plans.clear()
+            self._tables.clear()
             self._plans_end = 0
+        self._tables.place(bounds, segments)
         at, host = self._plans_end, TICKETS * TICKET_BYTES + self._plans_end
         self._plans_end += size
         self._region.array[host : host + segments.nbytes] = segments.view(np.uint8)
@@ -167,7 +181,7 @@ class _Direction(abc.ABC):
         self._driver.mapped_copy(address, self._region.address + host, size, self._stream)
         header = header_nbytes(blocks.layout)
         record = -(-(header + blocks.layout.padded_nbytes) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-        made = Plan(keep, segments, address, header, record)
+        made = Plan(keep, segments, address, header, record, extended)
         self._plans[key] = made
         return made
 
@@ -234,6 +248,7 @@ class _Direction(abc.ABC):
             each.callback(self._driver.stream_destroy, self._stream)
             each.callback(self._region.close)
             each.callback(self._memory.close)
+            each.callback(self._tables.clear)
             for event in (self._order, *self._events):
                 each.callback(self._driver.event_destroy, event)
             self._events.clear()
@@ -269,7 +284,7 @@ class SmallStores(_Direction):
         """Make it; None while there is no room for one and transfers are under way."""
         keep = (blocks.addresses, blocks.layout, codec, request.bound, request.mode)
         segments = _native.segments_array(blocks, request.bound, coding)
-        return self._new_plan((*map(id, keep), request.reason), keep, blocks, segments)
+        return self._new_plan((*map(id, keep), request.reason), keep, blocks, request.bound, segments)
 
     @staticmethod
     def fits(pages: int, blocks: int) -> bool:
@@ -345,11 +360,18 @@ class SmallLoads(_Direction):
         """The plan for views that share their tensors and layout with `blocks`, and records of these contents."""
         return self._plans.get((id(blocks.addresses), id(blocks.layout), id(contents)))
 
-    def new_plan(self, blocks: BlockView, contents: object, layout: BlockLayout) -> Plan | None:
-        """Make it, for records of this layout; None while there is no room for one and transfers are under way."""
-        keep = (blocks.addresses, blocks.layout, contents)
-        view = blocks.with_groups(layout)
-        return self._new_plan(tuple(map(id, keep)), keep, view, _native.segments_array(view))
+    def new_plan(self, blocks: BlockView, contents: object, view: BlockView, extended: int) -> Plan | None:
+        """Make it; None while there is no room for one and transfers are under way.
+
+        Args:
+            blocks: what `plan_for` is asked for.
+            contents: the same.
+            view: `blocks` with the groups and the bounds that the records were encoded with.
+            extended: what their pages may have (`kvzip.transport.DecodeArgs`).
+        """
+        keep = (blocks.addresses, blocks.layout, contents, view.bounds)
+        segments = _native.segments_array(view)
+        return self._new_plan(tuple(map(id, keep[:3])), keep, view, view.bounds, segments, extended)
 
     @staticmethod
     def fits(pages: int, blocks: int) -> bool:
@@ -395,6 +417,7 @@ class SmallLoads(_Direction):
             workspace=memory.address("workspace"),
             workspace_bytes=memory.size("workspace"),
             max_ctas=self._staging.max_ctas,
+            extended=plan.extended,
         )
         move = MoveArgs(
             arena=memory.address("arena"),

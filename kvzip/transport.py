@@ -41,6 +41,7 @@ Run = tuple[int, int, int]  # (place in the arena, host address, bytes)
 Copy = tuple[int, int, int]  # (to, from, bytes)
 
 MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
+MOST_TABLES = 1024  # channel tables of a direction on a device, unless one request has more
 SPIN_US = 50  # that a wait for the device spins, before it only looks now and then
 _EDGE_SPIN_US = 400  # the same at a transfer's ends, where the link is idle until the wait is over
 _PATIENCE_US = 1_000_000  # between looks at the interpreter's signals
@@ -115,8 +116,8 @@ class EncodeArgs:
 class DecodeArgs:
     """Arguments of one decode launch (see ``kvz_cuda_decode_args``).
 
-    With `crc32c`, payloads that have other checksums than those there are refused; with `extended`, pages may be of the
-    Rice codings.
+    With `crc32c`, payloads that have other checksums than those there are refused. `extended` says what pages may have
+    beside one bound each and codings other than Rice's (`kvzip.backends.cuszp.Extended`).
     """
 
     segments: npt.NDArray[Any]
@@ -131,7 +132,7 @@ class DecodeArgs:
     workspace_bytes: int
     max_ctas: int
     crc32c: int = 0
-    extended: bool = False
+    extended: int = 0
 
 
 @dataclass(frozen=True)
@@ -488,6 +489,48 @@ def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[
     return list(zip([0, *ends], ends, strict=False))
 
 
+class ChannelTables:
+    """Channel tables on a device, each once.
+
+    They stay until there are `MOST_TABLES`; then whoever uses them lets the device finish and forgets all of them.
+    """
+
+    def __init__(self, driver: Driver, stream: int) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._tables: dict[bytes, tuple[int, ChannelBounds]] = {}  # address and what is there, by its digest
+
+    def fit(self, bounds: PageBounds) -> bool:
+        """Whether there is room for the tables of these bounds beside those that are here."""
+        missing = {table.digest for table in _channel_tables(bounds)} - self._tables.keys()
+        return not self._tables or not missing or len(self._tables) + len(missing) <= MOST_TABLES
+
+    def place(self, bounds: PageBounds, segments: npt.NDArray[Any]) -> None:
+        """Set the addresses of the tables of descriptors; copies in stream order those that are not here."""
+        for page, bound in enumerate((bounds,) * len(segments) if isinstance(bounds, ErrorBound) else bounds):
+            if (table := bound.channels) is not None:
+                if table.digest not in self._tables:
+                    address = self._driver.malloc(table.values.nbytes)
+                    try:
+                        self._driver.copy(address, table.values.ctypes.data, table.values.nbytes, self._stream)
+                    except BaseException:
+                        self._driver.free(address)
+                        raise
+                    self._tables[table.digest] = (address, table)
+                segments["channel_bounds"][page] = self._tables[table.digest][0]
+
+    def clear(self) -> None:
+        """Free all of them. The device must be done with them."""
+        with ExitStack() as each:
+            while self._tables:
+                each.callback(self._driver.free, self._tables.popitem()[1][0])
+
+
+def _channel_tables(bounds: PageBounds) -> list[ChannelBounds]:
+    each = (bounds,) if isinstance(bounds, ErrorBound) else bounds
+    return [bound.channels for bound in each if bound.channels is not None]
+
+
 class _Pipeline:
     """What both directions share: slots in turn, two streams."""
 
@@ -506,19 +549,7 @@ class _Pipeline:
             undo.pop_all()
         self._turn = 0
         self._known: dict[tuple[Any, ...], tuple[tuple[object, ...], npt.NDArray[Any]]] = {}
-        self._channel_tables: dict[bytes, tuple[int, ChannelBounds]] = {}  # address on the device, by their digest
-
-    def _channel_table(self, table: ChannelBounds) -> int:
-        """Address of a channel table on the device."""
-        if table.digest not in self._channel_tables:
-            address = self._driver.malloc(table.values.nbytes)
-            try:
-                self._driver.copy(address, table.values.ctypes.data, table.values.nbytes, self._kernels)
-            except BaseException:
-                self._driver.free(address)
-                raise
-            self._channel_tables[table.digest] = (address, table)
-        return self._channel_tables[table.digest][0]
+        self._tables = ChannelTables(driver, self._kernels)
 
     def _segments(self, blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]) -> npt.NDArray[Any]:
         """Descriptors of the pages; kept, as a swap asks for the same ones again and again."""
@@ -529,10 +560,11 @@ class _Pipeline:
                 self._known.clear()
             segments = _native.segments_array(blocks, bound, coding)
             bounds = blocks.bounds if bound is None else bound
-            each = (bounds,) * len(segments) if isinstance(bounds, ErrorBound) else bounds
-            for page, one in enumerate(each):
-                if one.channels is not None:
-                    segments["channel_bounds"][page] = self._channel_table(one.channels)
+            if not self._tables.fit(bounds):
+                self.drain()
+                self._known.clear()  # which has their addresses
+                self._tables.clear()
+            self._tables.place(bounds, segments)
             self._known[key] = (keep, segments)
         return self._known[key][1]
 
@@ -566,8 +598,7 @@ class _Pipeline:
         with ExitStack() as each:
             each.callback(self._driver.stream_destroy, self._copies)
             each.callback(self._driver.stream_destroy, self._kernels)
-            for address, _ in self._channel_tables.values():
-                each.callback(self._driver.free, address)
+            each.callback(self._tables.clear)
             for slot in self._slots:
                 each.callback(slot.close)
             self.drain()
@@ -751,7 +782,7 @@ class DecodePipeline(_Pipeline):
         after: int,
         queued: Callable[[int], None],
         *,
-        extended: bool = False,
+        extended: int = 0,
         checked: bool = True,
     ) -> npt.NDArray[np.uint32]:
         """Copy records to the device and decode them into blocks. Blocks the host until the device has finished.
@@ -762,7 +793,7 @@ class DecodePipeline(_Pipeline):
             after: event after which the pages may be written.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last value was written.
-            extended: pages may be of the Rice codings.
+            extended: what pages may have; see `DecodeArgs`.
             checked: payloads' checksums are verified.
 
         Returns:
@@ -809,9 +840,7 @@ class DecodePipeline(_Pipeline):
             self.drain()
         return statuses
 
-    def _call(
-        self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: bool, checked: bool
-    ) -> _DecodeCall:
+    def _call(self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: int, checked: bool) -> _DecodeCall:
         key = (pages, count, extended, checked)
         found: _DecodeCall | None = slot.bound.get(key)
         if found is not None and arena_bytes <= slot.memory.size("arena"):

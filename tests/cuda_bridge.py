@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ class Spec:
     heads_first: bool = False
     pad: int = 0  # values between rows, and between blocks
     kind: int = 0
+    exact_channels: int = 37  # with a table, one channel of so many; 0: none
 
     def strides(self) -> tuple[int, int, int]:
         """(block, token, head) strides in bytes."""
@@ -59,7 +62,14 @@ class Spec:
         if self.bound_kind != BOUND_CHANNEL_TABLE:
             return None
         channels = np.arange(self.heads * self.head_dim)
-        return np.where(channels % 37 == 5, 0, self.bound * 2.0 ** -(channels % 5)).astype(np.float32)
+        exact = channels % self.exact_channels == 5 if self.exact_channels else channels < 0
+        return np.where(exact, 0, self.bound * 2.0 ** -(channels % 5)).astype(np.float32)
+
+    @property
+    def extended(self) -> int:
+        """What a decoder must know: 1 for the Rice codings, 2 for bounds within pages."""
+        within = self.bound_kind in (BOUND_TOKEN_RMS, BOUND_CHANNEL_TABLE)
+        return int(self.coding >= RICE) | (2 if within else 0)
 
 
 def load() -> tuple[Any, Any]:
@@ -171,6 +181,13 @@ class Batch:
         memories = [random_pages(torch, spec, slots, seed * 1000 + i) for i, spec in enumerate(specs)]
         ids = np.random.default_rng(seed).permutation(slots)[:blocks]
         return cls(torch, driver, specs, memories, ids)
+
+    def give_tables(self) -> None:
+        """A channel table for every page, also for those that were not encoded with one: forged records name them."""
+        self.tables = [replace(s, bound_kind=BOUND_CHANNEL_TABLE).table() for s in self.specs]
+        self.device_tables = [self.upload(t) for t in self.tables]
+        self.segments["channel_bounds"] = [t.data_ptr() for t in self.device_tables]
+        self.device_segments = self.upload(self.segments)
 
     def upload(self, array: Array) -> Any:
         """A uint8 device tensor with the array's bytes."""
@@ -303,6 +320,7 @@ class GpuDecode:
         max_ctas: int = 0,
         strips_per_warp: int = 0,
         crc32c: Array | None = None,
+        extended: int | None = None,
     ):
         from kvzip.transport import DecodeArgs
 
@@ -328,7 +346,7 @@ class GpuDecode:
             workspace_bytes=batch.workspace.numel(),
             max_ctas=max_ctas,
             crc32c=0 if self.crc32c is None else self.crc32c.data_ptr(),
-            extended=any(spec.coding >= RICE for spec in batch.specs),
+            extended=reduce(or_, (spec.extended for spec in batch.specs)) if extended is None else extended,
         )
 
     def launch(self, stream: int | None = None) -> None:

@@ -20,8 +20,9 @@ import crc32c
 import numpy as np
 
 from kvzip import _native
+from kvzip.backends.cuszp import Extended
 from kvzip.errors import CorruptRecordError, CudaError
-from kvzip.record import ENTRY_DTYPE
+from kvzip.record import ENTRY_DTYPE, Coding
 
 
 def at(address: int, dtype: Any, count: int) -> np.ndarray:
@@ -306,7 +307,9 @@ class FakeDriver:
         ids = at(a.block_ids, np.int64, a.num_blocks).copy()
         payloads, sizes = at(a.payloads, np.uint64, a.num_blocks), at(a.payload_bytes, np.uint64, a.num_blocks)
         table = at(a.table, ENTRY_DTYPE, a.num_blocks * len(segments)).reshape(a.num_blocks, -1)
-        assert a.extended or (table["coding"] <= _LAST_PLAIN_CODING).all()
+        coding = table["coding"] & 0x0F
+        assert a.extended & Extended.RICE or (coding <= Coding.LOSSLESS).all()
+        assert a.extended or (table["coding"] == coding).all()
         for b in range(a.num_blocks):
             status = 0
             try:
@@ -317,9 +320,6 @@ class FakeDriver:
             except CorruptRecordError:
                 status = 2
             at(a.block_status, np.uint32, a.num_blocks)[b] = status
-
-
-_LAST_PLAIN_CODING = 5
 
 
 def cuda_error(name: str = "cudaErrorMemoryAllocation", code: int = 2) -> CudaError:

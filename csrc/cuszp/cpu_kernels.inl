@@ -1168,7 +1168,7 @@ static void encode_typed(const Geometry& geo, uint8_t coding, uint8_t bound_kind
   if (page.equal) return write_constant(geo, geo.page.base, out, entry);
 
   const bool lossy = coding != KVZ_LOSSLESS && coding != KVZ_LOSSLESS_RICE && bound_kind != KVZ_BOUND_LOSSLESS;
-  BoundSource source = {KVZ_STEPS_PAGE, 0.0f, scratch.bounds, geo.page.channel_bounds};
+  BoundSource source = {KVZ_STEPS_PAGE, 0.0f, scratch.bounds, geo.page.channel_bounds, kNoBound};
   if (lossy && page.any_finite) {
     if (bound_kind == KVZ_BOUND_TOKEN_RMS) {
       source.steps = KVZ_STEPS_TOKEN;

@@ -12,11 +12,13 @@ struct BoundSource {
   float page;             // KVZ_STEPS_PAGE
   const float* vectors;   // KVZ_STEPS_TOKEN: tokens x heads
   const float* channels;  // KVZ_STEPS_CHANNEL: heads x head_dim
+  float missing;          // what stands for a channel's bound that is not in the format's range
 };
 
-// A channel's bound that is no bound in the format's range makes its groups raw.
-KVZ_INLINE float usable(float bound) {
-  return bound >= kLeastBound && bound <= kLargestBound ? bound : float_of(0x7fc00000u);
+constexpr float kNoBound = __builtin_nanf("");  // `missing` of an encoder: the channel's groups become raw
+
+KVZ_INLINE float usable(float bound, float missing) {
+  return bound >= kLeastBound && bound <= kLargestBound ? bound : missing;
 }
 
 struct TileBounds {
@@ -37,7 +39,7 @@ KVZ_NOINLINE void tile_bounds(const Geometry& geo, const BoundSource& source, ui
     for (uint32_t k = 0; k < kTile; ++k) channel[k] = least((j + k) * geo.a + a, geo.channels - 1);
     if (source.steps == KVZ_STEPS_CHANNEL) {
       float* row = bounds.row[a * geo.g];
-      for (int k = 0; k < kTile; ++k) row[k] = usable(source.channels[channel[k]]);
+      for (int k = 0; k < kTile; ++k) row[k] = usable(source.channels[channel[k]], source.missing);
       for (uint32_t t = 1; t < geo.g; ++t) memcpy(bounds.row[a * geo.g + t], row, sizeof bounds.row[0]);
       continue;
     }
@@ -338,14 +340,14 @@ KVZ_INLINE BoundSource bound_source(const Geometry& geo, uint8_t steps, float pa
     const uint64_t vectors = page_vectors(geo.page);
     for (uint64_t i = 0; i < vectors; ++i) scratch.bounds[i] = bound_of_scale(scales[i], page_bound);
   }
-  return {steps, page_bound, scratch.bounds, geo.page.channel_bounds};
+  return {steps, page_bound, scratch.bounds, geo.page.channel_bounds, 0.0f};
 }
 
 // The largest usable bound of the channels, for the segment table; 0 if there is none.
 KVZ_INLINE float largest_channel_bound(const Geometry& geo) {
   float largest = 0.0f;
   for (uint32_t c = 0; c < geo.channels; ++c) {
-    const float b = usable(geo.page.channel_bounds[c]);
+    const float b = usable(geo.page.channel_bounds[c], 0.0f);
     largest = b > largest ? b : largest;
   }
   return largest;

@@ -38,9 +38,15 @@ const void* function_of(Kernel kernel) {
     case kEncodeBf16:
     case kEncodeFp16:
       return encode_fast_function(kernel);
+    case kEncodeWithinBf16:
+    case kEncodeWithinFp16:
+      return encode_within_function(kernel);
     case kDecodeBf16:
     case kDecodeFp16:
       return decode_fast_function(kernel);
+    case kDecodeWithinBf16:
+    case kDecodeWithinFp16:
+      return decode_within_function(kernel);
     case kEncodeRice:
       return encode_rice_function();
     case kDecodeRice:
@@ -153,6 +159,7 @@ cudaError_t launch_crc(const Device& device, CrcParams p, uint32_t max_ctas, cud
 constexpr uint32_t kTeamWarps = 8;           // of the teams of a CTA, where one page does not need more
 constexpr uint32_t kClearedInKernel = 8192;  // pages; more states are cleared by a memset behind the kernel
 constexpr uint64_t kMaxPages = 1u << 30;
+constexpr uint32_t kMostVectors = 16384;  // tokens x heads of a page with a bound for each
 
 uint64_t round_up(uint64_t v, uint64_t to) { return (v + to - 1) / to * to; }
 
@@ -162,7 +169,10 @@ bool aligned(const void* p, uint64_t to) { return reinterpret_cast<uintptr_t>(p)
 struct Shape {
   bool fast = true;
   uint8_t dtype = KVZ_BF16;
-  uint32_t strips = 0;  // of the largest page
+  bool within = false;       // bounds differ within pages
+  uint32_t strips = 0;       // of the largest page
+  uint32_t vectors = 0;      // most tokens x heads of a page
+  uint32_t token_bytes = 0;  // most that a page with bounds by token needs beside its strips
 };
 
 uint64_t item_bytes(uint8_t dtype) { return dtype == KVZ_FP32 ? 4 : dtype == KVZ_OPAQUE ? 1 : 2; }
@@ -178,17 +188,17 @@ bool valid_for_device(const kvz_segment& s) {
 
 bool needs_rice(const kvz_segment& s) { return s.coding == KVZ_RICE || s.coding == KVZ_LOSSLESS_RICE; }
 
+// Tokens x heads of a page with a bound for each, else 0.
+uint64_t vectors_of(const kvz_segment& s) {
+  return s.bound_kind == KVZ_BOUND_TOKEN_RMS ? static_cast<uint64_t>(s.tokens) * s.heads : 0;
+}
+
 bool valid_for_encode(const kvz_segment& s) {
-  if (s.coding == KVZ_LOSSLESS_RICE) return true;
-  if (s.coding == KVZ_RICE) {
-    if (s.bound_kind > KVZ_BOUND_CHANNEL_TABLE) return false;
-    if (s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
-    if (s.bound_kind == KVZ_BOUND_CHANNEL_TABLE) return s.channel_bounds != 0;
-    if (s.bound_kind == KVZ_BOUND_TOKEN_RMS && static_cast<uint64_t>(s.tokens) * s.heads > kRiceVectors) return false;
-    return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
-  }
-  if (s.coding > KVZ_LOSSLESS || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_RELATIVE) return false;
-  if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+  if (s.coding > KVZ_LOSSLESS_RICE || s.coding == KVZ_CONSTANT || s.bound_kind > KVZ_BOUND_CHANNEL_TABLE) return false;
+  if (s.coding == KVZ_RAW || s.coding == KVZ_LOSSLESS || s.coding == KVZ_LOSSLESS_RICE) return true;
+  if (s.bound_kind == KVZ_BOUND_LOSSLESS) return true;
+  if (s.bound_kind == KVZ_BOUND_CHANNEL_TABLE) return s.channel_bounds != 0;
+  if (vectors_of(s) > (s.coding == KVZ_RICE ? kRiceVectors : kMostVectors)) return false;
   return s.bound > 0.0 && s.bound <= 1.7976931348623157e308;
 }
 
@@ -204,7 +214,12 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
     const uint64_t strips = s.tokens / 16 * ((channels + kStripChannels - 1) / kStripChannels);
     shape.fast = s.dtype == shape.dtype && s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 &&
                  all % 16 == 0 && strips <= most_strips && s.token_stride == static_cast<int32_t>(s.token_stride);
-    if (shape.fast && strips > shape.strips) shape.strips = static_cast<uint32_t>(strips);
+    if (!shape.fast) break;
+    shape.within = shape.within || s.bound_kind > KVZ_BOUND_RELATIVE;
+    const uint32_t bytes = vectors_of(s) != 0 ? token_memory_bytes(s.tokens, s.heads, s.head_dim) : 0;
+    if (strips > shape.strips) shape.strips = static_cast<uint32_t>(strips);
+    if (s.tokens * s.heads > shape.vectors) shape.vectors = s.tokens * s.heads;
+    if (bytes > shape.token_bytes) shape.token_bytes = bytes;
   }
   return shape;
 }
@@ -225,7 +240,7 @@ struct RiceShape {
       all = all && (needs_rice(s) || s.coding == KVZ_RAW);
       if (own > strips) strips = own;
       if (s.dtype == KVZ_FP32) value_bits = 32;
-      const uint64_t needed = s.bound_kind == KVZ_BOUND_TOKEN_RMS ? static_cast<uint64_t>(s.tokens) * s.heads : 0;
+      const uint64_t needed = vectors_of(s);
       if (needed > vectors && needed <= kRiceVectors) vectors = static_cast<uint32_t>(needed);
     }
     warps = static_cast<uint32_t>(strips < kRiceWarps ? strips : kRiceWarps);
@@ -234,6 +249,7 @@ struct RiceShape {
 
 // Strips of the largest page that fits into so much shared memory when encoding.
 uint32_t most_strips_for(uint32_t room) {
+  bool within = false;  // bounds differ within pages
   uint32_t strips = 0;
   while (strips < kMaxStrips && kTileSharedBytes + fast_encode_bytes(strips + 1) <= room) ++strips;
   return strips;
@@ -256,14 +272,14 @@ uint64_t states_bytes(uint64_t num_segments, uint64_t num_blocks) {
   return round_up(2 * num_blocks * sizeof(uint64_t), 64) + round_up(num_segments * num_blocks * sizeof(uint64_t), 64);
 }
 
-// No valid payload is larger: every group raw, with a class and a base that an encoder would not spend on it.
+// No valid payload is larger: every group raw, with a class, a base and scales that an encoder would not spend on it.
 uint64_t largest_payload(const kvz_segment* segments, uint32_t num_segments) {
   uint64_t bytes = 0;
   for (uint32_t i = 0; i < num_segments; ++i) {
     const kvz_segment& s = segments[i];
     const uint64_t rows = (static_cast<uint64_t>(s.tokens) + s.group_tokens - 1) / s.group_tokens;
     const uint64_t columns = (static_cast<uint64_t>(s.heads) * s.head_dim * s.group_tokens + 15) / 16;
-    bytes += rows * columns * (16 * item_bytes(s.dtype) + 2) + 32;
+    bytes += rows * columns * (16 * item_bytes(s.dtype) + 2) + static_cast<uint64_t>(s.tokens) * s.heads + 32;
   }
   return bytes;
 }
@@ -331,7 +347,8 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   if (error != cudaSuccess) return status_of(error);
   const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
   const uint32_t most_strips = most_strips_for(room);
-  const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
+  Shape shape = shape_of(a.segments, a.num_segments, most_strips);
+  shape.fast = shape.fast && kTileSharedBytes + fast_encode_bytes(shape.strips) + shape.token_bytes <= room;
   const uint32_t pages = a.num_segments * a.num_blocks;
 
   EncodeParams p = {};
@@ -358,6 +375,7 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
   if (rice.any && !rice.all) return KVZ_INVALID_ARGUMENT;
   const Kernel kernel = rice.any                  ? kEncodeRice
                         : !shape.fast             ? kEncodeGeneral
+                        : shape.within            ? (shape.dtype == KVZ_BF16 ? kEncodeWithinBf16 : kEncodeWithinFp16)
                         : shape.dtype == KVZ_BF16 ? kEncodeBf16
                                                   : kEncodeFp16;
   p.tiles = a.num_segments;
@@ -377,11 +395,18 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
     p.team_warps = warps_for(shape.strips, a.strips_per_warp);
     p.teams = least(least(kMaxTeams, kTeamWarps / least(p.team_warps, kTeamWarps)),
                     least(a.num_segments, pages / (2 * multiprocessors) + 1));
-    p.team_bytes = fast_encode_bytes(shape.strips);
+    p.team_bytes = fast_encode_bytes(shape.strips) + shape.token_bytes;
     while (p.teams > 1 && kTileSharedBytes + p.teams * p.team_bytes > room / 3) --p.teams;
     p.tiles = (a.num_segments + p.teams - 1) / p.teams;
     threads = (p.teams * p.team_warps + 1) * kWarp;
     shared_bytes = kTileSharedBytes + p.teams * p.team_bytes;
+  } else {
+    uint64_t vectors = 0;
+    for (uint32_t i = 0; i < a.num_segments; ++i) {
+      const uint64_t own = a.segments[i].coding != KVZ_RAW ? vectors_of(a.segments[i]) : 0;
+      if (own > vectors && own <= kMostVectors) vectors = own;
+    }
+    shared_bytes += static_cast<uint32_t>(vectors) * 4;
   }
   uint32_t ctas = 0;
   error = resident_ctas(*device, kernel, threads, shared_bytes, ctas);
@@ -411,7 +436,7 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
 }
 
 int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
-  if (args == nullptr || args->extended > 1) return KVZ_INVALID_ARGUMENT;
+  if (args == nullptr || args->extended > (KVZ_EXTENDED_RICE | KVZ_EXTENDED_BOUNDS)) return KVZ_INVALID_ARGUMENT;
   const kvz_cuda_decode_args& a = *args;
   const int32_t status =
       check_batch(a.segments, a.device_segments, a.num_segments, a.num_blocks, a.workspace, a.workspace_bytes);
@@ -425,9 +450,8 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   cudaError_t error = current_device(device);
   if (error != cudaSuccess) return status_of(error);
   const uint32_t room = static_cast<uint32_t>(device->shared_bytes.load(std::memory_order_relaxed));
-  const uint32_t most_strips =
-      least(kMaxStrips, (room - fast_decode_bytes(0)) / (fast_decode_bytes(1) - fast_decode_bytes(0)));
-  const Shape shape = shape_of(a.segments, a.num_segments, most_strips);
+  Shape shape = shape_of(a.segments, a.num_segments, kMaxStrips);
+  shape.fast = shape.fast && fast_decode_bytes(shape.strips, shape.vectors) <= room;
   const uint32_t pages = a.num_segments * a.num_blocks;
 
   DecodeParams p = {};
@@ -443,18 +467,22 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   p.num_segments = a.num_segments;
   p.num_blocks = a.num_blocks;
   p.all_or_nothing = a.all_or_nothing;
-  p.room_bytes = decode_room_bytes(shape.strips);
+  p.room_bytes = decode_room_bytes(shape.strips, shape.vectors);
   p.validate_lanes = shape.fast && shape.strips <= 4 ? 8 : shape.fast && shape.strips <= 8 ? 16 : kWarp;
 
-  Kernel kernel = !shape.fast ? kDecodeGeneral : shape.dtype == KVZ_BF16 ? kDecodeBf16 : kDecodeFp16;
+  p.extended = a.extended;
+  Kernel kernel = !shape.fast ? kDecodeGeneral
+                  : (a.extended & KVZ_EXTENDED_BOUNDS)
+                      ? (shape.dtype == KVZ_BF16 ? kDecodeWithinBf16 : kDecodeWithinFp16)
+                  : shape.dtype == KVZ_BF16 ? kDecodeBf16
+                                            : kDecodeFp16;
   uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
-  uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips) : kSharedBytes;
-  if (a.extended != 0) {
+  uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips, shape.vectors) : kSharedBytes;
+  if (a.extended & KVZ_EXTENDED_RICE) {
     const RiceShape rice(a.segments, a.num_segments);
     kernel = kDecodeRice;
     threads = rice.warps * kWarp;
     shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, 0, 0);
-    p.extended = 1;
     p.validate_lanes = kWarp;
   }
   uint32_t ctas = 0;

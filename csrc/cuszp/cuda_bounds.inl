@@ -62,6 +62,7 @@ struct Bounds {
   const uint8_t* scales;  // or their scale bytes
   const float* channels;
   uint32_t heads;
+  float missing;  // what stands for a channel's bound that is not in the format's range: encoders take no_bound()
 };
 
 KVZ_DEV float no_bound() { return float_of(0x7fc00000u); }
@@ -70,7 +71,7 @@ KVZ_DEV float bound_at(const Bounds& b, uint32_t token, uint32_t head, uint32_t 
   if (b.steps == KVZ_STEPS_PAGE) return b.page;
   if (b.steps == KVZ_STEPS_CHANNEL) {
     const float bound = b.channels[channel];
-    return bound >= kLeastBound && bound <= kLargestBound ? bound : no_bound();
+    return bound >= kLeastBound && bound <= kLargestBound ? bound : b.missing;
   }
   const uint32_t vector = token * b.heads + head;
   return b.vectors != nullptr ? b.vectors[vector] : bound_of_scale(b.scales[vector], b.page);
@@ -160,6 +161,71 @@ KVZ_DEV float largest_channel_bound(const Bounds& bounds, uint32_t channels, Sha
     most = static_cast<int32_t>(shared.words[i]) > most ? static_cast<int32_t>(shared.words[i]) : most;
   }
   return float_of(static_cast<uint32_t>(most));
+}
+
+// ---- bounds of a page
+// ---------------------------------------------------------------------------------------------------
+
+// Bytes of the scales that a segment begins with.
+KVZ_DEV uint64_t scale_bytes(uint32_t steps, const Geometry& g, uint32_t heads) {
+  return steps == KVZ_STEPS_TOKEN ? (static_cast<uint64_t>(g.tokens) * heads + 3) / 4 * 4 : 0;
+}
+
+KVZ_DEV uint32_t scale_byte(float bound, float page) {
+  return bound > 0.0f ? scale_of(bound, page) : bound == 0.0f ? static_cast<uint32_t>(KVZ_SCALE_ZERO) : 0u;
+}
+
+// The scale bytes of all vectors, zero-padded. By the whole CTA.
+KVZ_DEV void put_scales(const float* vectors, uint32_t count, uint64_t padded, float page, uint8_t* out) {
+  for (uint64_t v = threadIdx.x; v < padded; v += blockDim.x) {
+    out[v] = static_cast<uint8_t>(v < count ? scale_byte(vectors[v], page) : 0u);
+  }
+}
+
+// Do scale bytes give bounds in the format's range, zeros behind them? One of `width` lanes looks at its share.
+KVZ_DEV bool scales_are_valid(const uint8_t* scales, uint32_t count, uint64_t padded, float page, uint32_t lane,
+                              uint32_t width) {
+  if (bits_of(page) << (32 - KVZ_SCALE_SHIFT) != 0) return false;
+  const uint32_t most = scale_of(kLeastBound, page);
+  bool bad = false;
+  for (uint64_t i = lane; i < padded; i += width) {
+    const uint32_t c = scales[i];
+    bad = bad || (i < count ? c > most && c != KVZ_SCALE_ZERO : c != 0);
+  }
+  return !bad;
+}
+
+// What a page is to be quantised with; `page` is 0 where it cannot be. Its extremes are finite, `exponent` is its
+// largest exponent field. `vectors` is room in shared memory. By the whole CTA.
+template <int DTYPE>
+KVZ_DEV Bounds page_bounds(const kvz_segment& segment, const Geometry& g, float low, float high, uint32_t exponent,
+                           float* vectors, Shared& shared) {
+  Bounds b = {};
+  b.heads = segment.heads;
+  b.missing = no_bound();
+  if (segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
+    b.steps = KVZ_STEPS_TOKEN;
+    b.vectors = vectors;
+    b.page = token_bounds<DTYPE>(g, segment.bound, exponent, segment.heads, vectors, shared);
+  } else if (segment.bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
+    b.steps = KVZ_STEPS_CHANNEL;
+    b.channels = reinterpret_cast<const float*>(segment.channel_bounds);
+    b.page = largest_channel_bound(b, g.channels, shared);
+  } else {
+    b.page = page_bound(segment.bound_kind, segment.bound, low, high);
+  }
+  return b;
+}
+
+// What a segment was quantised with.
+KVZ_DEV Bounds bounds_of(const kvz_segment& segment, const kvz_entry& entry, const uint8_t* from) {
+  Bounds b = {};
+  b.steps = entry.coding & KVZ_STEPS_MASK;
+  b.page = entry.bound;
+  b.heads = segment.heads;
+  b.scales = from;
+  b.channels = reinterpret_cast<const float*>(segment.channel_bounds);
+  return b;
 }
 
 }  // namespace gpu

@@ -14,7 +14,7 @@ extern __shared__ __align__(16) uint8_t g_shared[];
 template <int DTYPE>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) decode_fast_kernel(const __grid_constant__ DecodeParams p) {
   wait_for_previous_kernel();
-  decode_fast<DTYPE>(p, g_shared);
+  decode_fast<DTYPE, false>(p, g_shared);
 }
 
 }  // namespace

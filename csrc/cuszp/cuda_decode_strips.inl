@@ -12,8 +12,31 @@ namespace gpu {
 
 // When decoding: segments, and behind them what may be read of words that no group has.
 constexpr uint32_t kBehindRoom = 32;
-constexpr uint32_t decode_room_bytes(uint32_t strips) { return strips * (kStripClassBytes + kStripBytes) + 16; }
-constexpr uint32_t fast_decode_bytes(uint32_t strips) { return kSharedBytes + decode_room_bytes(strips) + kBehindRoom; }
+constexpr uint32_t decode_room_bytes(uint32_t strips, uint32_t vectors) {
+  return strips * (kStripClassBytes + kStripBytes) + vectors + 16;
+}
+// The last part is the steps of the vectors, tokens x heads, of a page.
+constexpr uint32_t fast_decode_bytes(uint32_t strips, uint32_t vectors) {
+  return kSharedBytes + decode_room_bytes(strips, vectors) + kBehindRoom + vectors * 4;
+}
+
+// Steps of vectors, which have at most 5 significant bits: the upper half of the float32, in both halves. The step of a
+// width is the part of it that a mask leaves.
+template <int DTYPE>
+KVZ_DEV uint32_t vector_step(float bound) {
+  uint32_t bits = bits_of(2.0f * bound);
+  if (DTYPE == KVZ_FP16) {  // the bits that it has at width 0
+    const int n = step_bits<DTYPE>(KVZ_FIXED, 0, bound);
+    bits &= ~((1u << (24 - n)) - 1u);
+  }
+  return bits >> 16 | (bits & 0xffff0000u);
+}
+template <int DTYPE>
+KVZ_DEV uint32_t step_mask(uint32_t coding, uint32_t width) {
+  constexpr uint32_t p = Traits<DTYPE>::kSignificant + 1;
+  const uint32_t n = coding != KVZ_FIXED || width >= p ? 1 : p - width;
+  return n >= 8 ? 0xffffu : 0xffffu & ~((1u << (8 - n)) - 1u);
+}
 
 // Classes of a lane's two groups, a byte each, in any coding.
 KVZ_DEV uint32_t load_class_pair(const uint8_t* data, uint32_t coding, uint32_t first) {
@@ -40,10 +63,11 @@ struct Rows {
   }
 };
 
-// A strip in any coding, raw groups and all widths.
+// A strip in any coding, raw groups and all widths. Steps are those of 16 vectors, if these are given.
 template <int DTYPE>
 KVZ_DEV_NOINLINE void decode_strip_any(const uint8_t* data, uint32_t position, uint32_t coding, uint32_t classes,
-                                       uint32_t bases, uint32_t param, float step, uint8_t* to, int32_t stride) {
+                                       uint32_t bases, uint32_t param, float step0, float step1,
+                                       const uint32_t* vectors, uint8_t* to, int32_t stride) {
   using Tr = Traits<DTYPE>;
   constexpr int kFractionBits = Tr::kFraction;
   constexpr uint32_t kExponentMask = (0x7fffu & ~((1u << Tr::kFraction) - 1u)) * 0x00010001u;
@@ -88,8 +112,7 @@ KVZ_DEV_NOINLINE void decode_strip_any(const uint8_t* data, uint32_t position, u
   for (int b = 0; b < 15; ++b) a[b] = a[b + 1] ^ sign;
   a[15] = ~sign;  // halves are q + 32768
   transpose_16(a);
-  const float step0 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width0 & 15u));
-  const float step1 = __shfl_sync(kAllLanes, step, static_cast<int>(g.width1 & 15u));
+  const uint32_t mask = step_mask<DTYPE>(coding, g.width0) | step_mask<DTYPE>(coding, g.width1) << 16;
   uint32_t sum0 = kCodeZero, sum1 = kCodeZero;
 #pragma unroll
   for (int t = 0; t < 16; ++t) {
@@ -104,14 +127,44 @@ KVZ_DEV_NOINLINE void decode_strip_any(const uint8_t* data, uint32_t position, u
       sum1 += t == 0 && (g.apart >> 31) ? static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(first >> 16)))
                                         : d1;
     }
+    if (vectors != nullptr) {
+      const uint32_t steps = vectors[t] & mask;
+      step0 = float_of(steps << 16);
+      step1 = float_of(steps & 0xffff0000u);
+    }
     const uint32_t x = narrow2<DTYPE>((float_of(sum0) - 12582912.0f) * step0, (float_of(sum1) - 12582912.0f) * step1);
     rows.store(t, choose(g.raw, zigzag_2(a[t] ^ 0x80008000u), x));
   }
 }
 
+// Steps of the tokens of a strip, of both groups.
+struct SameSteps {  // the same for all tokens
+  float step0, step1;
+  uint32_t both;  // in bfloat16, if it holds them
+  KVZ_DEV SameSteps(float s0, float s1) : step0(s0), step1(s1), both(narrow2<KVZ_BF16>(s0, s1)) {}
+  KVZ_DEV uint32_t bf16(int) const { return both; }
+  template <int DTYPE>
+  KVZ_DEV uint32_t values(int, uint32_t u0, uint32_t u1, float zero) const {
+    // u * S - zero * S: both products fit into float32, as does the difference.
+    return narrow2<DTYPE>(fma_float(float_of(u0), step0, -zero * step0), fma_float(float_of(u1), step1, -zero * step1));
+  }
+};
+struct TokenSteps {
+  const uint32_t* vectors;  // of 16 tokens, a multiple of 16
+  uint32_t mask;
+  KVZ_DEV uint32_t bf16(int t) const { return vectors[t] & mask; }
+  template <int DTYPE>
+  KVZ_DEV uint32_t values(int t, uint32_t u0, uint32_t u1, float zero) const {
+    const uint32_t both = vectors[t] & mask;
+    return narrow2<DTYPE>((float_of(u0) - zero) * float_of(both << 16),
+                          (float_of(u1) - zero) * float_of(both & 0xffff0000u));
+  }
+};
+
 // A strip in the coding `fixed` whose groups are at most 7 bits wide: bfloat16 holds their codes, and the products.
-KVZ_DEV void decode_strip_narrow(const uint16_t* words0, const uint16_t* words1, uint32_t have, float step0,
-                                 float step1, const Rows& rows) {
+template <class Steps>
+KVZ_DEV void decode_strip_narrow(const uint16_t* words0, const uint16_t* words1, uint32_t have, const Steps& steps,
+                                 const Rows& rows) {
   uint32_t a[8];
   const uint32_t sign = load_pair(words0, words1, 0) & has_word(have, 0);
 #pragma unroll
@@ -119,21 +172,20 @@ KVZ_DEV void decode_strip_narrow(const uint16_t* words0, const uint16_t* words1,
   a[6] = ~sign;
   a[7] = 0;
   transpose_8(a);  // bytes are q + 64
-  const uint32_t steps = narrow2<KVZ_BF16>(step0, step1);
   // From a shuffle, so that it stays in a register: the compiler would rather load the selectors below each time.
   const uint32_t exponent = __shfl_sync(kAllLanes, 0x43434343u, 0);
 #pragma unroll
   for (int t = 0; t < 16; ++t) {
     const uint32_t number = __byte_perm(a[t & 7], exponent, t < 8 ? 0x4240 : 0x4341);  // 128 + (q + 64)
     const uint32_t q = fma_bf16_2(number, 0x3f803f80u, 0xc340c340u);
-    rows.store(t, fma_bf16_2(q, steps, 0x80008000u));
+    rows.store(t, fma_bf16_2(q, steps.bf16(t), 0x80008000u));
   }
 }
 
 // A strip in the coding `fixed` whose groups are at most 12 bits wide.
-template <int DTYPE>
-KVZ_DEV void decode_strip_medium(const uint16_t* words0, const uint16_t* words1, uint32_t have, float step0,
-                                 float step1, const Rows& rows) {
+template <int DTYPE, class Steps>
+KVZ_DEV void decode_strip_medium(const uint16_t* words0, const uint16_t* words1, uint32_t have, const Steps& steps,
+                                 const Rows& rows) {
   uint32_t a[8], h[8];
   const uint32_t sign = load_pair(words0, words1, 0) & has_word(have, 0);
 #pragma unroll
@@ -143,13 +195,11 @@ KVZ_DEV void decode_strip_medium(const uint16_t* words0, const uint16_t* words1,
   h[3] = ~sign;
   transpose_8(a);
   transpose_from_low_4(h);  // bytes of q + 2048
-  // (2^23 + q + 2048) * step - (2^23 + 2048) * step: both products fit into float32, as does the difference.
-  const float zero0 = -8390656.0f * step0, zero1 = -8390656.0f * step1;
 #pragma unroll
   for (int t = 0; t < 16; ++t) {
     const uint32_t both = __byte_perm(a[t & 7], h[t & 7], t < 8 ? 0x6240 : 0x7351);
     const uint32_t u0 = __byte_perm(both, 0x4b000000u, 0x7410), u1 = __byte_perm(both, 0x4b000000u, 0x7432);
-    rows.store(t, narrow2<DTYPE>(fma_float(float_of(u0), step0, zero0), fma_float(float_of(u1), step1, zero1)));
+    rows.store(t, steps.template values<DTYPE>(t, u0, u1, 8390656.0f));  // 2^23 + 2048
   }
 }
 
@@ -175,13 +225,171 @@ KVZ_DEV void decode_strip_lossless(const uint16_t* words0, const uint16_t* words
   for (int t = 0; t < 16; ++t) rows.store(t, choose(kExponentMask, top - (a[t] & kExponentMask), a[t]));
 }
 
-constexpr float kLargestMediumBound = 1.2676506e30f;  // 2^100: no product of decode_strip_medium overflows
+constexpr float kLargestMediumStep = 2.5353012e30f;  // 2^101: no product of decode_strip_medium overflows
 
+// Step of a width in a channel; 0 where the table has no bound.
 template <int DTYPE>
+KVZ_DEV float channel_step(uint32_t coding, uint32_t width, float bound) {
+  const bool usable = bound >= kLeastBound && bound <= kLargestBound;
+  return step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), usable ? bound : 0.0f);
+}
+
+// A page in shared memory to its place. `WITHIN`: its steps differ within it; `vectors` is room for those by token. By
+// the whole CTA.
+template <int DTYPE, bool WITHIN>
+KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment& segment, int64_t block_id,
+                           const kvz_entry& entry, const uint8_t* data) {
+  const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x), warps = blockDim.x / kWarp;
+  const uint32_t coding = entry.coding & KVZ_CODING_MASK;
+  const Strips strips = strips_of(segment, block_id);
+  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
+  const uint32_t groups = segment.tokens / 16 * strips.channels;
+  const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
+  const bool by_token = WITHIN && (entry.coding & KVZ_STEPS_MASK) == KVZ_STEPS_TOKEN;
+  const uint32_t scales = by_token ? segment.tokens * segment.heads : 0;
+  if (scales + class_bytes > entry.size) return;
+  // Steps of 16 tokens and a head stand together.
+  for (uint32_t v = threadIdx.x; v < scales; v += blockDim.x) {
+    const uint32_t token = v / segment.heads, head = v - token * segment.heads;
+    vectors[(token / 16 * segment.heads + head) * 16 + token % 16] =
+        vector_step<DTYPE>(bound_of_scale(data[v], entry.bound));
+  }
+  data += scales;
+
+  const uint32_t fixed_words = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
+  // Classes of a lane's groups of a strip, and the widths that they stand for; 0 where there is no group.
+  struct Widths {
+    uint32_t classes, width0, width1, apart0, apart1;
+  };
+  const auto widths_at = [&](uint32_t index) {
+    Widths w = {};
+    if (index >= count) return w;
+    const Groups at = groups_at(strips, index, lane);
+    if (!at.inside) return w;
+    w.classes = load_class_pair(data, coding, at.first);
+    uint32_t c0 = w.classes & 255u, c1 = w.classes >> 8;
+    if (coding == KVZ_OUTLIER) {
+      w.apart0 = c0 >> 6;
+      w.apart1 = c1 >> 6;
+      c0 = (c0 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c0 & 63u;
+      c1 = (c1 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c1 & 63u;
+    }
+    w.width0 = c0 == KVZ_NIBBLE_RAW ? 16u : fixed_words + c0;
+    w.width1 = c1 == KVZ_NIBBLE_RAW ? 16u : fixed_words + c1;
+    return w;
+  };
+  const auto words_of = [](const Widths& w) { return w.width0 + w.width1 + w.apart0 + w.apart1; };
+
+  for (uint32_t k = 0; k < rounds; k += 2) {
+    const uint32_t index = k * warps + warp, second = index + warps;
+    const uint32_t both = __reduce_add_sync(kAllLanes, words_of(widths_at(index)) | words_of(widths_at(second)) << 16);
+    if (lane == 0 && index < count) shared.words[index] = both & 0xffffu;
+    if (lane == 0 && second < count) shared.words[second] = both >> 16;
+  }
+  __syncthreads();
+
+  const Prefix prefix = prefix_of(shared.words, count, lane);
+  if (scales + class_bytes + 2 * prefix.total == entry.size) {
+    float step = 1.0f;  // lane w: S for width w
+    if (coding != KVZ_LOSSLESS) {
+      step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
+    }
+    const int64_t strip_bytes = strip_step(strips, warps);
+    uint8_t* page_to = value_address(strips, 0, warp * kStripChannels + lane * 2);
+    for (uint32_t k = 0; k < rounds; k += 2) {
+      Widths w[2];
+#pragma unroll
+      for (uint32_t j = 0; j < 2; ++j) w[j] = widths_at((k + j) * warps + warp);
+      const uint32_t both = words_of(w[0]) | words_of(w[1]) << 16, before = inclusive_sum(both, lane) - both;
+#pragma unroll
+      for (uint32_t j = 0; j < 2; ++j) {
+        const uint32_t index = (k + j) * warps + warp;
+        if (index >= count) break;
+        const uint32_t position =
+            class_bytes / 2 + words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
+        const uint16_t* const words0 = reinterpret_cast<const uint16_t*>(data) + position;
+        const uint16_t* const words1 = words0 + w[j].width0;
+        const uint32_t have = ((1u << w[j].width0) - 1u) | ((1u << w[j].width1) - 1u) << 16;
+        const Groups at = groups_at(strips, index, lane);
+        if (strip_bytes == 0) {
+          const Strip strip = strip_at(strips, index);
+          page_to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
+        }
+        Rows rows;
+        rows.inside = at.inside;
+        rows.to = page_to;
+        page_to += strip_bytes;
+        rows.stride = static_cast<int32_t>(strips.token_stride);
+        const uint32_t widest = w[j].width0 > w[j].width1 ? w[j].width0 : w[j].width1;
+        const uint32_t bases = coding == KVZ_LOSSLESS && at.inside ? data[groups / 2 + at.first / 2] : 0u;
+        bool medium = coding == KVZ_FIXED && !__any_sync(kAllLanes, widest > 12);
+        const bool narrow = DTYPE == KVZ_BF16 && !__any_sync(kAllLanes, widest > 7);
+        float step0 = 1.0f, step1 = 1.0f;
+        const uint32_t* tokens = nullptr;
+        if (!WITHIN) {
+          step0 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width0 & 15u));
+          step1 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width1 & 15u));
+          medium = medium && 2.0f * entry.bound <= kLargestMediumStep;
+        } else {
+          const Strip strip = strip_at(strips, index);
+          const uint32_t channel = strip.channel + (at.inside ? lane * 2 : 0);
+          if (by_token) {
+            tokens = vectors + (strip.row * segment.heads + channel / segment.head_dim) * 16;
+          } else {
+            const float* const bounds = reinterpret_cast<const float*>(segment.channel_bounds) + channel;
+            step0 = channel_step<DTYPE>(coding, w[j].width0, bounds[0]);
+            step1 = channel_step<DTYPE>(coding, w[j].width1, bounds[1]);
+            const bool fits =
+                step0 > 0.0f && step1 > 0.0f && step0 <= kLargestMediumStep && step1 <= kLargestMediumStep;
+            medium = __all_sync(kAllLanes, fits) && medium;
+          }
+        }
+        if (medium && tokens != nullptr) {
+          const uint32_t mask = step_mask<DTYPE>(KVZ_FIXED, w[j].width0) | step_mask<DTYPE>(KVZ_FIXED, w[j].width1)
+                                                                               << 16;
+          if (narrow) {
+            decode_strip_narrow(words0, words1, have, TokenSteps{tokens, mask}, rows);
+          } else {
+            decode_strip_medium<DTYPE>(words0, words1, have, TokenSteps{tokens, mask}, rows);
+          }
+        } else if (medium) {
+          if (narrow) {
+            decode_strip_narrow(words0, words1, have, SameSteps(step0, step1), rows);
+          } else {
+            decode_strip_medium<DTYPE>(words0, words1, have, SameSteps(step0, step1), rows);
+          }
+        } else if (coding == KVZ_LOSSLESS && !__any_sync(kAllLanes, (w[j].classes & 255u) == KVZ_NIBBLE_RAW ||
+                                                                        w[j].classes >> 8 == KVZ_NIBBLE_RAW)) {
+          decode_strip_lossless<DTYPE>(words0, words1, have, bases, entry.param, rows);
+        } else {
+          decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step0, step1, tokens,
+                                  rows.to, rows.stride);
+        }
+      }
+    }
+  }
+}
+
+// Out of line, so that the registers of the others stay what they are; what is passed by reference would leave them.
+template <int DTYPE>
+KVZ_DEV_NOINLINE void decode_strips_within(const DecodeParams& p, uint8_t* memory, uint32_t segment_index,
+                                           int64_t block_id, uint32_t coding, uint32_t size, float bound,
+                                           const uint8_t* data) {
+  const kvz_segment segment = p.segments[segment_index];
+  kvz_entry entry = {};
+  entry.coding = static_cast<uint8_t>(coding);
+  entry.size = size;
+  entry.bound = bound;
+  uint32_t* const vectors = reinterpret_cast<uint32_t*>(memory + kSharedBytes + p.room_bytes + kBehindRoom);
+  decode_strips<DTYPE, true>(*reinterpret_cast<Shared*>(memory), vectors, segment, block_id, entry, data);
+}
+
+// `WITHIN`: steps may differ within pages.
+template <int DTYPE, bool WITHIN>
 KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   uint8_t* const room = memory + kSharedBytes;
-  const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = warp_of(thread), warps = blockDim.x / kWarp;
+  const uint32_t thread = threadIdx.x;
   const uint32_t pages = p.num_blocks * p.num_segments;
 
   // A page is decoded while the bytes of the next one arrive, if there is room for both: one begins where shared memory
@@ -221,106 +429,20 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
   const auto decode_page = [&](const Next& now, const uint8_t* data) {
     const kvz_entry entry = now.entry;
     const kvz_segment segment = p.segments[now.segment_index];
-    const uint32_t coding = entry.coding;
-    if (coding < KVZ_FIXED) {
+    if (entry.coding < KVZ_FIXED) {
       const Geometry g = geometry_of(segment, now.block_id);
-      if (coding == KVZ_RAW) {
+      if (entry.coding == KVZ_RAW) {
         copy_page<true>(g, const_cast<uint8_t*>(start_of(now)));
       } else {
         fill_page(g, *reinterpret_cast<const uint32_t*>(start_of(now)));
       }
       return;
     }
-    const Strips strips = strips_of(segment, now.block_id);
-    const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
-    const uint32_t groups = segment.tokens / 16 * strips.channels;
-    const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
-    if (class_bytes > bytes_of(now)) return;
-
-    const uint32_t fixed_words = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
-    // Classes of a lane's groups of a strip, and the widths that they stand for; 0 where there is no group.
-    struct Widths {
-      uint32_t classes, width0, width1, apart0, apart1;
-    };
-    const auto widths_at = [&](uint32_t index) {
-      Widths w = {};
-      if (index >= count) return w;
-      const Groups at = groups_at(strips, index, lane);
-      if (!at.inside) return w;
-      w.classes = load_class_pair(data, coding, at.first);
-      uint32_t c0 = w.classes & 255u, c1 = w.classes >> 8;
-      if (coding == KVZ_OUTLIER) {
-        w.apart0 = c0 >> 6;
-        w.apart1 = c1 >> 6;
-        c0 = (c0 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c0 & 63u;
-        c1 = (c1 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c1 & 63u;
-      }
-      w.width0 = c0 == KVZ_NIBBLE_RAW ? 16u : fixed_words + c0;
-      w.width1 = c1 == KVZ_NIBBLE_RAW ? 16u : fixed_words + c1;
-      return w;
-    };
-    const auto words_of = [](const Widths& w) { return w.width0 + w.width1 + w.apart0 + w.apart1; };
-
-    for (uint32_t k = 0; k < rounds; k += 2) {
-      const uint32_t index = k * warps + warp, second = index + warps;
-      const uint32_t both =
-          __reduce_add_sync(kAllLanes, words_of(widths_at(index)) | words_of(widths_at(second)) << 16);
-      if (lane == 0 && index < count) shared.words[index] = both & 0xffffu;
-      if (lane == 0 && second < count) shared.words[second] = both >> 16;
-    }
-    __syncthreads();
-
-    const Prefix prefix = prefix_of(shared.words, count, lane);
-    if (class_bytes + 2 * prefix.total == entry.size) {
-      float step = 1.0f;  // lane w: S for width w
-      if (coding != KVZ_LOSSLESS) {
-        step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
-      }
-      const int64_t strip_bytes = strip_step(strips, warps);
-      uint8_t* page_to = value_address(strips, 0, warp * kStripChannels + lane * 2);
-      for (uint32_t k = 0; k < rounds; k += 2) {
-        Widths w[2];
-#pragma unroll
-        for (uint32_t j = 0; j < 2; ++j) w[j] = widths_at((k + j) * warps + warp);
-        const uint32_t both = words_of(w[0]) | words_of(w[1]) << 16, before = inclusive_sum(both, lane) - both;
-#pragma unroll
-        for (uint32_t j = 0; j < 2; ++j) {
-          const uint32_t index = (k + j) * warps + warp;
-          if (index >= count) break;
-          const uint32_t position =
-              class_bytes / 2 + words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
-          const uint16_t* const words0 = reinterpret_cast<const uint16_t*>(data) + position;
-          const uint16_t* const words1 = words0 + w[j].width0;
-          const uint32_t have = ((1u << w[j].width0) - 1u) | ((1u << w[j].width1) - 1u) << 16;
-          const Groups at = groups_at(strips, index, lane);
-          if (strip_bytes == 0) {
-            const Strip strip = strip_at(strips, index);
-            page_to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
-          }
-          Rows rows;
-          rows.inside = at.inside;
-          rows.to = page_to;
-          page_to += strip_bytes;
-          rows.stride = static_cast<int32_t>(strips.token_stride);
-          const uint32_t widest = w[j].width0 > w[j].width1 ? w[j].width0 : w[j].width1;
-          const uint32_t bases = coding == KVZ_LOSSLESS && at.inside ? data[groups / 2 + at.first / 2] : 0u;
-          if (coding == KVZ_FIXED && entry.bound <= kLargestMediumBound && !__any_sync(kAllLanes, widest > 12)) {
-            const float step0 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width0));
-            const float step1 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width1));
-            if (DTYPE == KVZ_BF16 && !__any_sync(kAllLanes, widest > 7)) {
-              decode_strip_narrow(words0, words1, have, step0, step1, rows);
-            } else {
-              decode_strip_medium<DTYPE>(words0, words1, have, step0, step1, rows);
-            }
-          } else if (coding == KVZ_LOSSLESS && !__any_sync(kAllLanes, (w[j].classes & 255u) == KVZ_NIBBLE_RAW ||
-                                                                          w[j].classes >> 8 == KVZ_NIBBLE_RAW)) {
-            decode_strip_lossless<DTYPE>(words0, words1, have, bases, entry.param, rows);
-          } else {
-            decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step, rows.to,
-                                    rows.stride);
-          }
-        }
-      }
+    if (!WITHIN || (entry.coding & KVZ_STEPS_MASK) == KVZ_STEPS_PAGE) {
+      decode_strips<DTYPE, false>(shared, nullptr, segment, now.block_id, entry, data);
+    } else {
+      decode_strips_within<DTYPE>(p, memory, now.segment_index, now.block_id, entry.coding, entry.size, entry.bound,
+                                  data);
     }
   };
 

@@ -63,6 +63,7 @@ KVZ_DEV uint64_t add_relaxed(uint64_t* to, uint64_t value) {
   return before;
 }
 KVZ_DEV void sync_threads(uint32_t barrier, uint32_t threads) { emulation::named_barrier(barrier, threads); }
+KVZ_DEV void sync_all(uint32_t barrier) { emulation::named_barrier(barrier, blockDim.x); }
 KVZ_DEV void wait_for_previous_kernel() {}
 KVZ_DEV void let_next_kernel_start() {}
 KVZ_DEV void store_page(uint8_t* to, uint32_t value) { memcpy(to, &value, 4); }
@@ -149,6 +150,8 @@ KVZ_DEV uint64_t add_relaxed(uint64_t* to, uint64_t value) {
 KVZ_DEV void sync_threads(uint32_t barrier, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// The barrier of that number for all threads of the CTA, at different places of the program.
+KVZ_DEV void sync_all(uint32_t barrier) { asm volatile("bar.sync %0;" ::"r"(barrier) : "memory"); }
 
 // A kernel that is launched to overlap with the one before it starts early, and waits here until that one is done with
 // all it wrote; the other one says when its successor may take room on the device. Without effect in other launches.
@@ -427,7 +430,7 @@ struct DecodeParams {
   uint32_t all_or_nothing;
   uint32_t room_bytes;      // of shared memory for segments, where they are decoded from
   uint32_t validate_lanes;  // of a warp for a page: 8, 16 or 32
-  uint32_t extended;        // Rice codings are known; validate_lanes is 32
+  uint32_t extended;        // kvz_extended; with Rice codings validate_lanes is 32
 };
 
 // Start of a CTA's shared memory in the general path and when decoding. The warps' partial results of a page.
@@ -460,6 +463,7 @@ constexpr uint32_t kTileSharedBytes = 1536;
 struct TeamShared {
   int32_t low[kMaxWarps], high[kMaxWarps];
   uint32_t equal[kMaxWarps];
+  uint32_t least[kMaxWarps], most[kMaxWarps];  // bits of bounds, which order as the bounds do
 };
 
 // The warps that work on a page, as one of them sees them.
@@ -471,6 +475,12 @@ struct Team {
   uint32_t* states;          // a word for each lane of each strip
   uint8_t* out;              // the segment
   uint8_t* input;            // the strips
+  // Of pages with bounds by token:
+  uint32_t vectors;      // tokens x heads
+  uint32_t scale_bytes;  // before the classes of the quantised candidate
+  float* bounds;         // of each vector
+  float* inverses;       // of their steps, a row for each number of significant bits
+  float* sums;           // of squares
 };
 
 KVZ_DEV void sync_team(const Team& team) {

@@ -16,7 +16,7 @@ extern __shared__ __align__(16) uint8_t g_shared[];
 template <int DTYPE>
 __global__ void __launch_bounds__((kMaxWarps + 3) * kWarp, 1)
     encode_fast_kernel(const __grid_constant__ EncodeParams p) {
-  encode_fast<DTYPE>(p, g_shared);
+  encode_fast<DTYPE, false>(p, g_shared);
 }
 
 }  // namespace

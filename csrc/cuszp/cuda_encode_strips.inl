@@ -22,7 +22,25 @@ KVZ_HD constexpr uint32_t team_head_bytes(uint32_t strips) {
 KVZ_HD constexpr uint32_t fast_encode_bytes(uint32_t strips) {
   return team_head_bytes(strips) + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
 }
-KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, uint32_t strips) {
+
+// What a page with bounds by token needs beside that: scale bytes before the classes, and behind the strips the bounds,
+// sums of squares, and inverses of the steps.
+//
+// A sum is that of a token's neighbouring channels, as many as a power of two that divides head_dim; the tree of the
+// format adds them further. Inverses are those of the steps of 1 to 5 significant bits: a bound of a token has no more.
+// They stand in a row of 16 tokens for each number of bits, which has room for 20, so that lanes that read different
+// rows meet no bank twice.
+constexpr uint32_t kTokenSteps = 5, kTokenRow = 20;
+KVZ_HD constexpr uint32_t sum_channels(uint32_t head_dim) {
+  const uint32_t power = head_dim & (0u - head_dim);
+  return power < kStripChannels ? power : kStripChannels;
+}
+KVZ_HD constexpr uint32_t token_memory_bytes(uint32_t tokens, uint32_t heads, uint32_t head_dim) {
+  const uint32_t vectors = tokens * heads;  // a multiple of 16
+  return vectors * (1 + 4 + head_dim / sum_channels(head_dim) * 4) + vectors / 16 * kTokenSteps * kTokenRow * 4;
+}
+
+KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, const kvz_segment& segment, uint32_t strips) {
   Team t;
   const uint32_t warp = warp_of(threadIdx.x);
   t.index = warp / p.team_warps;
@@ -37,7 +55,13 @@ KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, uint32_t strips) {
   t.lossless_words = t.words + strips;
   t.states = reinterpret_cast<uint32_t*>(start + team_head_bytes(strips));
   t.out = start + team_head_bytes(strips) + strips * kStripStateBytes;
-  t.input = t.out + strips * kStripClassBytes;
+  const bool by_token = segment.bound_kind == KVZ_BOUND_TOKEN_RMS;
+  t.vectors = segment.tokens * segment.heads;
+  t.scale_bytes = by_token ? t.vectors : 0;
+  t.input = t.out + t.scale_bytes + strips * kStripClassBytes;
+  t.bounds = reinterpret_cast<float*>(t.input + strips * kStripBytes);
+  t.inverses = t.bounds + t.vectors;
+  t.sums = t.inverses + t.vectors / 16 * kTokenSteps * kTokenRow;
   return t;
 }
 
@@ -115,8 +139,233 @@ KVZ_DEV void column_extremes(const uint32_t* column, uint32_t mask, uint32_t& lo
   }
 }
 
+// ---- bounds within a page
+// ---------------------------------------------------------------------------------------------
+
+KVZ_DEV uint32_t steps_of_kind(uint32_t bound_kind) {
+  return bound_kind == KVZ_BOUND_TOKEN_RMS       ? static_cast<uint32_t>(KVZ_STEPS_TOKEN)
+         : bound_kind == KVZ_BOUND_CHANNEL_TABLE ? static_cast<uint32_t>(KVZ_STEPS_CHANNEL)
+                                                 : static_cast<uint32_t>(KVZ_STEPS_PAGE);
+}
+
+// The largest bound of a team's page, and whether all of them can be used.
+struct Largest {
+  float bound;
+  bool usable;
+};
+KVZ_DEV Largest largest_of_team(const Team& team, uint32_t least, uint32_t most) {
+  least = __reduce_min_sync(kAllLanes, least);
+  most = __reduce_max_sync(kAllLanes, most);
+  if (team.lane == 0) {
+    team.shared->least[team.warp] = least;
+    team.shared->most[team.warp] = most;
+  }
+  sync_team(team);
+  const uint32_t slot = team.lane < team.warps ? team.lane : 0;
+  Largest found;
+  found.bound = float_of(__reduce_max_sync(kAllLanes, team.shared->most[slot]));
+  const uint32_t smallest = __reduce_min_sync(kAllLanes, team.shared->least[slot]);
+  found.usable = smallest != 0 && (found.bound == 0.0f || smallest == ~0u ||
+                                   scale_of(float_of(smallest), found.bound) <= KVZ_SCALE_LARGEST);
+  return found;
+}
+
+// The largest usable bound of the channels of a page. By every thread of a team.
+KVZ_DEV float channel_bounds_of_team(const Team& team, const float* channels, uint32_t count) {
+  uint32_t most = 0;
+  for (uint32_t c = team.thread; c < count; c += team.threads) {
+    const float bound = channels[c];
+    if (bound >= kLeastBound && bound <= kLargestBound && bits_of(bound) > most) most = bits_of(bound);
+  }
+  return largest_of_team(team, ~0u, most).bound;
+}
+
+// Sums of squares of 8 neighbouring channels of a row of a strip, as the format adds them.
+template <int DTYPE>
+KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  float pair[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t x = words[i];
+    if (!finite) {
+      if (!is_finite<DTYPE>(x)) x &= 0xffff0000u;
+      if (!is_finite<DTYPE>(x >> 16)) x &= 0xffffu;
+    }
+    const float a = widen<DTYPE>(x) * scale, b = widen_high<DTYPE>(x) * scale;
+    pair[i] = a * a + b * b;
+  }
+  return (pair[0] + pair[1]) + (pair[2] + pair[3]);
+}
+
+// Bounds of all vectors into team.bounds: 0 of zeros, NaN where there is no usable one. `finite`: all values of the
+// page are. `largest` is their largest exponent field. By every thread of a team; team.inverses as well where
+// `INVERSES`.
+template <int DTYPE, bool INVERSES>
+KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, double r, uint32_t largest, bool finite) {
+  const uint32_t lane = team.lane, across = sum_channels(strips.head_dim), per_row = strips.channels / across;
+  const float scale = square_scale<DTYPE>(largest);
+  const uint32_t chunk = lane & 7u;
+#pragma unroll 1
+  for (uint32_t index = team.warp; index < strips.count; index += team.warps) {
+    const Strip at = strip_at(strips, index);
+    const uint32_t channel = at.channel + chunk * 8;
+    float* const sums = team.sums + (at.row * 16 + (lane >> 3)) * per_row + channel / across;
+    const bool writes = channel < strips.channels && (chunk * 8 & (across - 1)) == 0;
+    const uint4* const from = reinterpret_cast<const uint4*>(team.input + index * kStripBytes) + lane;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      float s = square_sum_8<DTYPE>(from[i * kWarp], scale, finite);
+      for (uint32_t d = 1; d < across / 8; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
+      if (writes) sums[i * 4 * per_row] = s;
+    }
+  }
+  sync_team(team);
+  uint32_t least = ~0u, most = 0;
+  const uint32_t heads = strips.channels / strips.head_dim, parts = strips.head_dim / across;
+#pragma unroll 1
+  for (uint32_t v = team.thread; v < team.vectors; v += team.threads) {
+    float* const part = team.sums + v * parts;
+    for (uint32_t n = parts; n > 1; n = (n + 1) / 2) {  // the zeros that fill the tree up change nothing
+      for (uint32_t i = 0; i < n / 2; ++i) part[i] = part[2 * i] + part[2 * i + 1];
+      if (n % 2 != 0) part[n / 2] = part[n - 1];
+    }
+    float bound = token_bound(r, part[0], strips.head_dim, scale);
+    const uint32_t token = v / heads, head = v - token * heads;
+    if (bound == 0.0f) {
+      uint32_t any = 0;
+      for (uint32_t d = 0; d < strips.head_dim; d += 2) {
+        const uint32_t c = head * strips.head_dim + d;
+        const uint32_t strip = token / 16 * strips.per_row + c / kStripChannels;
+        uint32_t x = *reinterpret_cast<const uint32_t*>(team.input + strip * kStripBytes + token % 16 * 128 +
+                                                        c % kStripChannels * 2);
+        if (!is_finite<DTYPE>(x)) x &= 0xffff0000u;
+        if (!is_finite<DTYPE>(x >> 16)) x &= 0xffffu;
+        any |= x & 0x7fff7fffu;
+      }
+      if (any != 0) {
+        bound = float_of(0x7fc00000u);
+        least = 0;
+      }
+    } else {
+      least = bits_of(bound) < least ? bits_of(bound) : least;
+      most = bits_of(bound) > most ? bits_of(bound) : most;
+    }
+    team.bounds[v] = bound;
+    if (INVERSES) {
+      float* const row = team.inverses + (token / 16 * heads + head) * (kTokenSteps * kTokenRow) + token % 16;
+#pragma unroll
+      for (uint32_t n = 1; n <= kTokenSteps; ++n) {
+        const float step = step_of<DTYPE>(KVZ_FIXED, Traits<DTYPE>::kSignificant + 1 - static_cast<int>(n), bound);
+        row[(n - 1) * kTokenRow] = bound > 0.0f ? inverse_step(step) : 0.0f;
+      }
+    }
+  }
+  return largest_of_team(team, least, most);
+}
+
+// The scale bytes of a page. By every thread of a team.
+KVZ_DEV void put_team_scales(const Team& team, float page) {
+#pragma unroll 1
+  for (uint32_t v = team.thread; v < team.scale_bytes; v += team.threads) {
+    const float bound = team.bounds[v];
+    team.out[v] = static_cast<uint8_t>(bound > 0.0f    ? scale_of(bound, page)
+                                       : bound == 0.0f ? static_cast<uint32_t>(KVZ_SCALE_ZERO)
+                                                       : 0u);
+  }
+}
+
+// Bounds of a lane's column, for any coding and any values; NaN where there is none.
+struct ColumnBounds {
+  const float* vectors;  // of the first token, or null
+  uint32_t heads;
+  float channel[2];
+  KVZ_DEV float at(uint32_t token, uint32_t half) const {
+    return vectors != nullptr ? vectors[token * heads] : channel[half];
+  }
+};
+KVZ_DEV ColumnBounds column_bounds(const Team& team, const kvz_segment& segment, const Strips& strips, uint32_t index,
+                                   uint32_t lane) {
+  ColumnBounds b = {};
+  const Strip at = strip_at(strips, index);
+  const uint32_t channel = at.channel + lane * 2;
+  if (channel >= strips.channels) return b;
+  b.heads = segment.heads;
+  if (segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
+    b.vectors = team.bounds + at.row * 16 * b.heads + channel / strips.head_dim;
+  } else {
+    const float* const channels = reinterpret_cast<const float*>(segment.channel_bounds) + channel;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const float bound = channels[half];
+      b.channel[half] = bound >= kLeastBound && bound <= kLargestBound ? bound : float_of(0x7fc00000u);
+    }
+  }
+  return b;
+}
+
+// q of a value of a column with the bound b, at the step of a width.
+template <int DTYPE>
+KVZ_DEV int32_t code_with(float x, uint32_t coding, uint32_t width, float b) {
+  const float step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), b);
+  return round_code(x * (b > 0.0f ? inverse_step(step) : 0.0f));
+}
+
+// State of one half of a column, as in encode_any.
+template <int DTYPE>
+KVZ_DEV_NOINLINE uint32_t bounded_state(const uint32_t* column, const ColumnBounds& bounds, uint32_t half,
+                                        uint32_t coding) {
+  using Tr = Traits<DTYPE>;
+  const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
+  uint32_t first = 0, rest = 0;
+  bool bad = false;
+  const auto look = [&](uint32_t of, uint32_t width) {
+    int32_t before = 0;
+    rest = 0;
+#pragma unroll 1
+    for (uint32_t t = 0; t < 16; ++t) {
+      const float x = Tr::to_float(column[t * 32] >> (16 * half) & 0xffffu), b = bounds.at(t, half);
+      const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
+      bad = bad || !(magnitude + b <= most) ||
+            !(magnitude * (b > 0.0f ? inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, b)) : 0.0f) < room);
+      if (bad) return 16u | kStateRaw;
+      const int32_t q = code_with<DTYPE>(x, of, width, b);
+      const uint32_t z = zigzag(q - before);
+      if (t == 0) first = z;
+      if (t != 0) rest |= z;
+      if (coding != KVZ_FIXED) before = q;
+    }
+    return static_cast<uint32_t>(bit_length(first | rest));
+  };
+  uint32_t w = look(KVZ_PLAIN, 0);
+  if (bad) return w;
+  if (coding == KVZ_FIXED) {
+    if (w > 0 && look(KVZ_FIXED, w - 1) <= w - 1) --w;
+  } else if (coding == KVZ_OUTLIER) {
+    const uint32_t without = static_cast<uint32_t>(bit_length(rest));
+    if (without + 1 < w) w = without | kStateApart;
+  }
+  return (w & 31u) <= Tr::kMaxWidth ? w : 16u | kStateRaw;
+}
+
+// The codes of both halves of a column, before zigzag, in place of the values; halves of `raw` stay.
+template <int DTYPE>
+KVZ_DEV_NOINLINE void bounded_codes(uint32_t* column, const ColumnBounds& bounds, uint32_t coding, uint32_t width0,
+                                    uint32_t width1, uint32_t raw) {
+  int32_t before0 = 0, before1 = 0;
+#pragma unroll 1
+  for (uint32_t t = 0; t < 16; ++t) {
+    const uint32_t x = column[t * 32];
+    const int32_t q0 = code_with<DTYPE>(widen<DTYPE>(x), coding, width0, bounds.at(t, 0));
+    const int32_t q1 = code_with<DTYPE>(widen_high<DTYPE>(x), coding, width1, bounds.at(t, 1));
+    column[t * 32] = choose(raw, x, low_half(static_cast<uint32_t>(q0 - before0), static_cast<uint32_t>(q1 - before1)));
+    before0 = coding == KVZ_FIXED ? 0 : q0;
+    before1 = coding == KVZ_FIXED ? 0 : q1;
+  }
+}
+
 // Controller and teams meet, each at a place of its own in the program, which the numbered barrier says plainly.
-KVZ_DEV void meet() { sync_threads(15, blockDim.x); }
+KVZ_DEV void meet() { sync_all(15); }
 
 // What a team has decided, for the controller. Every thread of a team passes here once a tile.
 KVZ_DEV void announce(TileShared& shared, const Team& team, const kvz_entry& entry) {
@@ -124,9 +373,9 @@ KVZ_DEV void announce(TileShared& shared, const Team& team, const kvz_entry& ent
   meet();
 }
 
-// A page whose strips are in shared memory, in any coding and with any values; what fits no coding
-// stays where it is. By every thread of the team.
-template <int DTYPE>
+// A page whose strips are in shared memory, in any coding and with any values; what fits no coding stays where it is.
+// `WITHIN`: bounds may differ within the page. By every thread of the team.
+template <int DTYPE, bool WITHIN>
 KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
   using Tr = Traits<DTYPE>;
   constexpr uint32_t kInfinity2 = Tr::kInfinity * 0x00010001u;
@@ -137,7 +386,7 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
   const kvz_segment segment = tile.segments[warp_of(threadIdx.x) / p.team_warps];
   const Strips strips = strips_of(segment, tile.block_id);
   const uint32_t count = strips.count;
-  const Team team = team_of(p, memory, count);
+  const Team team = team_of(p, memory, segment, count);
   const uint32_t thread = team.thread, lane = team.lane, warp = team.warp, warps = team.warps;
   const uint32_t rounds = (count + warps - 1) / warps;
   const uint32_t groups = segment.tokens / 16 * strips.channels;
@@ -213,10 +462,29 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
 
   const bool lossy = lossy_coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
 
+  const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
+  const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
+  const uint32_t steps = WITHIN ? steps_of_kind(segment.bound_kind) : static_cast<uint32_t>(KVZ_STEPS_PAGE);
   float bound = 0.0f;
-  if (lossy && low_key <= high_key) {
-    bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
+  if (lossy && low_key <= high_key && !constant && lossy_coding != KVZ_RAW) {
+    if (steps == KVZ_STEPS_TOKEN) {
+      const Largest found = token_bounds_of_team<DTYPE, false>(team, strips, segment.bound, largest, false);
+      bound = found.bound;
+      if (!found.usable) {
+        for (uint32_t v = thread; v < team.vectors; v += team.threads) {
+          const float b = team.bounds[v];
+          if (b > 0.0f && scale_of(b, bound) > KVZ_SCALE_LARGEST) team.bounds[v] = float_of(0x7fc00000u);
+        }
+        sync_team(team);
+      }
+    } else if (steps == KVZ_STEPS_CHANNEL) {
+      bound = channel_bounds_of_team(team, reinterpret_cast<const float*>(segment.channel_bounds), strips.channels);
+    } else {
+      bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
+    }
   }
+  const uint32_t scale_bytes = WITHIN ? team.scale_bytes : 0;
+  uint8_t* const body = out + scale_bytes;  // of the quantised candidate
   uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
   uint32_t size = raw_bytes, param = 0;
   const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound > 0.0f ? bound : 1.0f));
@@ -245,7 +513,15 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
         const bool fits0 = quantisable<DTYPE>(low0, high0, bound, inverse);
         const bool fits1 = quantisable<DTYPE>(low1, high1, bound, inverse);
         uint32_t w0, w1;
-        if (lossy_coding == KVZ_FIXED) {
+        if (steps != KVZ_STEPS_PAGE) {
+          const ColumnBounds bounds = column_bounds(team, segment, strips, index, lane);
+          w0 = w1 = 0;
+          if (at.inside) {
+            w0 = bounded_state<DTYPE>(column, bounds, 0, lossy_coding);
+            w1 = bounded_state<DTYPE>(column, bounds, 1, lossy_coding);
+          }
+          __syncwarp();
+        } else if (lossy_coding == KVZ_FIXED) {
           const int32_t top0 = top_bit(widest_code(low0, high0, inverse)),
                         top1 = top_bit(widest_code(low1, high1, inverse));
           const uint32_t less0 = static_cast<uint32_t>(top0 > 0 ? top0 : 0),
@@ -293,9 +569,9 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
           if (lossy_coding == KVZ_OUTLIER) {
             const uint32_t class0 = w0 & kStateRaw ? KVZ_BYTE_RAW : w0 + (w0 & kStateApart);  // bit 5 moves to bit 6
             const uint32_t class1 = w1 & kStateRaw ? KVZ_BYTE_RAW : w1 + (w1 & kStateApart);
-            *reinterpret_cast<uint16_t*>(out + at.first) = static_cast<uint16_t>(class0 | class1 << 8);
+            *reinterpret_cast<uint16_t*>(body + at.first) = static_cast<uint16_t>(class0 | class1 << 8);
           } else {
-            out[at.first / 2] = static_cast<uint8_t>((w0 < 15u ? w0 : 15u) | (w1 < 15u ? w1 : 15u) << 4);
+            body[at.first / 2] = static_cast<uint8_t>((w0 < 15u ? w0 : 15u) | (w1 < 15u ? w1 : 15u) << 4);
           }
         }
         const uint32_t words = __reduce_add_sync(kAllLanes, state_words(state));
@@ -303,7 +579,7 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
       }
       sync_team(team);
       const uint32_t quantised =
-          (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(team.words, count, lane);
+          scale_bytes + (lossy_coding == KVZ_OUTLIER ? groups : groups / 2) + 2 * sum_words(team.words, count, lane);
       if (quantised < size) {
         size = quantised;
         coding = static_cast<uint8_t>(lossy_coding);
@@ -314,8 +590,6 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
 
     // Widths of the lossless candidate.
     if (!settled) {
-      const uint32_t low_exponent = exponent_of<DTYPE>(low_bits), high_exponent = exponent_of<DTYPE>(high_bits);
-      const uint32_t largest = low_key > high_key ? 0u : low_exponent > high_exponent ? low_exponent : high_exponent;
       for (uint32_t k = 0; k < rounds; ++k) {
         const uint32_t index = k * warps + warp;
         if (index >= count) break;
@@ -347,15 +621,18 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
     }
   }
   const uint32_t units = units_of(size);
-  announce(
-      tile_shared, team,
-      make_entry(segment, size, coding, coding >= KVZ_FIXED && coding <= KVZ_OUTLIER ? bound : 0.0f, param, reason));
+  const bool quantised = coding >= KVZ_FIXED && coding <= KVZ_OUTLIER;
+  announce(tile_shared, team,
+           make_entry(segment, size, static_cast<uint8_t>(quantised ? coding | steps : coding),
+                      quantised ? bound : 0.0f, param, reason));
+  if (WITHIN && quantised) put_team_scales(team, bound);
 
   if (coding >= KVZ_FIXED) {
     // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
     // strips.
     const uint32_t* const strip_words = coding == KVZ_LOSSLESS ? team.lossless_words : team.words;
-    const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
+    const uint32_t class_end =
+        (quantised ? team.scale_bytes : 0u) + (coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2);
     const bool few = count <= kWarp;
     const uint32_t held = few && lane < count ? strip_words[lane] : 0u;
     for (uint32_t k = 0; k < rounds; ++k) {
@@ -377,10 +654,20 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
         const uint32_t mine = g.words0 + g.words1;
         const uint32_t before =
             few ? __reduce_add_sync(kAllLanes, lane < index ? held : 0u) : sum_words(strip_words, index, lane);
-        position = class_bytes / 2 + before + inclusive_sum(mine, lane) - mine;
+        position = class_end / 2 + before + inclusive_sum(mine, lane) - mine;
         narrow = coding != KVZ_LOSSLESS && !__any_sync(kAllLanes, g.width0 > 8 || g.width1 > 8);
 
-        if (coding == KVZ_FIXED) {
+        if (quantised && steps != KVZ_STEPS_PAGE) {
+          if (at.inside) {
+            bounded_codes<DTYPE>(const_cast<uint32_t*>(column), column_bounds(team, segment, strips, index, lane),
+                                 coding, g.width0, g.width1, g.raw);
+          }
+          __syncwarp();
+#pragma unroll
+          for (int t = 0; t < 16; ++t) a[t] = column[t * 32];
+          first = a[0];
+          a[0] &= ~g.apart;
+        } else if (coding == KVZ_FIXED) {
           const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width0 & 15u));
           const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(g.width1 & 15u));
 #pragma unroll
@@ -449,33 +736,12 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
 // planes become words. What is common to codings, where words go and when they may go there, is in pack_page. Coders
 // leave pages with values that are not finite, and other rare ones, to encode_any.
 
-// Codes of `fixed` at the finest step that each group's width allows.
+// Codes of `fixed` at the finest step that each group's width allows: what does not depend on where bounds come from.
 template <int DTYPE>
-struct FixedCoder {
-  float bound, inverse;
-  float finer;  // lane w: 1 / S for width w
+struct FixedPlanes {
   static constexpr uint32_t kCoding = KVZ_FIXED;
 
-  KVZ_DEV FixedCoder(float page_bound, float power_of_two, uint32_t lane) : bound(page_bound), inverse(power_of_two) {
-    finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
-  }
-
   KVZ_DEV static uint32_t class_bytes(uint32_t groups) { return groups / 2; }
-
-  // Width of a group between two extremes, all quantisable.
-  KVZ_DEV uint32_t width(float low, float high) const {
-    const int32_t top = top_bit(widest_code(low, high, inverse));
-    const uint32_t less = static_cast<uint32_t>(top > 0 ? top : 0);
-    const float step = __shfl_sync(kAllLanes, finer, static_cast<int>(less));
-    return (widest_code(low, high, step) >> less) == 0 ? less : static_cast<uint32_t>(top + 1);
-  }
-
-  // Classes of a lane's two groups.
-  KVZ_DEV uint32_t classes(uint32_t low, uint32_t high) const {
-    const uint32_t w0 = width(widen<DTYPE>(low), widen<DTYPE>(high));
-    const uint32_t w1 = width(widen_high<DTYPE>(low), widen_high<DTYPE>(high));
-    return w0 | w1 << 4;
-  }
 
   // One pass of packing: planes of a strip in a[], then words[].
   uint32_t width0, width1, level;  // level: planes that any group of the strip has, rounded up to 8, 12 or 16
@@ -484,10 +750,13 @@ struct FixedCoder {
     width1 = c >> 4;
     return width0 + width1;
   }
-  KVZ_DEV void planes(uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+
+ protected:
+  // inverse0(t) and inverse1(t): 1 / S of token t of both groups.
+  template <class Inverse0, class Inverse1>
+  KVZ_DEV void planes_with(uint32_t c, const uint32_t* column, uint32_t (&a)[16], Inverse0 inverse0,
+                           Inverse1 inverse1) {
     begin(c);
-    const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(width0));
-    const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(width1));
     const uint32_t widest = width0 > width1 ? width0 : width1;
     level = !__any_sync(kAllLanes, widest > 8) ? 8 : !__any_sync(kAllLanes, widest > 12) ? 12 : 16;
     // Numbers are rounded by adding 2^23 and an even bias that makes codes positive: integers are then in the low bits
@@ -497,10 +766,10 @@ struct FixedCoder {
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
         const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
-        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0 + kBias);
-        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0 + kBias);
-        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1 + kBias);
-        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1 + kBias);
+        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0(t) + kBias);
+        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0(t + 8) + kBias);
+        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1(t) + kBias);
+        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1(t + 8) + kBias);
         a[t] = low_half(v0 * 256u + u0, v1 * 256u + u1);
       }
       transpose_8(a);
@@ -511,10 +780,10 @@ struct FixedCoder {
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
         const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
-        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0 + kLow);
-        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0 + kHigh);
-        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1 + kLow);
-        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1 + kHigh);
+        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0(t) + kLow);
+        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0(t + 8) + kHigh);
+        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1(t) + kLow);
+        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1(t + 8) + kHigh);
         const uint32_t both0 = v0 * 65536u + u0, both1 = v1 * 65536u + u1;
         a[t] = __byte_perm(both0, both1, 0x6420);
         a[t + 8] = __byte_perm(both0, both1, 0x7531);
@@ -527,6 +796,8 @@ struct FixedCoder {
       }
     }
   }
+
+ public:
   // Zigzag on planes: bit 0 of the code is the sign of q, bit b + 1 is bit b of q, turned over when q is negative.
   template <int LEVEL>
   KVZ_DEV void store_level(uint16_t* to, const uint32_t (&a)[16]) const {
@@ -549,6 +820,155 @@ struct FixedCoder {
   }
 };
 
+// One bound for the page.
+template <int DTYPE>
+struct FixedCoder : FixedPlanes<DTYPE> {
+  float bound, inverse;
+  float finer;  // lane w: 1 / S for width w
+
+  KVZ_DEV FixedCoder(float page_bound, uint32_t lane) : bound(page_bound) {
+    inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
+    finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(lane & 15u), bound));
+  }
+
+  KVZ_DEV bool fits(float least, float most) const { return quantisable<DTYPE>(least, most, bound, inverse); }
+
+  // Width of a group between two extremes, all quantisable.
+  KVZ_DEV uint32_t width(float low, float high) const {
+    const int32_t top = top_bit(widest_code(low, high, inverse));
+    const uint32_t less = static_cast<uint32_t>(top > 0 ? top : 0);
+    const float step = __shfl_sync(kAllLanes, finer, static_cast<int>(less));
+    return (widest_code(low, high, step) >> less) == 0 ? less : static_cast<uint32_t>(top + 1);
+  }
+
+  // Classes of a lane's two groups of strip `index`, whose column and extremes these are.
+  KVZ_DEV uint32_t classes(uint32_t, const uint32_t*, uint32_t low, uint32_t high, bool&) const {
+    const uint32_t w0 = width(widen<DTYPE>(low), widen<DTYPE>(high));
+    const uint32_t w1 = width(widen_high<DTYPE>(low), widen_high<DTYPE>(high));
+    return w0 | w1 << 4;
+  }
+
+  KVZ_DEV void planes(uint32_t, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(c & 15u));
+    const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(c >> 4));
+    this->planes_with(c, column, a, [&](int) { return inverse0; }, [&](int) { return inverse1; });
+  }
+};
+
+// A bound for each channel.
+template <int DTYPE>
+struct ChannelCoder : FixedPlanes<DTYPE> {
+  const float* channels;
+  const Strips& strips;
+  uint32_t lane;
+
+  KVZ_DEV ChannelCoder(const float* bounds, const Strips& page, uint32_t own)
+      : channels(bounds), strips(page), lane(own) {}
+
+  KVZ_DEV float2 bounds_at(uint32_t index) const {
+    const uint32_t channel = strip_at(strips, index).channel + lane * 2;
+    float2 b;
+    b.x = b.y = 1.0f;
+    if (channel < strips.channels) {
+      b.x = channels[channel];
+      b.y = channels[channel + 1];
+    }
+    return b;
+  }
+
+  KVZ_DEV static uint32_t width(float low, float high, float bound, bool& bad) {
+    const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
+    bad = bad || !(bound >= kLeastBound && bound <= kLargestBound) || !quantisable<DTYPE>(low, high, bound, inverse);
+    const int32_t top = top_bit(widest_code(low, high, inverse));
+    const uint32_t less = static_cast<uint32_t>(top > 0 ? top : 0) & 15u;
+    const float finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(less), bound));
+    return (widest_code(low, high, finer) >> less) == 0 ? less : (less + (top >= 0 ? 1u : 0u)) & 15u;
+  }
+  KVZ_DEV uint32_t classes(uint32_t index, const uint32_t*, uint32_t low, uint32_t high, bool& bad) const {
+    const float2 b = bounds_at(index);
+    return width(widen<DTYPE>(low), widen<DTYPE>(high), b.x, bad) |
+           width(widen_high<DTYPE>(low), widen_high<DTYPE>(high), b.y, bad) << 4;
+  }
+
+  KVZ_DEV void planes(uint32_t index, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    const float2 b = bounds_at(index);
+    const float inverse0 = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c & 15u), b.x));
+    const float inverse1 = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c >> 4), b.y));
+    this->planes_with(c, column, a, [&](int) { return inverse0; }, [&](int) { return inverse1; });
+  }
+};
+
+// A bound for each token and head.
+template <int DTYPE>
+struct TokenCoder : FixedPlanes<DTYPE> {
+  const float* inverses;  // as in Team
+  const Strips& strips;
+  uint32_t lane;
+
+  KVZ_DEV TokenCoder(const Team& team, const Strips& page) : inverses(team.inverses), strips(page), lane(team.lane) {}
+
+  // The inverses of a strip's tokens, at the power-of-two steps; kTokenRow further on those of another bit.
+  KVZ_DEV const float* inverses_at(uint32_t index) const {
+    const Strip at = strip_at(strips, index);
+    const uint32_t channel = at.channel + lane * 2 < strips.channels ? at.channel + lane * 2 : at.channel;
+    const uint32_t head = (strips.head_dim & (strips.head_dim - 1)) == 0
+                              ? channel >> (31 - __clz(static_cast<int>(strips.head_dim)))
+                              : channel / strips.head_dim;
+    return inverses + (at.row * (strips.channels / strips.head_dim) + head) * (kTokenSteps * kTokenRow);
+  }
+  // Distance of the row for a width.
+  KVZ_DEV static uint32_t row_of_width(uint32_t width) {
+    constexpr uint32_t p = Traits<DTYPE>::kSignificant + 1;
+    const uint32_t n = width < p ? p - width : 1;
+    return ((n < kTokenSteps ? n : kTokenSteps) - 1) * kTokenRow;
+  }
+
+  // Least and largest of the values of both groups over their steps.
+  KVZ_DEV static void extremes(const uint32_t* column, const float* row0, const float* row1, float (&low)[2],
+                               float (&high)[2]) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float4 i0 = reinterpret_cast<const float4*>(row0)[q], i1 = reinterpret_cast<const float4*>(row1)[q];
+      const float inverse0[4] = {i0.x, i0.y, i0.z, i0.w}, inverse1[4] = {i1.x, i1.y, i1.z, i1.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t x = column[(q * 4 + j) * 32];
+        const float v0 = widen<DTYPE>(x) * inverse0[j], v1 = widen_high<DTYPE>(x) * inverse1[j];
+        low[0] = q + j == 0 ? v0 : fminf(low[0], v0);
+        high[0] = q + j == 0 ? v0 : fmaxf(high[0], v0);
+        low[1] = q + j == 0 ? v1 : fminf(low[1], v1);
+        high[1] = q + j == 0 ? v1 : fmaxf(high[1], v1);
+      }
+    }
+  }
+  KVZ_DEV uint32_t classes(uint32_t index, const uint32_t* column, uint32_t, uint32_t, bool& bad) const {
+    const float* const rows = inverses_at(index);
+    float low[2], high[2];
+    extremes(column, rows, rows, low, high);
+    uint32_t less[2], more[2], c = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float largest = -low[h] > high[h] ? -low[h] : high[h];
+      bad = bad || !(largest < static_cast<float>(Traits<DTYPE>::kMaxCode) + 0.5f);
+      const int32_t top = top_bit(widest_code(low[h], high[h], 1.0f));
+      less[h] = static_cast<uint32_t>(top > 0 ? top : 0) & 15u;
+      more[h] = static_cast<uint32_t>(top + 1) & 15u;
+    }
+    extremes(column, rows + row_of_width(less[0]), rows + row_of_width(less[1]), low, high);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      c |= ((widest_code(low[h], high[h], 1.0f) >> less[h]) == 0 ? less[h] : more[h]) << (4 * h);
+    }
+    return c;
+  }
+
+  KVZ_DEV void planes(uint32_t index, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+    const float* const rows = inverses_at(index);
+    const float *const row0 = rows + row_of_width(c & 15u), *const row1 = rows + row_of_width(c >> 4);
+    this->planes_with(c, column, a, [&](int t) { return row0[t]; }, [&](int t) { return row1[t]; });
+  }
+};
+
 // The lossless coding. A class holds the widths of both groups and their bases.
 template <int DTYPE>
 struct LosslessCoder {
@@ -561,7 +981,7 @@ struct LosslessCoder {
   KVZ_DEV static uint32_t class_bytes(uint32_t groups) { return groups; }
 
   // From the extremes of the magnitudes.
-  KVZ_DEV uint32_t classes(uint32_t least, uint32_t most) const {
+  KVZ_DEV uint32_t classes(uint32_t, const uint32_t*, uint32_t least, uint32_t most, bool&) const {
     uint32_t c = 0;
 #pragma unroll
     for (uint32_t h = 0; h < 2; ++h) {
@@ -578,7 +998,7 @@ struct LosslessCoder {
     width1 = kFraction + 1 + ((c >> 4) & 15u);
     return width0 + width1;
   }
-  KVZ_DEV void planes(uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
+  KVZ_DEV void planes(uint32_t, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
     begin(c);
     const uint32_t top =
         low_half((largest - ((c >> 8) & 15u)) << kFraction, (largest - ((c >> 12) & 15u)) << kFraction);
@@ -626,12 +1046,13 @@ KVZ_DEV uint32_t load_classes(const uint8_t* out, uint32_t groups, uint32_t firs
 // Words of a page whose classes are in place, in place of the strips. Words follow the classes and reach only strips
 // that were packed before, or at the same time: those are in registers, once all warps have met.
 template <class Coder>
-KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, const Prefix& prefix, uint32_t groups) {
+KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, const Prefix& prefix, uint32_t groups,
+                       uint32_t scale_bytes) {
   uint8_t* const out = team.out;
   const uint8_t* const input = team.input;
   const uint32_t warp = team.warp, warps = team.warps, lane = team.lane;
   const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
-  const uint32_t class_bytes = Coder::class_bytes(groups);
+  const uint32_t class_end = scale_bytes + Coder::class_bytes(groups);
   const uint32_t strips_at = static_cast<uint32_t>(input - out);
   uint32_t read_until = strips_at;  // all warps have read the strips before
   for (uint32_t k = 0; k < rounds; k += 2) {
@@ -641,7 +1062,7 @@ KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, con
       const uint32_t index = (k + j) * warps + warp;
       const Groups at = groups_at(strips, index, lane);
       const bool inside = index < count && at.inside;
-      c[j] = inside ? load_classes<Coder>(out, groups, at.first) : 0u;
+      c[j] = inside ? load_classes<Coder>(out + scale_bytes, groups, at.first) : 0u;
       words[j] = inside ? coder.begin(c[j]) : 0u;
     }
     const uint32_t both = words[0] | words[1] << 16, before = inclusive_sum(both, lane) - both;
@@ -652,15 +1073,15 @@ KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, con
       const bool busy = index < count;
       const uint32_t start = words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
       uint32_t a[16];
-      if (busy) coder.planes(c[j], column_of(input, index, lane), a);
-      const uint32_t end = (class_bytes + 2 * words_before(prefix, next, lane) + 15) & ~15u;
+      if (busy) coder.planes(index, c[j], column_of(input, index, lane), a);
+      const uint32_t end = (class_end + 2 * words_before(prefix, next, lane) + 15) & ~15u;
       if (end > read_until) {
         sync_team(team);
         read_until = strips_at + next * kStripBytes;
       }
       if (busy) {
         if (words[j] == 0) coder.width0 = coder.width1 = 0;
-        coder.store(reinterpret_cast<uint16_t*>(out + class_bytes) + start, a);
+        coder.store(reinterpret_cast<uint16_t*>(out + class_end) + start, a);
       }
     }
   }
@@ -668,18 +1089,28 @@ KVZ_DEV void pack_page(Coder& coder, const Team& team, const Strips& strips, con
 
 constexpr uint32_t kBatch = 4;  // strips of a warp whose extremes stay in registers
 
+enum Coding { kFixedByPage, kFixedByToken, kFixedByChannel, kLossless };
+
+constexpr uint32_t kTooManyWords = 1u << 20;  // of a strip with a group that cannot be quantised
+
 // A page in the coding of a coder, or nothing, and false, when it is one for encode_any, which finds the page as it
-// was. `Quantised`: FixedCoder, else LosslessCoder.
-template <int DTYPE, bool QUANTISED>
+// was.
+template <int DTYPE, Coding CODING>
 KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz_segment& segment,
                             const Strips& strips) {
-  using Coder = std::conditional_t<QUANTISED, FixedCoder<DTYPE>, LosslessCoder<DTYPE>>;
+  using Coder = std::conditional_t<
+      CODING == kFixedByPage, FixedCoder<DTYPE>,
+      std::conditional_t<CODING == kFixedByToken, TokenCoder<DTYPE>,
+                         std::conditional_t<CODING == kFixedByChannel, ChannelCoder<DTYPE>, LosslessCoder<DTYPE>>>>;
+  constexpr bool kQuantised = CODING != kLossless;
+  constexpr bool kByGroup = CODING != kFixedByToken;  // the extremes of a group are enough to tell its class
   constexpr uint32_t kInfinity = Traits<DTYPE>::kInfinity, kInfinity2 = kInfinity * 0x00010001u;
-  constexpr uint32_t kMask = QUANTISED ? 0xffffffffu : 0x7fff7fffu;
+  constexpr uint32_t kMask = kQuantised ? 0xffffffffu : 0x7fff7fffu;
   TeamShared& shared = *team.shared;
   const uint32_t thread = team.thread, lane = team.lane, warp = team.warp, warps = team.warps;
   const uint32_t count = strips.count;
   const uint32_t groups = segment.tokens / 16 * strips.channels, raw_bytes = groups * 32;
+  const uint32_t scale_bytes = CODING == kFixedByToken ? team.scale_bytes : 0u;
   uint8_t* const out = team.out;
   const uint8_t* const input = team.input;
 
@@ -693,16 +1124,18 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
     page_low = min2<DTYPE>(page_low, least);
     page_high = max2<DTYPE>(page_high, most);
   };
+  if constexpr (kByGroup) {
 #pragma unroll
-  for (uint32_t j = 0; j < kBatch; ++j) {
-    const uint32_t index = j * warps + warp;
-    if (index >= count) break;
-    uint32_t most;
-    look_at(index, low[j], most);
-    team.states[index * kWarp + lane] = most;
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const uint32_t index = j * warps + warp;
+      if (index >= count) break;
+      uint32_t most;
+      look_at(index, low[j], most);
+      team.states[index * kWarp + lane] = most;
+    }
   }
 #pragma unroll 1
-  for (uint32_t index = kBatch * warps + warp; index < count; index += warps) {
+  for (uint32_t index = (kByGroup ? kBatch : 0u) * warps + warp; index < count; index += warps) {
     uint32_t least, most;
     look_at(index, least, most);
   }
@@ -722,61 +1155,95 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
   const int32_t high_key = __reduce_max_sync(kAllLanes, shared.high[slot]);
   if (low_key <= key_16(kInfinity | 0x8000u) || high_key >= key_16(kInfinity) || low_key == high_key) return false;
 
-  float bound = 0.0f, inverse = 0.0f;
+  const uint32_t low_bits = value_of_key_16(low_key), high_bits = value_of_key_16(high_key);
+  float bound = 0.0f;
   uint32_t param = 0;
-  if (QUANTISED) {
-    const float page_least = widen<DTYPE>(value_of_key_16(low_key)),
-                page_most = widen<DTYPE>(value_of_key_16(high_key));
-    bound = page_bound(segment.bound_kind, segment.bound, page_least, page_most);
-    if (!(bound > 0.0f)) return false;
-    inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
-    if (!quantisable<DTYPE>(page_least, page_most, bound, inverse)) return false;
+  if constexpr (CODING == kFixedByPage) {
+    bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
+  } else if constexpr (CODING == kFixedByToken) {
+    const uint32_t a = exponent_of<DTYPE>(low_bits), b = exponent_of<DTYPE>(high_bits);
+    const Largest found = token_bounds_of_team<DTYPE, true>(team, strips, segment.bound, a > b ? a : b, true);
+    const float least = widen<DTYPE>(low_bits), most = widen<DTYPE>(high_bits);
+    bound = found.bound;
+    if (!found.usable ||
+        !((-least > most ? -least : most) + bound <= Traits<DTYPE>::to_float(Traits<DTYPE>::kMaxFinite)))
+      return false;
+  } else if constexpr (CODING == kFixedByChannel) {
+    bound = channel_bounds_of_team(team, reinterpret_cast<const float*>(segment.channel_bounds), strips.channels);
   } else {
     param = exponent_of<DTYPE>(static_cast<uint32_t>(high_key));
   }
+  if (kQuantised && !(bound > 0.0f)) return false;
   Coder coder = [&] {
-    if constexpr (QUANTISED) {
-      return FixedCoder<DTYPE>(bound, inverse, lane);
+    if constexpr (CODING == kFixedByPage) {
+      return FixedCoder<DTYPE>(bound, lane);
+    } else if constexpr (CODING == kFixedByToken) {
+      return TokenCoder<DTYPE>(team, strips);
+    } else if constexpr (CODING == kFixedByChannel) {
+      return ChannelCoder<DTYPE>(reinterpret_cast<const float*>(segment.channel_bounds), strips, lane);
     } else {
       return LosslessCoder<DTYPE>(param);
     }
   }();
+  if constexpr (CODING == kFixedByPage) {
+    if (!coder.fits(widen<DTYPE>(low_bits), widen<DTYPE>(high_bits))) return false;
+  }
 
   const auto classify = [&](uint32_t index, uint32_t least, uint32_t most) {
     const Groups at = groups_at(strips, index, lane);
-    const uint32_t c = coder.classes(least, most);
+    bool bad = false;
+    const uint32_t c = coder.classes(index, column_of(input, index, lane), least, most, bad);
     uint32_t words = 0;
     if (at.inside) {
-      store_classes<Coder>(out, groups, at.first, c);
+      store_classes<Coder>(out + scale_bytes, groups, at.first, c);
       words = coder.begin(c);
     }
     words = __reduce_add_sync(kAllLanes, words);
+    if (CODING == kFixedByToken || CODING == kFixedByChannel) {
+      if (__any_sync(kAllLanes, bad && at.inside)) words = kTooManyWords;
+    }
     if (lane == 0) team.words[index] = words;
   };
+  if constexpr (kByGroup) {
 #pragma unroll
-  for (uint32_t j = 0; j < kBatch; ++j) {
-    const uint32_t index = j * warps + warp;
-    if (index >= count) break;
-    classify(index, low[j], team.states[index * kWarp + lane]);
+    for (uint32_t j = 0; j < kBatch; ++j) {
+      const uint32_t index = j * warps + warp;
+      if (index >= count) break;
+      classify(index, low[j], team.states[index * kWarp + lane]);
+    }
   }
 #pragma unroll 1
-  for (uint32_t index = kBatch * warps + warp; index < count; index += warps) {
-    uint32_t least, most;
-    column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
+  for (uint32_t index = (kByGroup ? kBatch : 0u) * warps + warp; index < count; index += warps) {
+    uint32_t least = 0, most = 0;
+    if (kByGroup) column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
     classify(index, least, most);
   }
   sync_team(team);
   const Prefix prefix = prefix_of(team.words, count, lane);
-  const uint32_t size = Coder::class_bytes(groups) + 2 * prefix.total;
+  const uint32_t size = scale_bytes + Coder::class_bytes(groups) + 2 * prefix.total;
   // A quantised candidate that is not small enough has a lossless one beside it.
-  if (QUANTISED ? static_cast<uint64_t>(size) * 8 > static_cast<uint64_t>(raw_bytes) * 5 : size >= raw_bytes) {
+  if (kQuantised ? static_cast<uint64_t>(size) * 8 > static_cast<uint64_t>(raw_bytes) * 5 : size >= raw_bytes) {
     return false;
   }
+  constexpr uint32_t kSteps = CODING == kFixedByToken     ? static_cast<uint32_t>(KVZ_STEPS_TOKEN)
+                              : CODING == kFixedByChannel ? static_cast<uint32_t>(KVZ_STEPS_CHANNEL)
+                                                          : 0u;
   announce(tile_shared, team,
-           make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding), bound, param, KVZ_AS_ASKED));
-  pack_page(coder, team, strips, prefix, groups);
+           make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding | kSteps), bound, param, KVZ_AS_ASKED));
+  if (CODING == kFixedByToken) put_team_scales(team, bound);
+  pack_page(coder, team, strips, prefix, groups, scale_bytes);
   if (thread < units_of(size) * 16 - size) out[size + thread] = 0;
   return true;
+}
+
+// As encode_page_of, out of line, so that the registers of the others stay what they are.
+template <int DTYPE, Coding CODING>
+KVZ_DEV_NOINLINE bool encode_page_apart(const EncodeParams& p, uint8_t* memory) {
+  TileShared& tile_shared = *reinterpret_cast<TileShared*>(memory);
+  const Tile& tile = tile_shared.tile;
+  const kvz_segment segment = tile.segments[warp_of(threadIdx.x) / p.team_warps];
+  const Strips strips = strips_of(segment, tile.block_id);
+  return encode_page_of<DTYPE, CODING>(tile_shared, team_of(p, memory, segment, strips.count), segment, strips);
 }
 
 // The next tile of this CTA. By one warp; the others see it after a barrier.
@@ -829,7 +1296,7 @@ KVZ_DEV void control_encode(const EncodeParams& p, TileShared& shared, uint32_t 
 }
 
 // What a team does, tile after tile.
-template <int DTYPE>
+template <int DTYPE, bool WITHIN>
 KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
   TileShared& shared = *reinterpret_cast<TileShared*>(memory);
   const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
@@ -843,7 +1310,7 @@ KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
     }
     const kvz_segment segment = tile.segments[index];
     const Strips strips = strips_of(segment, tile.block_id);
-    const Team team = team_of(p, memory, strips.count);
+    const Team team = team_of(p, memory, segment, strips.count);
     fetch_strips(strips, team.input, team.warp, team.warps, lane);
     copy_async_wait();
     __syncwarp();
@@ -851,13 +1318,19 @@ KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
     bool encoded = false;
     const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
     if (segment.coding == KVZ_FIXED && lossy) {
-      encoded = encode_page_of<DTYPE, true>(shared, team, segment, strips);
+      if (WITHIN && segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
+        encoded = encode_page_apart<DTYPE, kFixedByToken>(p, memory);
+      } else if (WITHIN && segment.bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
+        encoded = encode_page_apart<DTYPE, kFixedByChannel>(p, memory);
+      } else {
+        encoded = encode_page_of<DTYPE, kFixedByPage>(shared, team, segment, strips);
+      }
     } else if (segment.coding != KVZ_RAW && !lossy) {
-      encoded = encode_page_of<DTYPE, false>(shared, team, segment, strips);
+      encoded = encode_page_of<DTYPE, kLossless>(shared, team, segment, strips);
     }
     if (!encoded) {
       sync_team(team);  // some may still look at what the others left in shared memory
-      encode_any<DTYPE>(p, memory);
+      encode_any<DTYPE, WITHIN>(p, memory);
     }
     meet();  // the controller knows where to
 
@@ -882,14 +1355,15 @@ KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
   }
 }
 
-template <int DTYPE>
+// `WITHIN`: some pages have bounds that differ within them.
+template <int DTYPE, bool WITHIN>
 KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
   TileShared& shared = *reinterpret_cast<TileShared*>(memory);
   const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
   if (warp == p.teams * p.team_warps) {
     control_encode(p, shared, lane);
   } else {
-    encode_tiles<DTYPE>(p, memory);
+    encode_tiles<DTYPE, WITHIN>(p, memory);
   }
   finish_encode(p, shared.last);
 }

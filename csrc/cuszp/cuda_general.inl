@@ -99,6 +99,96 @@ KVZ_DEV uint32_t quantised_class(const uint32_t (&v)[16], uint32_t inside, const
   return w > Tr::kMaxWidth ? KVZ_BYTE_RAW : w | apart;
 }
 
+// ---- groups whose values have bounds of their own
+// ------------------------------------------------------------------------
+
+// The values of a group and their bounds; 0 and 1 outside of the page.
+struct BoundedGroup {
+  float x[16], bound[16];
+  uint32_t inside;
+};
+
+template <int DTYPE>
+KVZ_DEV BoundedGroup bounded_group(const Geometry& g, const Bounds& bounds, uint32_t index) {
+  BoundedGroup v;
+  v.inside = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    v.x[i] = 0.0f;
+    v.bound[i] = 1.0f;
+  }
+  const uint32_t row = index / g.columns;
+  for_places(g, row, index - row * g.columns,
+             [&](uint32_t i, const uint8_t* at, uint32_t token, uint32_t head, uint32_t channel) {
+               v.x[i] = Traits<DTYPE>::to_float(load_value<DTYPE>(at));
+               v.bound[i] = bound_at(bounds, token, head, channel);
+               v.inside |= 1u << i;
+             });
+  return v;
+}
+
+// Codes of `fixed` at the steps of a width, or of differences of `plain` along `run` values. `first` is the first q.
+template <int DTYPE>
+KVZ_DEV void bounded_codes(const BoundedGroup& v, uint32_t coding, uint32_t width, uint32_t run, uint32_t (&code)[16],
+                           int32_t& first) {
+  int32_t before = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < 16; ++i) {
+    const float step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), v.bound[i]);
+    const int32_t q = round_code(v.x[i] * (v.bound[i] > 0.0f ? reciprocal(step) : 0.0f));
+    if (i == 0) first = q;
+    if (coding == KVZ_FIXED || (i & (run - 1)) == 0) before = 0;
+    code[i] = (v.inside >> i) & 1u ? zigzag(q - before) : 0u;
+    before = q;
+  }
+}
+
+// As quantised_class.
+template <int DTYPE>
+KVZ_DEV_NOINLINE uint32_t bounded_class(const Geometry& g, const Bounds& bounds, uint32_t index, uint32_t coding,
+                                        uint32_t run) {
+  using Tr = Traits<DTYPE>;
+  const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
+  const BoundedGroup v = bounded_group<DTYPE>(g, bounds, index);
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float magnitude = float_of(bits_of(v.x[i]) & 0x7fffffffu);
+    const uint32_t exponent = bits_of(v.bound[i]) & 0x7f800000u;  // 1/S at the power-of-two step is a power of two
+    const float inverse = exponent == 0 ? 0.0f : float_of((253u << 23) - exponent);
+    bad = bad || !(magnitude + v.bound[i] <= most) || !(magnitude * inverse < room);
+  }
+  if (bad) return KVZ_BYTE_RAW;
+  uint32_t code[16], rest = 0;
+  int32_t first;
+  const auto widths = [&](uint32_t of, uint32_t width) {
+    bounded_codes<DTYPE>(v, of, width, run, code, first);
+    rest = 0;
+#pragma unroll
+    for (int i = 1; i < 16; ++i) rest |= code[i];
+    return static_cast<uint32_t>(bit_length(rest | code[0]));
+  };
+  // A width that no step depends on gives the power-of-two step.
+  uint32_t w = widths(coding == KVZ_FIXED ? KVZ_FIXED : KVZ_PLAIN, coding == KVZ_FIXED ? 31u : 0u), apart = 0;
+  if (coding == KVZ_FIXED) {
+    if (DTYPE != KVZ_FP32 && w > 0 && widths(KVZ_FIXED, w - 1) <= w - 1) --w;
+  } else if (coding == KVZ_OUTLIER) {
+    const uint32_t without = static_cast<uint32_t>(bit_length(rest));
+    if (without + Tr::kBits / 16 < w) {
+      apart = KVZ_BYTE_FIRST_APART;
+      w = without;
+    }
+  }
+  return w > Tr::kMaxWidth ? KVZ_BYTE_RAW : w | apart;
+}
+
+// The codes of a group whose class bounded_class has found, in place of its bit patterns.
+template <int DTYPE>
+KVZ_DEV_NOINLINE void bounded_group_codes(const Geometry& g, const Bounds& bounds, uint32_t index, uint32_t coding,
+                                          uint32_t width, uint32_t run, uint32_t (&code)[16], int32_t& first) {
+  bounded_codes<DTYPE>(bounded_group<DTYPE>(g, bounds, index), coding, width, run, code, first);
+}
+
 // Nibble class and, in bits 4 and up, base of a group in the lossless coding.
 template <int DTYPE>
 KVZ_DEV uint32_t lossless_class(const uint32_t (&v)[16], uint32_t inside, uint32_t largest) {
@@ -248,8 +338,9 @@ KVZ_DEV uint32_t largest_exponent(float low, float high) {
   return largest > 112 ? largest - 112 : 0;  // float16 numbers as float32: the same exponent field + 112
 }
 
+// `vectors`: room for the bounds of tokens x heads.
 template <int DTYPE>
-KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, uint32_t b, uint32_t s,
+KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, float* vectors, uint32_t page, uint32_t b, uint32_t s,
                          const kvz_segment& segment, const Geometry& g) {
   using Tr = Traits<DTYPE>;
   const uint32_t thread = threadIdx.x, threads = blockDim.x;
@@ -264,13 +355,20 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
   z.run = g.group_tokens == 1 ? 16 : g.group_tokens;
   z.bound = 0.0f;
   const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
-  if (lossy && any_finite) z.bound = page_bound(segment.bound_kind, segment.bound, page_low, page_high);
+  uint32_t largest = 0;  // exponent field
+  if (any_finite) largest = largest_exponent<DTYPE>(page_low, page_high);
+  Bounds bounds = {};
+  if (lossy && any_finite && !constant) {
+    bounds = page_bounds<DTYPE>(segment, g, page_low, page_high, largest, vectors, shared);
+    z.bound = bounds.page;
+  }
+  const bool alike = bounds.steps == KVZ_STEPS_PAGE;
+  const uint64_t prefix = scale_bytes(bounds.steps, g, segment.heads);
   z.inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, z.bound > 0.0f ? z.bound : 1.0f));
 
   uint32_t v[16];
   uint8_t coding = KVZ_RAW, reason = KVZ_INCOMPRESSIBLE;
   uint64_t size = raw_bytes;
-  uint32_t largest = 0;
   if (constant) {
     coding = KVZ_CONSTANT;
     reason = KVZ_AS_ASKED;
@@ -280,20 +378,26 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
     if (z.bound > 0.0f) {
       uint64_t words = 0;
       for (uint32_t i = thread; i < g.groups; i += threads) {
-        const uint32_t inside = load_group<DTYPE>(g, i, v);
-        words += words_of_class(quantised_class<DTYPE>(v, inside, z), true, false, Tr::kBits, Tr::kMaxWidth, 0, true);
+        uint32_t c;
+        if (alike) {
+          const uint32_t inside = load_group<DTYPE>(g, i, v);
+          c = quantised_class<DTYPE>(v, inside, z);
+        } else {
+          c = bounded_class<DTYPE>(g, bounds, i, z.coding, z.run);
+        }
+        words += words_of_class(c, true, false, Tr::kBits, Tr::kMaxWidth, 0, true);
         if (g.groups - i <= threads) break;
       }
-      const uint64_t quantised = class_array_bytes(DTYPE, z.coding, g.groups) + 2 * sum_over_cta(words, shared);
+      const uint64_t quantised =
+          prefix + class_array_bytes(DTYPE, z.coding, g.groups) + 2 * sum_over_cta(words, shared);
       if (quantised < size) {
         size = quantised;
-        coding = static_cast<uint8_t>(z.coding);
+        coding = static_cast<uint8_t>(z.coding | bounds.steps);
         reason = KVZ_AS_ASKED;
       }
       settled = quantised * 8 <= raw_bytes * 5;
     }
     if (!settled) {
-      if (any_finite) largest = largest_exponent<DTYPE>(page_low, page_high);
       uint64_t words = 0;
       for (uint32_t i = thread; i < g.groups; i += threads) {
         const uint32_t inside = load_group<DTYPE>(g, i, v);
@@ -312,7 +416,7 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
   const bool lossless = coding == KVZ_LOSSLESS;
   const kvz_entry entry = make_entry(segment, size, coding, coding >= KVZ_FIXED && !lossless ? z.bound : 0.0f,
                                      lossless ? largest : 0, reason);
-  uint8_t* const out = claim_place(p, shared, page, b, s, entry);
+  uint8_t* out = claim_place(p, shared, page, b, s, entry);
   const uint64_t padded = static_cast<uint64_t>(units_of(size)) * 16;
   if (out != nullptr) clear_bytes(out, size, padded);
   if (coding == KVZ_RAW) {
@@ -324,8 +428,12 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
     return;
   }
 
-  const bool bytes = byte_classes(DTYPE, coding);
-  const uint64_t class_bytes = class_array_bytes(DTYPE, coding, g.groups),
+  if (!lossless && out != nullptr) {
+    put_scales(vectors, g.tokens * segment.heads, prefix, bounds.page, out);
+    out += prefix;
+  }
+  const bool bytes = byte_classes(DTYPE, lossless ? coding : z.coding);
+  const uint64_t class_bytes = class_array_bytes(DTYPE, lossless ? coding : z.coding, g.groups),
                  class_end = bytes ? g.groups : (static_cast<uint64_t>(g.groups) + 1) / 2;
   if (out != nullptr) {
     clear_bytes(out, class_end, class_bytes);
@@ -348,7 +456,7 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
 #pragma unroll
         for (int j = 0; j < 16; ++j) code[j] = raw ? v[j] : (inside >> j) & 1u ? lossless_code<DTYPE>(v[j], top) : 0u;
       } else {
-        c = quantised_class<DTYPE>(v, inside, z);
+        c = alike ? quantised_class<DTYPE>(v, inside, z) : bounded_class<DTYPE>(g, bounds, i, z.coding, z.run);
         raw = c == KVZ_BYTE_RAW;
         apart = !raw && (c & KVZ_BYTE_FIRST_APART) ? Tr::kBits / 16 : 0;
         const uint32_t w = c & 63u;
@@ -356,6 +464,9 @@ KVZ_DEV void encode_page(const EncodeParams& p, Shared& shared, uint32_t page, u
         if (raw) {
 #pragma unroll
           for (int j = 0; j < 16; ++j) code[j] = v[j];
+        } else if (!alike) {
+          bounded_group_codes<DTYPE>(g, bounds, i, z.coding, w, z.run, code, first);
+          if (apart) code[0] = 0;
         } else if (z.coding == KVZ_FIXED) {
           const float inverse = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(w), z.bound));
 #pragma unroll
@@ -406,6 +517,7 @@ KVZ_DEV void encode_bytes(const EncodeParams& p, Shared& shared, uint32_t page, 
 
 KVZ_DEV void encode_general(const EncodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
+  float* const vectors = reinterpret_cast<float*>(memory + kSharedBytes);
   const uint32_t pages = p.num_blocks * p.num_segments;
   if (threadIdx.x == 0) shared.page = atomicAdd(&p.counters->ticket, 1u);
   __syncthreads();
@@ -418,11 +530,11 @@ KVZ_DEV void encode_general(const EncodeParams& p, uint8_t* memory) {
       const bool constant = !asked && opaque_is_constant(g, shared);
       encode_bytes(p, shared, page, b, s, segment, g, constant, asked);
     } else if (segment.dtype == KVZ_BF16) {
-      encode_page<KVZ_BF16>(p, shared, page, b, s, segment, g);
+      encode_page<KVZ_BF16>(p, shared, vectors, page, b, s, segment, g);
     } else if (segment.dtype == KVZ_FP16) {
-      encode_page<KVZ_FP16>(p, shared, page, b, s, segment, g);
+      encode_page<KVZ_FP16>(p, shared, vectors, page, b, s, segment, g);
     } else {
-      encode_page<KVZ_FP32>(p, shared, page, b, s, segment, g);
+      encode_page<KVZ_FP32>(p, shared, vectors, page, b, s, segment, g);
     }
     __syncthreads();
     if (threadIdx.x == 0) shared.page = atomicAdd(&p.counters->ticket, 1u);
@@ -435,16 +547,21 @@ KVZ_DEV void encode_general(const EncodeParams& p, uint8_t* memory) {
 // -----------------------------------------------------------------------------------------------------------
 
 template <int DTYPE>
-KVZ_DEV void decode_page(Shared& shared, const kvz_entry& entry, const Geometry& g, const uint8_t* from) {
+KVZ_DEV void decode_page(Shared& shared, const kvz_segment& segment, const kvz_entry& entry, const Geometry& g,
+                         const uint8_t* from) {
   using Tr = Traits<DTYPE>;
   const uint32_t thread = threadIdx.x, threads = blockDim.x;
-  const uint32_t coding = entry.coding;
+  const uint32_t coding = entry.coding & KVZ_CODING_MASK;
+  const Bounds bounds = bounds_of(segment, entry, from);
+  const bool alike = bounds.steps == KVZ_STEPS_PAGE;
+  const uint64_t scales = scale_bytes(bounds.steps, g, segment.heads);
+  from += scales;
   const bool lossless = coding == KVZ_LOSSLESS, bytes = byte_classes(DTYPE, coding);
   const uint64_t class_bytes = class_array_bytes(DTYPE, coding, g.groups);
   const uint64_t prefix = lossless ? 2 * class_bytes : class_bytes;
   const uint32_t run = g.group_tokens == 1 ? 16 : g.group_tokens;
   const uint16_t* words = reinterpret_cast<const uint16_t*>(from + prefix);
-  uint64_t left = (entry.size - prefix) / 2;  // words; validated, yet never passed by
+  uint64_t left = (entry.size - scales - prefix) / 2;  // words; validated, yet never passed by
   for (uint32_t start = 0; start < g.groups; start += threads) {
     const uint32_t i = start + thread;
     uint32_t c = 0, count = 0, apart = 0;
@@ -482,14 +599,27 @@ KVZ_DEV void decode_page(Shared& shared, const kvz_entry& entry, const Geometry&
           for (int j = 0; j < 16; ++j)
             code[j] = lossless_value<DTYPE>(code[j], static_cast<uint32_t>(top > 0 ? top : 0));
         } else {
-          const float step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(c), entry.bound);
           uint32_t q = 0;
 #pragma unroll
           for (uint32_t j = 0; j < 16; ++j) {
             const uint32_t d = static_cast<uint32_t>(unzigzag(code[j]));
             q = coding == KVZ_FIXED || (j & (run - 1)) == 0 ? d : q + d;
             if (j == 0 && apart) q = first;
-            code[j] = Tr::from_float(static_cast<float>(static_cast<int32_t>(q)) * step);
+            code[j] = q;
+          }
+          const auto value = [&](uint32_t j, float bound) {
+            const float step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(c), bound);
+            code[j] = Tr::from_float(static_cast<float>(static_cast<int32_t>(code[j])) * step);
+          };
+          if (alike) {
+#pragma unroll
+            for (uint32_t j = 0; j < 16; ++j) value(j, entry.bound);
+          } else {
+            const uint32_t row = i / g.columns;
+            for_places(g, row, i - row * g.columns,
+                       [&](uint32_t j, const uint8_t*, uint32_t token, uint32_t head, uint32_t channel) {
+                         value(j, bound_at(bounds, token, head, channel));
+                       });
           }
         }
       }
@@ -518,11 +648,11 @@ KVZ_DEV void decode_general(const DecodeParams& p, uint8_t* memory) {
       } else if (entry.coding == KVZ_CONSTANT) {
         fill_page(g, *reinterpret_cast<const uint32_t*>(from));
       } else if (segment.dtype == KVZ_BF16) {
-        decode_page<KVZ_BF16>(shared, entry, g, from);
+        decode_page<KVZ_BF16>(shared, segment, entry, g, from);
       } else if (segment.dtype == KVZ_FP16) {
-        decode_page<KVZ_FP16>(shared, entry, g, from);
+        decode_page<KVZ_FP16>(shared, segment, entry, g, from);
       } else {
-        decode_page<KVZ_FP32>(shared, entry, g, from);
+        decode_page<KVZ_FP32>(shared, segment, entry, g, from);
       }
       __syncthreads();
     }

@@ -899,6 +899,7 @@ KVZ_DEV void encode_rice_page(const EncodeParams& p, uint8_t* memory, uint32_t p
   const bool lossy = segment.coding == KVZ_RICE && segment.bound_kind != KVZ_BOUND_LOSSLESS;
   Bounds bounds = {};
   bounds.heads = segment.heads;
+  bounds.missing = no_bound();
   if (lossy && any_finite && !constant) {
     if (segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
       bounds.page = token_bounds<DTYPE>(g, segment.bound, largest, segment.heads, vectors, shared);
@@ -1319,7 +1320,7 @@ KVZ_DEV void decode_any_page(uint8_t* memory, const kvz_segment& segment, const 
   } else if (entry.coding == KVZ_LOSSLESS_RICE) {
     decode_rice_page<DTYPE, KVZ_LOSSLESS_RICE>(memory, segment, entry, g, from);
   } else {
-    decode_page<DTYPE>(*reinterpret_cast<Shared*>(memory), entry, g, from);
+    decode_page<DTYPE>(*reinterpret_cast<Shared*>(memory), segment, entry, g, from);
   }
 }
 

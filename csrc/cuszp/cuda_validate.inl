@@ -37,24 +37,33 @@ KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, u
   if (s + 1 == p.num_segments && end != payload_bytes) return wrong;
   const Geometry g = geometry_of(segment, 0);
   const uint8_t* data = reinterpret_cast<const uint8_t*>(p.payloads[b]) + start;
-  const uint32_t dtype = segment.dtype, coding = entry.coding;
-  const uint64_t size = entry.size;
+  const uint32_t dtype = segment.dtype, coding = entry.coding & KVZ_CODING_MASK;
+  const uint32_t steps = entry.coding & KVZ_STEPS_MASK;
+  uint64_t size = entry.size;
 
   Look found = {};
   bool& bad = found.bad;
   for (uint64_t i = size + lane; i < end - start; i += width) bad = bad || data[i] != 0;  // padding
-  if (coding == KVZ_RAW) {
+  if (entry.coding == KVZ_RAW) {
     bad = bad || size != static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
-  } else if (coding == KVZ_CONSTANT) {
+  } else if (entry.coding == KVZ_CONSTANT) {
     if (size != KVZ_CONSTANT_BYTES) return wrong;
     if (lane >= g.value_bytes && lane < KVZ_CONSTANT_BYTES) bad = bad || data[lane] != 0;
   } else {
-    const uint32_t kind = coding & KVZ_CODING_MASK;
-    if (p.extended && (kind == KVZ_RICE || kind == KVZ_LOSSLESS_RICE)) {  // then a warp looks at one segment
+    if ((p.extended & KVZ_EXTENDED_RICE) &&
+        (coding == KVZ_RICE || coding == KVZ_LOSSLESS_RICE)) {  // then a warp looks at one segment
       return rice_is_valid(segment, entry, g, data, size, lane) ? found : wrong;
     }
-    if (coding > KVZ_LOSSLESS || dtype == KVZ_OPAQUE) return wrong;
+    if (entry.coding >= 0x40 || coding < KVZ_FIXED || coding > KVZ_LOSSLESS || dtype == KVZ_OPAQUE) return wrong;
+    if (steps != KVZ_STEPS_PAGE && p.extended == 0) return wrong;
+    if (steps == KVZ_STEPS_MASK || (coding == KVZ_LOSSLESS && steps != KVZ_STEPS_PAGE)) return wrong;
+    if (steps == KVZ_STEPS_CHANNEL && segment.channel_bounds == 0) return wrong;
     if (coding != KVZ_LOSSLESS && !(entry.bound >= kLeastBound && entry.bound <= kLargestBound)) return wrong;
+    const uint64_t scales = scale_bytes(steps, g, segment.heads);
+    if (scales > size) return wrong;
+    if (scales != 0) bad = bad || !scales_are_valid(data, g.tokens * segment.heads, scales, entry.bound, lane, width);
+    data += scales;
+    size -= scales;
     const bool bytes = byte_classes(dtype, coding), lossless = coding == KVZ_LOSSLESS;
     const uint32_t bits = dtype == KVZ_FP32 ? 32 : 16;
     const uint32_t mantissa = (dtype == KVZ_BF16   ? Traits<KVZ_BF16>::kFraction
@@ -72,8 +81,8 @@ KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, u
     if (!bytes && !lossless) {
       // Every nibble is a class, 15 stands for 16 words: the usual case, 16 bytes at a time.
       const uint4* vectors = reinterpret_cast<const uint4*>(data);
-      uint64_t done = whole / 4 * 4;
-      for (uint64_t i = lane; i < whole / 4; i += width) {
+      const uint64_t quads = scales % 16 == 0 ? whole / 4 : 0, done = quads * 4;
+      for (uint64_t i = lane; i < quads; i += width) {
         const uint4 v = vectors[i];
         uint32_t sum = 0;
         const uint32_t part[4] = {v.x, v.y, v.z, v.w};

@@ -156,6 +156,12 @@ typedef struct kvz_cuda_encode_args {
 // CUDA graph.
 KVZ_API int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream);
 
+// Where these are not asked for, entries that have them are refused.
+typedef enum kvz_extended {
+  KVZ_EXTENDED_RICE = 1,    // the Rice codings
+  KVZ_EXTENDED_BOUNDS = 2,  // bounds that differ within pages; those of channels are in the segments
+} kvz_extended;
+
 typedef struct kvz_cuda_decode_args {
   const kvz_segment* segments;         // host memory, read during the call; bases are device memory
   const kvz_segment* device_segments;  // the same in device memory, to stay until the work is done
@@ -171,7 +177,7 @@ typedef struct kvz_cuda_decode_args {
   uint32_t all_or_nothing;   // 1: one corrupt block keeps every block of the batch from being written
   uint32_t max_ctas;         // most thread blocks to run at a time; 0: as many as fit
   uint32_t strips_per_warp;  // tuning; 0: automatic
-  uint32_t extended;         // 1: entries may be of the Rice codings; their channel bounds are those of the segments
+  uint32_t extended;         // what entries may have beside the other codings with one bound a page: kvz_extended
   const uint32_t* crc32c;    // device memory, num_blocks: what the CRC32C of the payloads must be; NULL: not checked
 } kvz_cuda_decode_args;
 

@@ -10,6 +10,7 @@ work is done by the native library; this module checks arguments and hands whole
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntFlag
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,9 @@ from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
 from kvzip.record import ENTRY_DTYPE, Coding
 from kvzip.types import BlockLayout, BlockView, BoundKind, ErrorBound
 
+# Most tokens x heads of a page with bounds by token that the CUDA codec encodes.
+GPU_VECTORS = 16384
+GPU_RICE_VECTORS = 4096
 _CODINGS = {"fixed": Coding.FIXED, "plain": Coding.PLAIN, "outlier": Coding.OUTLIER, "rice": Coding.RICE}
 
 
@@ -72,6 +76,34 @@ class CuszpCodec(Codec):
         if payloads:
             segments = _native.segments_array(blocks)
             _native.cpu_decode(segments, blocks.block_ids, payloads, _stack(tables), threads=threads)
+
+
+class Extended(IntFlag):
+    """What records may have beside pages with one bound each, in the codings but `rice` (``kvz_extended``).
+
+    A GPU decodes each with kernels of its own.
+    """
+
+    NONE = 0
+    RICE = 1  # pages in the Rice codings
+    BOUNDS = 2  # pages with bounds by token or by channel
+
+
+def extended_by(request: EncodeRequest) -> Extended:
+    """What records of a request may have."""
+    bounds = (request.bound,) if isinstance(request.bound, ErrorBound) else request.bound
+    within = any(bound.kind in (BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE) for bound in bounds)
+    return (Extended.RICE if request.mode == "rice" else Extended.NONE) | (Extended.BOUNDS if within else Extended.NONE)
+
+
+def encodes_on_gpu(request: EncodeRequest, layout: BlockLayout) -> bool:
+    """Whether the CUDA codec has what a request asks for: all but bounds by token for very many of them."""
+    each = (request.bound,) * len(layout.segments) if isinstance(request.bound, ErrorBound) else request.bound
+    most = GPU_RICE_VECTORS if request.mode == "rice" else GPU_VECTORS
+    return all(
+        b.kind is not BoundKind.TOKEN_RMS or s.tokens * s.heads <= most
+        for b, s in zip(each, layout.segments, strict=True)
+    )
 
 
 def coding_of(request: EncodeRequest) -> Coding | list[Coding]:

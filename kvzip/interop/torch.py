@@ -165,6 +165,13 @@ def upload(array: npt.NDArray[Any], device: str) -> Any:
     return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def device_bytes(nbytes: int, device: str) -> Any:
+    """A uint8 tensor of zeros on a device, in the order of torch's current stream."""
+    import torch
+
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
 def record_event(stream: object, device: int) -> Any:
     """A torch event at the end of a caller's stream; `stream` as in `stream_handle`."""
     import torch

@@ -15,8 +15,10 @@ import pytest
 from cuda_bridge import (
     BF16,
     BOUND_ABSOLUTE,
+    BOUND_CHANNEL_TABLE,
     BOUND_LOSSLESS,
     BOUND_RELATIVE,
+    BOUND_TOKEN_RMS,
     FIXED,
     FP16,
     FP32,
@@ -63,6 +65,54 @@ def test_fast_path(cuda: tuple[Any, Any], shape: tuple[int, int, int], dtype: st
         ]
     ]  # fmt: skip
     check_both_ways(Batch.random(*cuda, specs, 36, seed=tokens * heads + head_dim))
+
+
+#: bounds by token and by channel: some that make it small, some that a page is too fine for, an exact channel or none
+WITHIN = [
+    {"bound": 0.17, "bound_kind": BOUND_TOKEN_RMS},
+    {"bound": 0.01, "bound_kind": BOUND_TOKEN_RMS},
+    {"bound": 1.5, "bound_kind": BOUND_TOKEN_RMS},
+    {"bound": 0.5, "bound_kind": BOUND_CHANNEL_TABLE, "exact_channels": 0},
+    {"bound": 0.02, "bound_kind": BOUND_CHANNEL_TABLE, "exact_channels": 0},
+    {"bound": 0.5, "bound_kind": BOUND_CHANNEL_TABLE},
+]
+
+
+@pytest.mark.parametrize("coding", ["fixed", "plain", "outlier"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", FAST, ids=str)
+def test_bounds_within_pages(cuda: tuple[Any, Any], shape: tuple[int, int, int], dtype: str, coding: str) -> None:
+    """On the fast path; pages with one bound, lossless and raw ones are among them."""
+    specs = [
+        Spec(DTYPES[dtype], *shape, coding=CODINGS[coding], heads_first=bool(i % 2), pad=8 * (i % 3), **how)
+        for i, how in enumerate(WITHIN)
+    ]
+    specs += [Spec(DTYPES[dtype], *shape), Spec(DTYPES[dtype], *shape, coding=LOSSLESS)]
+    specs += [Spec(DTYPES[dtype], *shape, coding=RAW, bound_kind=BOUND_TOKEN_RMS)]
+    for strips_per_warp in (0, 1, 3):
+        batch = Batch.random(*cuda, specs, 24, seed=sum(shape) + strips_per_warp)
+        check_both_ways(batch, packed=True, header=96, strips_per_warp=strips_per_warp)
+
+
+@pytest.mark.parametrize("coding", ["fixed", "plain", "outlier"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("group_tokens", [16, 8, 4, 2, 1])
+def test_bounds_within_other_pages(cuda: tuple[Any, Any], group_tokens: int, dtype: str, coding: str) -> None:
+    specs = [
+        Spec(DTYPES[dtype], *shape, group_tokens=group_tokens, coding=CODINGS[coding], pad=i % 3, **how)
+        for i, (shape, how) in enumerate(zip(GENERAL, WITHIN, strict=True))
+    ]
+    check_both_ways(Batch.random(*cuda, specs, 24, seed=group_tokens))
+
+
+def test_very_many_vectors(cuda: tuple[Any, Any]) -> None:
+    """Bounds by token of pages that the fast path has no room for, and of pages that no path takes."""
+    torch, driver = cuda
+    how = {"bound": 0.17, "bound_kind": BOUND_TOKEN_RMS}
+    check_both_ways(Batch.random(torch, driver, [Spec(BF16, 512, 32, 8, **how), Spec(BF16, 16, 1, 64)], 12, seed=31))
+    check_both_ways(Batch.random(torch, driver, [Spec(FP16, 128, 16, 64, **how)], 12, seed=32))
+    with pytest.raises(NativeError, match="contract"):
+        GpuEncode(Batch.random(torch, driver, [Spec(BF16, 1024, 32, 8, **how)], 2, seed=33)).launch()
 
 
 @pytest.mark.parametrize("coding", CODINGS)
@@ -126,6 +176,10 @@ def test_many_small_blocks(cuda: tuple[Any, Any]) -> None:
         check_both_ways(batch, packed=True)
 
 
+#: of the million pages
+BOUND_KINDS = [BOUND_RELATIVE, BOUND_RELATIVE, BOUND_ABSOLUTE, BOUND_TOKEN_RMS, BOUND_CHANNEL_TABLE]
+
+
 @pytest.mark.slow
 def test_a_million_pages(cuda: tuple[Any, Any]) -> None:
     """At least 1,000,000 pages of mixed dtypes, geometries, codings and bounds."""
@@ -146,8 +200,9 @@ def test_a_million_pages(cuda: tuple[Any, Any]) -> None:
                     int(rng.choice([8, 32, 64, 64, 128])) if fast else int(rng.integers(1, 48)),
                     group_tokens=group,
                     coding=int(rng.choice([FIXED, FIXED, FIXED, PLAIN, OUTLIER, LOSSLESS])),
-                    bound_kind=int(rng.choice([BOUND_RELATIVE, BOUND_RELATIVE, BOUND_ABSOLUTE])),
-                    bound=10.0 ** -rng.uniform(0.5, 5),
+                    bound_kind=int(rng.choice(BOUND_KINDS)),
+                    bound=10.0 ** -rng.uniform(0, 4),
+                    exact_channels=int(rng.choice([0, 0, 37])),
                     heads_first=bool(rng.integers(2)),
                     pad=int(rng.integers(2)) * (8 if fast else 1),
                 )
@@ -188,7 +243,7 @@ def hostile(encoded: Encoded, rng: np.random.Generator) -> Encoded:
                     [0, int(entry["size"]) ^ 1, int(entry["size"]) + 16, 2**32 - 1, rng.integers(2**32)]
                 )
             elif damage == 2:
-                entry["coding"] = rng.integers(256) & 0xCF if rng.integers(2) else rng.integers(6)
+                entry["coding"] = rng.integers(256) if rng.integers(2) else rng.integers(8) | rng.integers(4) << 4
             elif damage == 3:
                 entry["bound"] = rng.choice([0, np.nan, np.inf, -1, 1e-30, 2.0**-96, 2.0**120, 3.0])
             elif damage == 4:
@@ -207,39 +262,56 @@ def hostile(encoded: Encoded, rng: np.random.Generator) -> Encoded:
     return Encoded(torch.from_numpy(payloads).to(encoded.payloads.device), encoded.starts, encoded.payload_bytes, table)
 
 
-@pytest.mark.parametrize("all_or_nothing", [False, True])
-@pytest.mark.parametrize(
-    "specs",
-    [
-        [
-            Spec(BF16, 16, 3, 64),
-            Spec(BF16, 16, 2, 24, coding=OUTLIER, bound=1e-2),
-            Spec(BF16, 32, 1, 64, coding=LOSSLESS),
-        ],
-        [Spec(FP16, 16, 3, 64, coding=PLAIN), Spec(FP16, 16, 2, 24), Spec(FP16, 16, 1, 64, coding=OUTLIER)],
-        [
-            Spec(FP32, 7, 3, 9, group_tokens=4, coding=OUTLIER),
-            Spec(BF16, 5, 1, 30, group_tokens=2, coding=PLAIN),
-            Spec(FP16, 3, 2, 11, group_tokens=1, coding=LOSSLESS),
-            Spec(OPAQUE, 3, 1, 77, group_tokens=1),
-        ],
+HOSTILE = {
+    "bfloat16": [
+        Spec(BF16, 16, 3, 64),
+        Spec(BF16, 16, 2, 24, coding=OUTLIER, bound=1e-2),
+        Spec(BF16, 32, 1, 64, coding=LOSSLESS),
+        Spec(BF16, 16, 2, 64, **WITHIN[0]),
+        Spec(BF16, 16, 1, 72, **WITHIN[3]),
     ],
-    ids=["bfloat16", "float16", "general"],
-)
-def test_hostile_records(cuda: tuple[Any, Any], specs: list[Spec], all_or_nothing: bool) -> None:
-    """The CPU's verdicts; what is refused leaves every byte of memory alone, what is taken decodes equally."""
+    "float16": [
+        Spec(FP16, 16, 3, 64, coding=PLAIN),
+        Spec(FP16, 16, 2, 24, **WITHIN[0]),
+        Spec(FP16, 16, 1, 64, coding=OUTLIER),
+        Spec(FP16, 32, 1, 64, **WITHIN[5]),
+    ],
+    "general": [
+        Spec(FP32, 7, 3, 9, group_tokens=4, coding=OUTLIER),
+        Spec(BF16, 5, 1, 30, group_tokens=2, coding=PLAIN),
+        Spec(FP16, 3, 2, 11, group_tokens=1, coding=LOSSLESS),
+        Spec(OPAQUE, 3, 1, 77, group_tokens=1),
+        Spec(FP32, 7, 3, 9, group_tokens=8, **WITHIN[0]),
+        Spec(BF16, 5, 2, 9, group_tokens=4, coding=PLAIN, **WITHIN[3]),
+    ],
+}
+
+
+@pytest.mark.parametrize("all_or_nothing", [False, True])
+@pytest.mark.parametrize("extended", [0, 2, 3])
+@pytest.mark.parametrize("specs", HOSTILE)
+def test_hostile_records(cuda: tuple[Any, Any], specs: str, extended: int, all_or_nothing: bool) -> None:
+    """The CPU's verdicts; what is refused leaves every byte of memory alone, what is taken decodes equally.
+
+    What was not asked for is refused as well: Rice codings, and bounds within pages.
+    """
     rng = np.random.default_rng(3)
-    batch = Batch.random(*cuda, specs, 300, seed=12)
+    chosen = [spec for spec in HOSTILE[specs] if spec.extended & ~extended == 0]
+    batch = Batch.random(*cuda, chosen, 300, seed=12)
+    batch.give_tables()
     good = bridge.encode_cpu(batch)
     refused = 0
     for round_ in range(6):
         bad = hostile(good, rng)
         if all_or_nothing and round_ == 5:
             bad = good
-        verdicts = bridge.verdicts_cpu(batch, bad)
+        coding, steps = bad.table["coding"] & 0x0F, bad.table["coding"] & 0x30
+        unasked = (coding >= bridge.RICE if not extended & 1 else coding > 15) | ((steps != 0) & (extended == 0))
+        verdicts = np.where(unasked.any(axis=1), 2, bridge.verdicts_cpu(batch, bad))
         out = batch.like()
+        out.give_tables()
         expected = out.host_memories()
-        job = GpuDecode(out, bad, all_or_nothing=all_or_nothing)
+        job = GpuDecode(out, bad, all_or_nothing=all_or_nothing, extended=extended)
         job.launch()
         assert np.array_equal(job.statuses(), verdicts)
         taken = [] if all_or_nothing and verdicts.any() else np.flatnonzero(verdicts == 0).tolist()

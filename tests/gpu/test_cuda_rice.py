@@ -130,7 +130,10 @@ def test_hostile_records(cuda: tuple[Any, Any], all_or_nothing: bool) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_the_engine_with_a_policy(cuda: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("mode", ["fixed", "plain", "rice"])
+def test_the_engine_with_a_policy(cuda: tuple[Any, Any], mode: str, small: bool) -> None:
+    """The CPU's records and values, by the pipelines and, without sinks and measured errors, as small transfers."""
     torch, _ = cuda
     blocks, layers, heads, dim = 40, 3, 2, 64
     generator = torch.Generator(device="cuda").manual_seed(1)
@@ -142,17 +145,17 @@ def test_the_engine_with_a_policy(cuda: tuple[Any, Any]) -> None:
     moments = np.random.default_rng(1).lognormal(0, 1, (layers, heads, dim))
     policy = CalibrationTable(moments).policy()
     keys = [b"%d" % i for i in range(blocks)]
-    marks = [i % 10 == 0 for i in range(blocks)]
+    marks = None if small else [i % 10 == 0 for i in range(blocks)]
     with (
         HostPool(64 << 20, resource=PinnedMemory()) as pool,
-        SwapEngine(pool, bound=policy, mode="rice") as engine,
-        SwapEngine(64 << 20, bound=policy, mode="rice") as on_cpu,
+        SwapEngine(pool, bound=policy, mode=mode) as engine,
+        SwapEngine(64 << 20, bound=policy, mode=mode) as on_cpu,
     ):
-        result = engine.store(keys, BlockView(pages, "2NHD"), sink=marks, measure_error=True).result()
-        assert result.violations == 0
+        result = engine.store(keys, BlockView(pages, "2NHD"), sink=marks, measure_error=not small).result()
+        assert result.violations == (None if small else 0)
         assert "coded_on_host" not in engine.stats().fallbacks
         host = [p.cpu() for p in original]
-        on_cpu.store(keys, BlockView(host, "2NHD"), sink=marks, measure_error=True)
+        on_cpu.store(keys, BlockView(host, "2NHD"), sink=marks, measure_error=not small)
         for key in keys:
             assert engine.read_record(key) == on_cpu.read_record(key)
         for p in pages:
@@ -161,4 +164,4 @@ def test_the_engine_with_a_policy(cuda: tuple[Any, Any]) -> None:
         on_cpu.load(keys, BlockView(host, "2NHD"))
     for page, expected, before in zip(pages, host, original, strict=True):
         assert torch.equal(page.cpu().view(torch.int16), expected.view(torch.int16))
-        assert torch.equal(page[::10].view(torch.int16), before[::10].view(torch.int16))
+        assert small or torch.equal(page[::10].view(torch.int16), before[::10].view(torch.int16))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvzip
 from kvzip import BlockView, CorruptRecordError, ErrorBound, HostPool, SwapEngine, read_header
 from kvzip.controller import Controller
 from kvzip.integrity import Integrity
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+TABLE = 0.3 * 2.0 ** -(np.arange(3 * 64).reshape(3, 64) % 3)  # bounds of channels
 BLOCKS, LAYERS = 96, 4  # 6 MiB in all: a small transfer
 
 
@@ -381,3 +383,31 @@ def test_two_gpus_share_a_pool(pool: HostPool) -> None:
             engine.load([b"%d-%d" % (1 - device, i) for i in range(BLOCKS)], view).wait()
             for t, w in zip(mine, made[1 - device][1], strict=True):
                 assert torch.equal(t.cpu().view(torch.int16), w.cpu().view(torch.int16))
+
+
+@pytest.mark.parametrize("mode", ["fixed", "plain", "outlier", "rice"])
+@pytest.mark.parametrize(
+    "bound",
+    [ErrorBound.relative(1e-2), ErrorBound.lossless(), ErrorBound.token_rms(0.17), ErrorBound.channel_table(TABLE)],
+    ids=["relative", "lossless", "token", "channel"],
+)
+@pytest.mark.parametrize("layout", ["2NHD", "2HND"])
+def test_single_tensors_are_coded_on_the_gpu(
+    bound: ErrorBound, mode: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`encode` and `decode` of CUDA tensors: the CPU's records and values, and no page goes to the host."""
+    shape = (2, 48, 3, 64) if layout == "2NHD" else (2, 3, 48, 64)
+    x = torch.randn(shape, generator=torch.Generator(device="cuda").manual_seed(4), device="cuda").to(torch.bfloat16)
+    expected = kvzip.encode(x.cpu(), bound=bound, mode=mode, layout=layout)
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    kvzip.decode(expected, out=values, bound=bound)
+
+    def no_copy(*_: object) -> None:
+        raise AssertionError("pages were copied to or from the host")
+
+    monkeypatch.setattr("kvzip.backends.portable.to_host", no_copy)
+    monkeypatch.setattr("kvzip.backends.portable.to_device", no_copy)
+    assert kvzip.encode(x, bound=bound, mode=mode, layout=layout) == expected
+    out = torch.full(shape, 7, dtype=torch.bfloat16, device="cuda")
+    kvzip.decode(expected, out=out, bound=bound)
+    assert torch.equal(out.cpu().view(torch.int16), values.view(torch.int16))

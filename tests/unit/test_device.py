@@ -142,33 +142,63 @@ def test_records_are_the_ones_that_the_cpu_makes() -> None:
 POLICY = CalibrationTable(np.random.default_rng(1).lognormal(0, 1, (2, 2, 32))).policy()
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("mode", ["fixed", "plain", "outlier", "rice"])
 @pytest.mark.parametrize(
-    ("bound", "mode", "on_host"),
-    [
-        (ErrorBound.relative(1e-2), "rice", False),
-        (ErrorBound.lossless(), "rice", False),
-        (ErrorBound.token_rms(0.1), "rice", False),
-        (POLICY, "rice", False),
-        (ErrorBound.token_rms(0.1), "fixed", True),
-        (POLICY, "plain", True),
-    ],
+    "bound", [ErrorBound.relative(1e-2), ErrorBound.lossless(), ErrorBound.token_rms(0.1), POLICY], ids=repr
 )
-def test_what_the_kernels_lack_is_coded_on_the_host(bound: ErrorBound | BoundPolicy, mode: str, on_host: bool) -> None:
-    rig = Rig(bound=bound, mode=mode)
-    marks = [i == 0 for i in range(BLOCKS)]
-    result = rig.engine.store(rig.keys, rig.view, sink=marks, measure_error=True).result(10)
-    assert result.violations == 0
-    pages = BLOCKS * len(rig.view.layout.segments)
-    assert rig.engine.stats().fallbacks.get("coded_on_host", 0) == (pages if on_host else 0)
+def test_every_bound_in_every_mode_is_coded_on_the_gpu(bound: ErrorBound | BoundPolicy, mode: str, small: bool) -> None:
+    rig = Rig(bound=bound, mode=mode, small=small)
+    for _ in range(2):
+        result = rig.engine.store(rig.keys, rig.view).result(10)
+    assert "coded_on_host" not in result.fallbacks
     rig.poison()
     rig.engine.load(rig.keys, rig.view).wait(10)
+    assert ("store_call" in rig.driver.calls) == ("load_call" in rig.driver.calls) == small
+    assert ("encode_call" in rig.driver.calls) != small
     with SwapEngine(1 << 22, bound=bound, mode=mode) as on_cpu:
         there = [a.copy() for a in rig.original]
-        on_cpu.store(rig.keys, BlockView(there, "2NHD", dtype="bfloat16"), sink=marks, measure_error=True)
+        on_cpu.store(rig.keys, BlockView(there, "2NHD", dtype="bfloat16"))
         for key in rig.keys:
             assert rig.engine.read_record(key) == on_cpu.read_record(key)
         on_cpu.load(rig.keys, BlockView(there, "2NHD", dtype="bfloat16"))
     for array, expected in zip(rig.arrays, there, strict=True):
+        assert np.array_equal(array, expected)
+    rig.close()
+
+
+@pytest.mark.parametrize("mode", ["fixed", "rice"])
+def test_more_bounds_by_token_than_the_kernels_take_are_coded_on_the_host(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvzip.backends.cuszp.GPU_VECTORS", 31)
+    monkeypatch.setattr("kvzip.backends.cuszp.GPU_RICE_VECTORS", 31)
+    rig = Rig(bound=ErrorBound.token_rms(0.1), mode=mode)
+    result = rig.engine.store(rig.keys, rig.view, measure_error=True).result(10)
+    assert result.violations == 0
+    assert rig.engine.stats().fallbacks["coded_on_host"] == BLOCKS * len(rig.view.layout.segments)
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    assert "decode_call" in rig.driver.calls
+    rig.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_channel_tables_on_the_device_are_bounded(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvzip.transport.MOST_TABLES", 5)
+    rig = Rig(small=small)
+    rng = np.random.default_rng(3)
+    for _ in range(6):
+        rig.engine.configure(bound=CalibrationTable(rng.lognormal(0, 1, (2, 2, 32))).policy())
+        rig.engine.store(rig.keys, rig.view).wait(10)
+        rig.engine.load(rig.keys, rig.view).wait(10)
+    tables = 2 * 32 * 4
+    held = [a for a in rig.driver.memory.values() if a.size == tables + 256]
+    assert 2 <= len(held) <= 2 * 5
+    loaded = [a.copy() for a in rig.arrays]
+    rig.poison()
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    for array, expected in zip(rig.arrays, loaded, strict=True):
         assert np.array_equal(array, expected)
     rig.close()
 

@@ -31,7 +31,7 @@ LAYERS: list[set[str]] = [
         "kvzip.adapters",
     },
     {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap", "kvzip.worker"},
-    {"kvzip.transport", "kvzip.small", "kvzip.index", "kvzip.transfer", "kvzip.coding"},
+    {"kvzip.transport", "kvzip.small", "kvzip.index", "kvzip.transfer", "kvzip.coding", "kvzip.cuda_codec"},
     {
         "kvzip.pool",
         "kvzip.memory",

@@ -129,8 +129,9 @@ Case make_case(bool fast, bool rice) {
   Case c;
   c.fast = fast && !rice;
   c.rice = rice;
+  const uint32_t exact = one_of({20u, 1u << 30});  // one channel of so many
   for (int i = 0; i < 4096; ++i) {
-    c.channel_bounds.push_back(below(20) == 0 ? 0.0f : static_cast<float>(std::exp2(-unit() * 10)));
+    c.channel_bounds.push_back(below(exact) == 0 ? 0.0f : static_cast<float>(std::exp2(1 - unit() * 8)));
   }
   c.blocks = 1 + below(3);
   c.slots = c.blocks + below(3);
@@ -160,9 +161,11 @@ Case make_case(bool fast, bool rice) {
     }
     const uint32_t item = item_bytes(s.dtype);
     s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_FIXED, KVZ_FIXED, KVZ_FIXED, KVZ_PLAIN, KVZ_OUTLIER, KVZ_LOSSLESS});
-    s.bound_kind = one_of<uint8_t>(
-        {KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS});
+    s.bound_kind =
+        one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS,
+                         KVZ_BOUND_TOKEN_RMS, KVZ_BOUND_TOKEN_RMS, KVZ_BOUND_CHANNEL_TABLE, KVZ_BOUND_CHANNEL_TABLE});
     s.bound = std::exp2(-unit() * one_of({8.0, 15.0, 30.0, 140.0}));
+    if (s.bound_kind == KVZ_BOUND_TOKEN_RMS && below(2)) s.bound = std::exp2(-unit() * 6);
     if (rice) {
       s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_RICE, KVZ_RICE, KVZ_RICE, KVZ_RICE, KVZ_LOSSLESS_RICE});
       s.bound_kind = one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS, KVZ_BOUND_TOKEN_RMS,
@@ -257,7 +260,7 @@ uint32_t most_strips(const Case& c) {
 
 void run_case(Case c) {
   for (kvz_segment& s : c.segments) {
-    if (c.rice) s.channel_bounds = reinterpret_cast<uint64_t>(c.channel_bounds.data());
+    s.channel_bounds = reinterpret_cast<uint64_t>(c.channel_bounds.data());
   }
   const uint32_t segments = static_cast<uint32_t>(c.segments.size()), pages = segments * c.blocks;
   uint64_t worst = 0;
@@ -313,12 +316,23 @@ void run_case(Case c) {
     p.team_warps = warps;
     p.tiles = (segments + p.teams - 1) / p.teams;
     p.team_bytes = fast_encode_bytes(strips);
+    uint32_t more = 0;
+    bool within = below(2);
+    for (const kvz_segment& s : c.segments) {
+      more = std::max(more, token_memory_bytes(s.tokens, s.heads, s.head_dim));
+      within = within || s.bound_kind > KVZ_BOUND_RELATIVE;
+    }
+    p.team_bytes += more;
     const uint32_t threads = (p.teams * warps + 1) * 32;
     emulation::launch(ctas, threads, kTileSharedBytes + p.teams * p.team_bytes, [&](uint8_t* shared) {
-      dtype == KVZ_BF16 ? encode_fast<KVZ_BF16>(p, shared) : encode_fast<KVZ_FP16>(p, shared);
+      if (within) {
+        dtype == KVZ_BF16 ? encode_fast<KVZ_BF16, true>(p, shared) : encode_fast<KVZ_FP16, true>(p, shared);
+      } else {
+        dtype == KVZ_BF16 ? encode_fast<KVZ_BF16, false>(p, shared) : encode_fast<KVZ_FP16, false>(p, shared);
+      }
     });
   } else {
-    emulation::launch(ctas, 64, kSharedBytes, [&](uint8_t* shared) { encode_general(p, shared); });
+    emulation::launch(ctas, 64, kSharedBytes + 4 * vectors, [&](uint8_t* shared) { encode_general(p, shared); });
   }
   CHECK(status[0] == KVZ_OK && status[1] == 1);
   CHECK(counters.ticket == 0 && counters.done == 0 && counters.error == 0);
@@ -384,8 +398,9 @@ void run_case(Case c) {
             e.size = one_of({e.size + 1, e.size - 1, e.size + 16, 0u, static_cast<uint32_t>(g_random())});
             break;
           case 2:
-            e.coding = c.rice ? one_of<uint8_t>({0, 1, 2, 5, 6, 7, 0x16, 0x26, 0x36, 0x46, 0x17, 8})
-                              : static_cast<uint8_t>(below(6));
+            e.coding =
+                c.rice ? one_of<uint8_t>({0, 1, 2, 5, 6, 7, 0x16, 0x26, 0x36, 0x46, 0x17, 8})
+                       : one_of<uint8_t>({0, 1, 2, 3, 4, 5, 0x12, 0x13, 0x14, 0x15, 0x22, 0x24, 0x25, 0x32, 0x42, 8});
             break;
           case 3:
             e.bound = one_of({0.0f, 1e38f, -1.0f, __builtin_nanf(""), 1e-3f, 1e30f, 1e-28f});
@@ -451,9 +466,11 @@ void run_case(Case c) {
     d.num_segments = segments;
     d.num_blocks = c.blocks;
     d.all_or_nothing = all_or_nothing;
-    d.room_bytes = decode_room_bytes(strips);
+    d.room_bytes = decode_room_bytes(strips, (vectors + 15) / 16 * 16);
     d.validate_lanes = c.rice ? 32u : one_of({8u, 16u, 32u});
-    d.extended = c.rice;
+    bool within = below(2);
+    for (const kvz_entry& e : entries) within = within || (e.coding & KVZ_STEPS_MASK) != 0;
+    d.extended = c.rice ? KVZ_EXTENDED_RICE : within ? KVZ_EXTENDED_BOUNDS : 0;
     CrcParams k = {};
     k.offsets = addresses.data();
     k.end = ~0ull;
@@ -469,8 +486,12 @@ void run_case(Case c) {
       emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, 0, 0),
                         [&](uint8_t* shared) { decode_rice(d, shared); });
     } else if (c.fast) {
-      emulation::launch(ctas, warps * 32, fast_decode_bytes(strips), [&](uint8_t* shared) {
-        dtype == KVZ_BF16 ? decode_fast<KVZ_BF16>(d, shared) : decode_fast<KVZ_FP16>(d, shared);
+      emulation::launch(ctas, warps * 32, fast_decode_bytes(strips, (vectors + 15) / 16 * 16), [&](uint8_t* shared) {
+        if (within) {
+          dtype == KVZ_BF16 ? decode_fast<KVZ_BF16, true>(d, shared) : decode_fast<KVZ_FP16, true>(d, shared);
+        } else {
+          dtype == KVZ_BF16 ? decode_fast<KVZ_BF16, false>(d, shared) : decode_fast<KVZ_FP16, false>(d, shared);
+        }
       });
     } else {
       emulation::launch(ctas, 64, kSharedBytes, [&](uint8_t* shared) { decode_general(d, shared); });

@@ -6,6 +6,7 @@
 // the code does, not how fast.
 #pragma once
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -22,6 +23,12 @@ struct uint2 {
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 struct alignas(16) ulonglong2 {
@@ -235,17 +242,17 @@ inline uint32_t __reduce_xor_sync(uint32_t, uint32_t v) {
   for (int i = 0; i < 32; ++i) r ^= static_cast<uint32_t>(all[i]);
   return r;
 }
-inline int32_t __reduce_min_sync(uint32_t, int32_t v) {
+template <class T>  // 32 bits, of either sign
+inline T __reduce_min_sync(uint32_t, T v) {
   const uint64_t* all = emulation::exchange(8, static_cast<uint32_t>(v));
-  int32_t r = emulation::as_signed(all[0]);
-  for (int i = 1; i < 32; ++i) r = emulation::as_signed(all[i]) < r ? emulation::as_signed(all[i]) : r;
-  return r;
+  for (int i = 0; i < 32; ++i) v = static_cast<T>(all[i]) < v ? static_cast<T>(all[i]) : v;
+  return v;
 }
-inline int32_t __reduce_max_sync(uint32_t, int32_t v) {
+template <class T>
+inline T __reduce_max_sync(uint32_t, T v) {
   const uint64_t* all = emulation::exchange(9, static_cast<uint32_t>(v));
-  int32_t r = emulation::as_signed(all[0]);
-  for (int i = 1; i < 32; ++i) r = emulation::as_signed(all[i]) > r ? emulation::as_signed(all[i]) : r;
-  return r;
+  for (int i = 0; i < 32; ++i) v = static_cast<T>(all[i]) > v ? static_cast<T>(all[i]) : v;
+  return v;
 }
 inline uint32_t atomicAdd(uint32_t* to, uint32_t v) {
   const uint32_t before = *to;
