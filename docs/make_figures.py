@@ -885,6 +885,41 @@ def lmcache() -> str:
     return table(["serde", "ratio", "largest error, K", "V"], lines) + "\n" + paragraph(about)
 
 
+def faults() -> str:
+    """What ``docs/reference/faults.md`` says of long runs; a list, as its tables name a test in every row."""
+    lines = []
+    if (found := load("soak.json")) is not None:
+        name, data = found
+        first = max(process[1]["rss_kib"] for process in data["resources"])
+        last = max(process[-1]["rss_kib"] for process in data["resources"])
+        lines.append(
+            f"**Soak**: {data['operations']:,} random operations on {data['settings']['episodes']:,} engines, on host "
+            f"memory and on a GPU made of it, {data['faults']:,} faults of {len(data['faults_by_kind'])} kinds among "
+            f"them: contents, sums and evictions were those of the model, and nothing was left over. A process took "
+            f"{first / 1024:.1f} MiB after a quarter of it and {last / 1024:.1f} MiB at the end "
+            f"([all of it](../../bench/results/{name}))."
+        )
+    if (found := load("fuzz_cpu.json")) is not None:
+        name, data = found
+        lines.append(
+            f"**Records against the CPU decoder**: {data['settings']['cases']:,} damaged, cut, spliced and forged "
+            f"records under AddressSanitizer and UndefinedBehaviorSanitizer; {data['refused']:,} were refused, and the "
+            f"reference codec reads the other {data['accepted']:,} as kvzip does "
+            f"([all of it](../../bench/results/{name}))."
+        )
+    if (found := load("fuzz_gpu_*.json")) is not None:
+        name, data = found
+        lines.append(
+            f"**Records against the CUDA decoder**: {data['cases']:,} in {data['launches']:,} launches on an "
+            f"{data['environment']['gpu']}; the verdicts ({data['refused']:,} refused) and the values were those of "
+            f"the CPU decoder, and no byte beside the pages changed ([all of it](../../bench/results/{name}))."
+        )
+    items = [
+        textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for line in lines
+    ]
+    return "\n".join(items) + "\n"
+
+
 def replaced(text: str, figures: str) -> str:
     """A document with other figures between its marks."""
     before, _, rest = text.partition(BEGIN)
@@ -900,6 +935,7 @@ def documents() -> dict[str, str]:
         "docs/explanation/rate.md": rate(),
         "docs/guides/choose-a-bound.md": bounds(),
         "docs/guides/lmcache.md": lmcache(),
+        "docs/reference/faults.md": faults(),
     }
 
 
