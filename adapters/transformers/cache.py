@@ -429,7 +429,7 @@ class CompressedLayer(CacheLayerMixin):
         Raises:
             ConfigError: see `crop`.
         """
-        length = self.get_seq_length()
+        length, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # some versions give a tensor
         if tokens_to_remove > 0 or (_CROPS_TO_LENGTH and tokens_to_remove == 0):
             target = min(length, tokens_to_remove)
         else:

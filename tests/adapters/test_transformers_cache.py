@@ -326,7 +326,7 @@ def test_crop_goes_back(name: str, removed: int, prefetch: bool, device: str) ->
         cache.activate_past_recording()
         run(model, ids, cache)
         if removed or not CROPS_TO_LENGTH:
-            cache.crop(-removed)
+            cache.crop(torch.tensor(-removed) if removed % 2 else -removed)  # transformers 5.17 gives a tensor
         assert cache.get_seq_length() == 70 - removed
         torch.testing.assert_close(run(model, ids[:, :12], cache), expected, rtol=1e-3, atol=1e-3)
 
