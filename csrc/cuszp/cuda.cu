@@ -18,7 +18,7 @@ namespace {
 
 constexpr uint32_t kCheckThreads = 256;
 
-__global__ void __launch_bounds__(kCheckThreads)
+__global__ void __launch_bounds__(kCheckThreads, 3)
     check_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ CrcParams c) {
   let_next_kernel_start();
   check(p, c);

@@ -183,8 +183,8 @@ KVZ_DEV void put_scales(const float* vectors, uint32_t count, uint64_t padded, f
 }
 
 // Do scale bytes give bounds in the format's range, zeros behind them? One of `width` lanes looks at its share.
-KVZ_DEV bool scales_are_valid(const uint8_t* scales, uint32_t count, uint64_t padded, float page, uint32_t lane,
-                              uint32_t width) {
+KVZ_DEV_NOINLINE bool scales_are_valid(const uint8_t* scales, uint32_t count, uint64_t padded, float page,
+                                       uint32_t lane, uint32_t width) {
   if (bits_of(page) << (32 - KVZ_SCALE_SHIFT) != 0) return false;
   const uint32_t most = scale_of(kLeastBound, page);
   bool bad = false;
