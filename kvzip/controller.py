@@ -553,13 +553,17 @@ class Controller:
             _kind(device, "store", RAW, None),
         ):
             cells = self._cells.get(kind)
-            if cells:
-                near = min(cells, key=lambda at: (abs(at[0] - size) + 0.3 * abs(at[1] - octave), at))
-                factor = math.exp(cells[near].value())
-                if near[0] < size:  # what a smaller one took beside the model is no matter of its bytes
-                    there = prior.seconds(direction, choice, _middle(near[0]), ratio)
-                    return max(model + (factor - 1) * there, model / 4)
-                return model * factor
+            if not cells:
+                continue
+            known = cells.get((size, octave))
+            if known is not None:
+                return model * math.exp(known.value())
+            near = min(cells, key=lambda at: (abs(at[0] - size) + 0.3 * abs(at[1] - octave), at))
+            factor = math.exp(cells[near].value())
+            if near[0] < size:  # what a smaller one took beside the model is no matter of its bytes
+                there = prior.seconds(direction, choice, _middle(near[0]), ratio)
+                return max(model + (factor - 1) * there, model / 4)
+            return model * factor
         return model
 
     def _prior(self, device: str) -> Prior:

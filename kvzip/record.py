@@ -524,6 +524,9 @@ def fallback_reasons(
         whole: reason of the records; it is that of pages without a reason of their own.
     """
     joined = tables.tobytes() if isinstance(tables, np.ndarray) else b"".join(table.tobytes() for table in tables)
-    counts = Counter(joined[ENTRY_DTYPE.itemsize - 1 :: ENTRY_DTYPE.itemsize])  # the reason is the last byte
+    reasons = joined[ENTRY_DTYPE.itemsize - 1 :: ENTRY_DTYPE.itemsize]  # the last byte of each
+    if not reasons.strip(b"\0"):  # as a rule
+        return {whole.name.lower(): len(reasons)} if whole and reasons else {}
+    counts = Counter(reasons)
     counts[whole] += counts.pop(Reason.AS_ASKED, 0)
     return {r.name.lower(): counts[r] for r in Reason if r and counts[r]}
