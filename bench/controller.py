@@ -194,11 +194,11 @@ def measure(swaps: Swaps, profile: Profile, pages: int, *, quick: bool) -> list[
     for way in WAYS:
         warm, begin = Samples(), time.perf_counter()
         most = (2 if way in ("raw", "encoded") else 40) if not quick else 2
-        while len(warm.out) < most and (time.perf_counter() - begin < 0.25 or len(warm.out) < min(most, 14)):
+        while len(warm.out) < most and (time.perf_counter() - begin < 0.15 or len(warm.out) < min(most, 14)):
             swaps.move(way, pages, chosen[next(turns)], warm)
     found = {way: Samples() for way in WAYS}
     begin = time.perf_counter()
-    least, most, seconds = (2, 2, 0.0) if quick else (7, 150, 0.4)
+    least, most, seconds = (2, 2, 0.0) if quick else (7, 150, 0.3)
     gc.collect()
     gc.disable()
     try:
