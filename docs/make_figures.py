@@ -919,7 +919,7 @@ def faults() -> str:
     if (found := load("fuzz_cpu.json")) is not None:
         name, data = found
         lines.append(
-            f"**Records against the CPU decoder**: {data['settings']['cases']:,} damaged, cut, spliced and forged "
+            f"**Records against the CPU decoder**: {data['cases']:,} damaged, cut, spliced and forged "
             f"records under AddressSanitizer and UndefinedBehaviorSanitizer; {data['refused']:,} were refused, and the "
             f"reference codec reads the other {data['accepted']:,} as kvzip does "
             f"([all of it](../../bench/results/{name}))."
