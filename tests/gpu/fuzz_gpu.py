@@ -60,6 +60,7 @@ from kvzip.benchmark import host_environment
 GUARD = 4096  # bytes before and after each page's memory
 BLOCKS = 1024  # of a launch
 PLAIN_CODINGS = 6  # codings below this one are decoded by the kernels that know no others
+ALL = 3  # kvz_extended: the Rice codings, and bounds within pages
 STEPS, BY_CHANNEL = 0x30, 0x20  # of a coding: a page with steps by channel needs a table of them
 
 Bytes = npt.NDArray[np.uint8]
@@ -91,6 +92,8 @@ def specs_of(seed: int) -> list[list[Spec]]:
             )
         ],
         [Spec(OPAQUE, 3, 1, 77, group_tokens=1), Spec(BF16, 1, 1, 1), Spec(FP32, 1, 1, 257, coding=PLAIN)],
+        *([replace(spec, coding=c) for spec in (rice[2], rice[3], rice[6], rice[7])] for c in (FIXED, PLAIN, OUTLIER)),
+        [replace(rice[i], coding=c) for i, c in ((10, FIXED), (11, PLAIN), (11, OUTLIER), (3, FIXED))],
         rice[0:4],
         rice[4:8],
         rice[8:12],
@@ -266,8 +269,7 @@ def check_launch(batch: Batch, good: Encoded, rng: Rng, counts: Counter[str], *,
     bridge.decode_cpu(out, bad, np.flatnonzero(~verdicts).tolist(), expected)
     given = d.payloads.copy()
     for attempt in range(2):
-        job = GpuDecode(out, bad, crc32c=sums)
-        job.args = replace(job.args, extended=extended)
+        job = GpuDecode(out, bad, crc32c=sums, extended=ALL if extended else 0)
         job.launch()
         refused = job.statuses() != 0
         wrong = np.flatnonzero(refused != verdicts)
@@ -279,7 +281,12 @@ def check_launch(batch: Batch, good: Encoded, rng: Rng, counts: Counter[str], *,
             same = np.array_equal(now[:GUARD], first[:GUARD]) and np.array_equal(now[-GUARD:], first[-GUARD:])
             require(same, f"page {number}: a guard zone was written")
             at = np.flatnonzero(now[GUARD:-GUARD] != wanted)
-            require(not len(at), f"page {number} ({batch.specs[number]}): other bytes from {at[:1]} on")
+            if len(at):
+                stride = batch.specs[number].strides()[0]
+                b = int(np.flatnonzero(batch.block_ids == at[0] // stride)[0])
+                raise Fault(
+                    f"block {b} ({kinds[b]}), page {number}, {batch.specs[number]}, {d.table[b, number]}: other bytes"
+                )
         require(np.array_equal(bad.payloads.cpu().numpy(), given), "a payload was written")
         require(not bool(out.workspace.any()), "the workspace is not zero after the call")
         if attempt == 0:  # other bytes behind each payload, and in the pages
@@ -302,7 +309,7 @@ def launches(torch: Any, driver: Any, seed: int) -> Iterator[tuple[Batch, Encode
             if i not in made:
                 batch = Batch.random(torch, driver, specs, BLOCKS, seed=seed * 100 + i)
                 made[i] = batch, bridge.encode_cpu(batch)
-            plain = all(s.coding < RICE for s in specs) and bool(number % 2)
+            plain = all(s.extended == 0 for s in specs) and bool(number % 2)
             yield (*made[i], not plain)
         number += 1
 
