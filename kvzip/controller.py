@@ -43,8 +43,8 @@ FIRST_TRIES = 2  # of each road in a size class
 FIRST_PART = 0.05  # of the time of all transfers, that these may lose
 TRY_EVERY = 32  # choices in a size class, after that
 CHANGED = 0.2  # logarithm of the change of the road taken after which the other one is tried anew
-SMALL = 8 << 20  # raw bytes: of larger transfers each is observed, and the roads are compared after each
-YOUNG = 16  # so it is with the first ones of each size
+SMALL = 8 << 20  # raw bytes: of larger transfers each is observed
+YOUNG = 16  # transfers of a size that are observed, and after each of which the roads are compared
 WATCH_EVERY = 7  # one of so many is observed later, and the end of the one before it
 MOST_SAMPLES = 9
 STALE = 4  # transfers of a size that were observed since: then a road's samples, all but one, go when a new one comes
@@ -361,7 +361,8 @@ class Controller:
 
     def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int, watch: int) -> Decision:
         """Compare the roads, and choose."""
-        state.next_look = state.decisions + (1 if watch == YOUNGEST else self._dwell)
+        soon = 1 if state.decisions < YOUNG else (self._dwell + 1) // 2 if watch == YOUNGEST else self._dwell
+        state.next_look = state.decisions + soon
         times = {}
         for choice in CHOICES:
             store = state.expected[choice] = self._expected(device, "store", choice, profile, raw_bytes)
