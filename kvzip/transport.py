@@ -689,21 +689,25 @@ class EncodePipeline(_Pipeline):
             slot.busy = False
             landed(chunk)
 
+        def next_is_free() -> bool:
+            slot = self._slots[self._turn]
+            moved = bool(moving) and moving[0][0] is slot and self._driver.event_wait(slot.copy_done, 0, 0)
+            return moved or not slot.busy
+
         try:
             launch = self._launcher(blocks, bound, coding, after)
             for first, last in self._chunks(len(blocks), blocks.layout):
                 slot = self._next_slot()
                 while slot.busy:
-                    copy() if ahead else land()
+                    land() if moving and moving[0][0] is slot else copy()
                 ahead.append((slot, launch(slot, first, last), first))
                 if last == len(blocks):
                     queued(self._kernels)
-                if first == 0:
-                    continue  # the GPU has the next chunk before the host looks at this one
-                # The link comes first; what the host notes of a chunk has time while later ones move.
+                # What the host notes of a chunk has time while later ones move.
                 if len(noted) > 1:
                     copying(noted.popleft())
-                while ahead:
+                # Where the encoder is slower than the link, beside a busy model, it has the next chunk at once.
+                while len(ahead) > next_is_free():
                     copy()
             while ahead:
                 copy()
