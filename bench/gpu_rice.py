@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """Speed of the CUDA codec's mode ``rice`` on real pages, beside ``fixed``, with a check of the bytes first.
 
-    python bench/gpu_rice.py --out bench/results/h100_rice.json [--data FOLDER]
+    python bench/gpu_rice.py --out bench/results/h100_rice.json [--data FOLDER] [--commit NAME]
 
 256 MiB of raw data a call, pages of several sizes made of heads of SmolLM2's cache; medians of 15 runs with p10 and
 p90, kernels alone between CUDA events.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ CASES = {
     "fixed, page 1e-2": {"coding": FIXED, "bound": 1e-2, "bound_kind": BOUND_RELATIVE},
     "rice, page 1e-2": {"coding": RICE, "bound": 1e-2, "bound_kind": BOUND_RELATIVE},
     "rice, rms 0.17": {"coding": RICE, "bound": 0.17, "bound_kind": BOUND_TOKEN_RMS},
+    "rice, rms 0.27": {"coding": RICE, "bound": 0.27, "bound_kind": BOUND_TOKEN_RMS},
     "rice, channel table": {"coding": RICE, "bound": 0.5, "bound_kind": BOUND_CHANNEL_TABLE},
     "lossless": {"coding": LOSSLESS, "bound": 1.0, "bound_kind": BOUND_LOSSLESS},
     "lossless rice": {"coding": LOSSLESS_RICE, "bound": 1.0, "bound_kind": BOUND_LOSSLESS},
@@ -55,6 +57,7 @@ def spread(seconds: Any, raw_bytes: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--commit", default="", help="what the results say of the source")
     parser.add_argument("--data", type=Path, help="folder with a KV cache; default: the sample that ships with kvzip")
     arguments = parser.parse_args()
     torch, driver = bridge.load()
@@ -79,7 +82,14 @@ def main() -> int:
             print(row, flush=True)
             rows.append(row)
             del batch, job, encoded
-    environment = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    environment = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": arguments.commit,
+        "data": arguments.data.name if arguments.data else "smollm2_sample.npy",
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
     arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     return 0
 

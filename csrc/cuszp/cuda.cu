@@ -5,7 +5,9 @@
 // which compile side by side; what they share, and the code that runs on the device, is in headers and *.inl.
 #include <atomic>
 
+#include "cuda_decode_rice_fast.inl"
 #include "cuda_decode_strips.inl"
+#include "cuda_encode_rice_fast.inl"
 #include "cuda_encode_strips.inl"
 #include "cuda_kernels.h"
 #include "cuda_swap.inl"
@@ -49,8 +51,18 @@ const void* function_of(Kernel kernel) {
       return decode_within_function(kernel);
     case kEncodeRice:
       return encode_rice_function();
+    case kEncodeRiceBf16:
+    case kEncodeRiceBf16Two:
+    case kEncodeRiceFp16:
+    case kEncodeRiceFp16Two:
+      return encode_rice_fast_function(kernel);
     case kDecodeRice:
       return decode_rice_function();
+    case kDecodeRiceBf16:
+    case kDecodeRiceBf16Two:
+    case kDecodeRiceFp16:
+    case kDecodeRiceFp16Two:
+      return decode_rice_fast_function(kernel);
     default:
       return general_function(kernel);
   }
@@ -161,6 +173,8 @@ constexpr uint32_t kClearedInKernel = 8192;  // pages; more states are cleared b
 constexpr uint64_t kMaxPages = 1u << 30;
 constexpr uint32_t kMostVectors = 16384;  // tokens x heads of a page with a bound for each
 
+uint32_t least(uint64_t a, uint64_t b) { return static_cast<uint32_t>(a < b ? a : b); }
+
 uint64_t round_up(uint64_t v, uint64_t to) { return (v + to - 1) / to * to; }
 
 bool aligned(const void* p, uint64_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
@@ -228,7 +242,12 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
 struct RiceShape {
   bool any = false, all = true;  // segments of the Rice codings; raw ones go with them
   uint32_t warps = 1, value_bits = 16, vectors = 0;
-  uint64_t strips = 1;  // of the largest page
+  uint64_t strips = 1;         // of the largest page
+  bool decodes_fast = true;    // all are as the fast decoder wants them
+  bool encodes_fast = true;    // all but the raw ones are as the fast encoder wants them
+  uint8_t dtype = KVZ_OPAQUE;  // theirs
+  uint32_t coded_strips = 1;   // of the largest of them
+  uint32_t token_vectors = 0;  // and in 16 tokens of a head each
 
   RiceShape(const kvz_segment* segments, uint32_t count) {
     for (uint32_t i = 0; i < count; ++i) {
@@ -242,10 +261,21 @@ struct RiceShape {
       if (s.dtype == KVZ_FP32) value_bits = 32;
       const uint64_t needed = vectors_of(s);
       if (needed > vectors && needed <= kRiceVectors) vectors = static_cast<uint32_t>(needed);
+      decodes_fast = decodes_fast && s.dtype == segments[0].dtype && rice_is_fast(s);
+      if (s.coding == KVZ_RAW) continue;
+      if (dtype == KVZ_OPAQUE) dtype = s.dtype;
+      encodes_fast = encodes_fast && s.dtype == dtype && rice_encodes_fast(s);
+      if (own > coded_strips) coded_strips = static_cast<uint32_t>(least(own, kRiceFastStrips));
+      if (encodes_fast && needed > 16 * token_vectors) token_vectors = static_cast<uint32_t>(needed / 16);
     }
     warps = static_cast<uint32_t>(strips < kRiceWarps ? strips : kRiceWarps);
   }
 };
+
+// Two strips a warp where a page has many: several CTAs fit on a multiprocessor.
+bool two_strips(uint64_t strips, uint32_t asked) {
+  return strips > kRiceFastWarps || (asked == 0 ? strips > kRiceFastWarps / 2 : asked > 1);
+}
 
 // Strips of the largest page that fits into so much shared memory when encoding.
 uint32_t most_strips_for(uint32_t room) {
@@ -262,8 +292,6 @@ uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
   const uint32_t warps = (strips + strips_per_warp - 1) / strips_per_warp;
   return warps < kMaxWarps ? warps : kMaxWarps;
 }
-
-uint32_t least(uint64_t a, uint64_t b) { return static_cast<uint32_t>(a < b ? a : b); }
 
 // Workspace: counters, then block states and sums, then tile states, then two words a block for checksums.
 uint64_t counters_bytes() { return round_up(sizeof(Counters), 64); }
@@ -373,14 +401,22 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
 
   const RiceShape rice(a.segments, a.num_segments);
   if (rice.any && !rice.all) return KVZ_INVALID_ARGUMENT;
-  const Kernel kernel = rice.any                  ? kEncodeRice
+  const bool rice_fast = rice.any && rice.encodes_fast, two = two_strips(rice.coded_strips, a.strips_per_warp);
+  const Kernel kernel = rice_fast                 ? (rice.dtype == KVZ_BF16 ? two ? kEncodeRiceBf16Two : kEncodeRiceBf16
+                                                     : two                  ? kEncodeRiceFp16Two
+                                                                            : kEncodeRiceFp16)
+                        : rice.any                ? kEncodeRice
                         : !shape.fast             ? kEncodeGeneral
                         : shape.within            ? (shape.dtype == KVZ_BF16 ? kEncodeWithinBf16 : kEncodeWithinFp16)
                         : shape.dtype == KVZ_BF16 ? kEncodeBf16
                                                   : kEncodeFp16;
   p.tiles = a.num_segments;
   uint32_t threads = kGeneralThreads, shared_bytes = kSharedBytes;
-  if (rice.any) {
+  if (rice_fast) {
+    p.team_bytes = rice.token_vectors;
+    threads = (two ? (rice.coded_strips + 1) / 2 : rice.coded_strips) * kWarp;
+    shared_bytes = rice_fast_bytes(rice.token_vectors, rice.coded_strips);
+  } else if (rice.any) {
     p.team_bytes = rice.vectors * 4;
     p.teams = rice.warps;  // slots for codes: one a strip where they fit
     if (rice.strips <= kMaxStrips &&
@@ -480,9 +516,20 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips, shape.vectors) : kSharedBytes;
   if (a.extended & KVZ_EXTENDED_RICE) {
     const RiceShape rice(a.segments, a.num_segments);
-    kernel = kDecodeRice;
-    threads = rice.warps * kWarp;
-    shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, 0, 0);
+    if (rice.decodes_fast) {
+      const bool two = two_strips(rice.strips, a.strips_per_warp);
+      const uint32_t strips = static_cast<uint32_t>(rice.strips);
+      kernel = shape.dtype == KVZ_BF16 ? two ? kDecodeRiceBf16Two : kDecodeRiceBf16
+               : two                   ? kDecodeRiceFp16Two
+                                       : kDecodeRiceFp16;
+      threads = (two ? (strips + 1) / 2 : strips) * kWarp;
+      shared_bytes = rice_fast_decode_bytes(strips);
+      p.room_bytes = strips * 2048;
+    } else {
+      kernel = kDecodeRice;
+      threads = rice.warps * kWarp;
+      shared_bytes = rice_shared_bytes(rice.warps, rice.value_bits, 0, 0);
+    }
     p.validate_lanes = kWarp;
   }
   uint32_t ctas = 0;

@@ -14,22 +14,32 @@ enum Kernel {
   kEncodeWithinFp16,
   kEncodeGeneral,
   kEncodeRice,
+  kEncodeRiceBf16,  // one strip a warp
+  kEncodeRiceBf16Two,
+  kEncodeRiceFp16,
+  kEncodeRiceFp16Two,
   kDecodeBf16,
   kDecodeFp16,
   kDecodeWithinBf16,
   kDecodeWithinFp16,
   kDecodeGeneral,
   kDecodeRice,
+  kDecodeRiceBf16,
+  kDecodeRiceBf16Two,
+  kDecodeRiceFp16,
+  kDecodeRiceFp16Two,
   kKernels
 };
 
-const void* encode_fast_function(Kernel kernel);    // cuda_encode_fast.cu
-const void* encode_within_function(Kernel kernel);  // cuda_encode_within.cu
-const void* decode_fast_function(Kernel kernel);    // cuda_decode_fast.cu
-const void* decode_within_function(Kernel kernel);  // cuda_decode_within.cu
-const void* general_function(Kernel kernel);        // cuda_general.cu
-const void* encode_rice_function();                 // cuda_encode_rice.cu
-const void* decode_rice_function();                 // cuda_decode_rice.cu
+const void* encode_fast_function(Kernel kernel);       // cuda_encode_fast.cu
+const void* encode_within_function(Kernel kernel);     // cuda_encode_within.cu
+const void* decode_fast_function(Kernel kernel);       // cuda_decode_fast.cu
+const void* decode_within_function(Kernel kernel);     // cuda_decode_within.cu
+const void* general_function(Kernel kernel);           // cuda_general.cu
+const void* encode_rice_function();                    // cuda_encode_rice.cu
+const void* decode_rice_function();                    // cuda_decode_rice.cu
+const void* encode_rice_fast_function(Kernel kernel);  // cuda_encode_rice_fast.cu
+const void* decode_rice_fast_function(Kernel kernel);  // cuda_decode_rice_fast.cu
 
 }  // namespace gpu
 }  // namespace kvz

@@ -407,10 +407,10 @@ KVZ_DEV uint32_t cheapest(uint32_t count, uint32_t lane, Cost cost_of) {
   return static_cast<uint32_t>(best & 255u);
 }
 
-// rice_window of quant.inl, by one warp.
+// rice_window of quant.inl, by one warp. Few numbers of the histogram are not 0.
 KVZ_DEV RicePage rice_window_warp(const uint32_t* histogram, uint32_t most, uint32_t lane) {
-  uint64_t groups = 0;
-  for (uint32_t k = 0; k <= most; ++k) groups += histogram[k];
+  const uint32_t own = lane <= most ? histogram[lane] : 0;
+  const uint32_t bins = __ballot_sync(kAllLanes, own != 0), groups = __reduce_add_sync(kAllLanes, own);
   const auto choice = [&](uint32_t n) {
     RicePage page;
     while (n >= most + 2 - (1u << page.planes)) {
@@ -423,9 +423,10 @@ KVZ_DEV RicePage rice_window_warp(const uint32_t* histogram, uint32_t most, uint
   const uint32_t count = 4 * (most + 2) - 15;
   const uint32_t found = cheapest(count, lane, [&](uint32_t n) {
     const RicePage page = choice(n);
-    uint64_t sum = page.planes * groups;
+    uint64_t sum = static_cast<uint64_t>(page.planes) * groups;
     const uint32_t top = page.least + (1u << page.planes) - 1;
-    for (uint32_t k = 0; k <= most; ++k) {
+    for (uint32_t left = bins; left != 0; left &= left - 1) {
+      const uint32_t k = static_cast<uint32_t>(__ffs(static_cast<int>(left)) - 1);
       const uint32_t cost = k > top ? rice_below(k - top) : k < page.least ? rice_above(page.least - k) : 0;
       sum += static_cast<uint64_t>(histogram[k]) * cost;
     }
@@ -436,11 +437,13 @@ KVZ_DEV RicePage rice_window_warp(const uint32_t* histogram, uint32_t most, uint
 
 // rice_bases of quant.inl, by one warp.
 KVZ_DEV RicePage rice_bases_warp(const uint32_t* histogram, uint64_t groups, uint32_t highest, uint32_t lane) {
+  const uint32_t bins = __ballot_sync(kAllLanes, histogram[lane] != 0);  // as many as lanes
   const uint32_t lowers = highest < 7 ? highest + 1 : 8;
   const uint32_t found = cheapest((KVZ_RICE_BASE_PLANES + 1) * lowers, lane, [&](uint32_t n) {
     const uint32_t planes = n / lowers, lower = n - planes * lowers, last = lower + (1u << planes) - 1;
     uint64_t sum = planes * groups;
-    for (uint32_t i = 0; i < kRiceBases; ++i) {
+    for (uint32_t left = bins; left != 0; left &= left - 1) {
+      const uint32_t i = static_cast<uint32_t>(__ffs(static_cast<int>(left)) - 1);
       const uint32_t cost = i < lower ? 32 * (lower - i) : i > last ? 11 * (i - last) : 0;
       sum += static_cast<uint64_t>(histogram[i]) * cost;
     }
@@ -451,6 +454,7 @@ KVZ_DEV RicePage rice_bases_warp(const uint32_t* histogram, uint64_t groups, uin
   page.base = highest - (found - page.planes * lowers);
   return page;
 }
+static_assert(kRiceBases == kWarp, "a lane a number");
 
 // ---- encode
 // ---------------------------------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ SHAPES = [
     (5, 3, 7),
     (1, 1, 4097),
     (1, 1, 1),
+    (16, 16, 128),
+    (32, 4, 256),
+    (48, 2, 64),
 ]
 
 
@@ -69,6 +72,26 @@ def test_same_bytes(cuda: tuple[Any, Any], shape: tuple[int, int, int], dtype: s
     specs.append(replace(specs[0], coding=LOSSLESS_RICE))
     specs.append(replace(specs[0], coding=RAW))
     check_both_ways(Batch.random(*cuda, specs, 24, seed=sum(shape)), packed=True, header=96)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(16, 1, 2), (16, 3, 24), (32, 5, 26), (48, 3, 80), (16, 2, 512)], ids=str)
+def test_pages_that_strips_do_not_fill(cuda: tuple[Any, Any], shape: tuple[int, int, int], dtype: str) -> None:
+    """Bounds by token aside, which heads of whole strips alone keep on the fast path."""
+    specs = [
+        Spec(DTYPES[dtype], *shape, coding=RICE, bound=bound, bound_kind=kind, heads_first=bool(i % 2), pad=2 * (i % 3))
+        for i, (bound, kind) in enumerate(BOUNDS)
+        if kind != BOUND_TOKEN_RMS
+    ]
+    specs.append(replace(specs[0], coding=LOSSLESS_RICE))
+    check_both_ways(Batch.random(*cuda, specs, 24, seed=shape[2]), packed=True)
+
+
+@pytest.mark.parametrize("strips_per_warp", [1, 2])
+@pytest.mark.parametrize("shape", [(16, 3, 64), (16, 8, 128), (32, 2, 128)], ids=str)
+def test_any_number_of_strips_a_warp(cuda: tuple[Any, Any], shape: tuple[int, int, int], strips_per_warp: int) -> None:
+    specs = [Spec(BF16, *shape, coding=RICE, bound=bound, bound_kind=kind) for bound, kind in BOUNDS]
+    check_both_ways(Batch.random(*cuda, specs, 36, seed=9), strips_per_warp=strips_per_warp)
 
 
 @pytest.mark.parametrize("group_tokens", [8, 4, 2, 1])

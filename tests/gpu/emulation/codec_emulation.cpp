@@ -10,7 +10,9 @@
 #include <random>
 
 #define KVZ_EMULATE 1
+#include "cuda_decode_rice_fast.inl"
 #include "cuda_decode_strips.inl"
+#include "cuda_encode_rice_fast.inl"
 #include "cuda_encode_strips.inl"
 #include "cuda_validate.inl"
 
@@ -200,7 +202,7 @@ Case make_case(bool fast, bool rice) {
       exit(1);                                                                                 \
     }                                                                                          \
   } while (0)
-uint32_t g_case = 0;
+uint32_t g_case = 0, g_rice_fast = 0;
 
 // CRC32C, a bit at a time.
 uint32_t crc_of(const uint8_t* bytes, uint64_t size) {
@@ -307,7 +309,27 @@ void run_case(Case c) {
   p.tiles = segments;
   uint32_t vectors = 0;
   for (const kvz_segment& s : c.segments) vectors = std::max(vectors, s.tokens * s.heads);
-  if (c.rice) {
+  bool rice_fast = c.rice, encodes_fast = c.rice;
+  uint32_t token_vectors = 0;
+  for (const kvz_segment& s : c.segments) {
+    rice_fast = rice_fast && s.dtype == dtype && rice_is_fast(s);
+    encodes_fast = encodes_fast && s.dtype == dtype && (s.coding == KVZ_RAW || rice_encodes_fast(s));
+    if (s.coding == KVZ_RAW) continue;
+    if (s.bound_kind == KVZ_BOUND_TOKEN_RMS) token_vectors = std::max(token_vectors, s.tokens / 16 * s.heads);
+  }
+  if (encodes_fast) {
+    const uint32_t share = std::max(1 + below(2), strips > 16 ? 2u : 1u);
+    p.team_bytes = token_vectors;
+    emulation::launch(
+        ctas, (strips + share - 1) / share * 32, rice_fast_bytes(token_vectors, strips), [&](uint8_t* shared) {
+          if (dtype == KVZ_BF16) {
+            share == 1 ? encode_rice_fast<KVZ_BF16, 1>(p, shared) : encode_rice_fast<KVZ_BF16, 2>(p, shared);
+          } else {
+            share == 1 ? encode_rice_fast<KVZ_FP16, 1>(p, shared) : encode_rice_fast<KVZ_FP16, 2>(p, shared);
+          }
+        });
+    ++g_rice_fast;
+  } else if (c.rice) {
     const uint32_t slots = below(2) ? 128 : 4;  // one a strip for all pages, or for small ones alone
     emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, vectors, slots),
                       [&](uint8_t* shared) { encode_rice(p, shared, vectors, slots); });
@@ -482,7 +504,17 @@ void run_case(Case c) {
     k.count = c.blocks;
     k.most_pieces = static_cast<uint32_t>((worst + worst / 8) / kPieceBytes) + 1;
     emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { check(d, k); });
-    if (c.rice) {
+    if (rice_fast) {
+      const uint32_t share = std::max(1 + below(2), strips > 16 ? 2u : 1u);
+      d.room_bytes = strips * 2048;
+      emulation::launch(ctas, (strips + share - 1) / share * 32, rice_fast_decode_bytes(strips), [&](uint8_t* shared) {
+        if (dtype == KVZ_BF16) {
+          share == 1 ? decode_rice_fast<KVZ_BF16, 1>(d, shared) : decode_rice_fast<KVZ_BF16, 2>(d, shared);
+        } else {
+          share == 1 ? decode_rice_fast<KVZ_FP16, 1>(d, shared) : decode_rice_fast<KVZ_FP16, 2>(d, shared);
+        }
+      });
+    } else if (c.rice) {
       emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, 0, 0),
                         [&](uint8_t* shared) { decode_rice(d, shared); });
     } else if (c.fast) {
@@ -525,6 +557,7 @@ int main(int argc, char** argv) {
     run_case(make_case(g_case % 3 != 2, g_case % 5 >= 3));
     if (g_case % 4 == 0) run_checksums();
   }
+  CHECK(cases < 100 || g_rice_fast > 0);
   printf("%u cases equal\n", cases);
   return 0;
 }

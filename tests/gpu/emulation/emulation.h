@@ -242,6 +242,12 @@ inline uint32_t __reduce_xor_sync(uint32_t, uint32_t v) {
   for (int i = 0; i < 32; ++i) r ^= static_cast<uint32_t>(all[i]);
   return r;
 }
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t v) {
+  const uint64_t* all = emulation::exchange(11, v);
+  uint32_t r = 0;
+  for (int i = 0; i < 32; ++i) r |= static_cast<uint32_t>(all[i]);
+  return r;
+}
 template <class T>  // 32 bits, of either sign
 inline T __reduce_min_sync(uint32_t, T v) {
   const uint64_t* all = emulation::exchange(8, static_cast<uint32_t>(v));
