@@ -140,8 +140,7 @@ class Records:
         engine, pool = self.engine, self.engine.pool
         blocks = _view(keys, values, layout, spots)
         names = [next(self._numbers).to_bytes(8, "little") for _ in spots]
-        while self._pending and (self._pending[0].transfer.done() or self.pending_bytes > _MOST_PENDING_BYTES):
-            self._finish_first()
+        self._release()
         worst = len(names) * pool.round_up(max_record_bytes(engine.settings.codec, layout))
         if worst + sum(p.pool_bytes for p in self._pending) <= pool.free_bytes:
             transfer = engine.store(names, blocks, bound=bound, sink=sink)
@@ -162,6 +161,7 @@ class Records:
         Raises:
             CorruptRecordError: one is damaged; on a GPU it comes from the transfer.
         """
+        self._release()
         blocks = _view(keys, values, _layout(keys, values, self.block_tokens), spots)
         return self.engine.load([record.held() for record in records], blocks)
 
@@ -177,6 +177,11 @@ class Records:
     def settle(self) -> None:
         """Wait for all stores under way."""
         while self._pending:
+            self._finish_first()
+
+    def _release(self) -> None:
+        """Let go of the tensors of stores that have ended, and wait for some where too many are under way."""
+        while self._pending and (self._pending[0].transfer.done() or self.pending_bytes > _MOST_PENDING_BYTES):
             self._finish_first()
 
     def _finish_first(self) -> None:
