@@ -916,13 +916,17 @@ def faults() -> str:
             f"{first / 1024:.1f} MiB after a quarter of it and {last / 1024:.1f} MiB at the end "
             f"([all of it](../../bench/results/{name}))."
         )
-    if (found := load("fuzz_cpu.json")) is not None:
-        name, data = found
+    files = sorted(RESULTS.glob("fuzz_cpu*.json"))
+    if files:
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        cases, refused, accepted = (sum(run[what] for run in runs) for what in ("cases", "refused", "accepted"))
+        links = ", ".join(
+            f"[seed {r['settings']['seed']}](../../bench/results/{f.name})" for f, r in zip(files, runs, strict=True)
+        )
         lines.append(
-            f"**Records against the CPU decoder**: {data['cases']:,} damaged, cut, spliced and forged "
-            f"records under AddressSanitizer and UndefinedBehaviorSanitizer; {data['refused']:,} were refused, and the "
-            f"reference codec reads the other {data['accepted']:,} as kvzip does "
-            f"([all of it](../../bench/results/{name}))."
+            f"**Records against the CPU decoder**: {cases:,} damaged, cut, spliced and forged records under "
+            f"AddressSanitizer and UndefinedBehaviorSanitizer; {refused:,} were refused, and the reference codec reads "
+            f"the other {accepted:,} as kvzip does ({links})."
         )
     if (found := load("fuzz_gpu_*.json")) is not None:
         name, data = found
