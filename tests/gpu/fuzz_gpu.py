@@ -192,7 +192,8 @@ def damage_entry(d: Damaged, rng: Rng, b: int) -> None:
         "param": [0, 1, 31, 32, 127, 128, 255, int(rng.integers(256))],
     }
     field = ("offset", "size", "bound", "coding", "coding", "param")[int(rng.integers(6))]
-    entry[field] = values[field][int(rng.integers(len(values[field])))]
+    value = values[field][int(rng.integers(len(values[field])))]
+    entry[field] = value % 2**32 if field in ("offset", "size") else value
 
 
 DAMAGE: dict[str, Callable[[Damaged, Rng, int], None]] = {
