@@ -258,7 +258,7 @@ def test_a_damaged_table_of_sizes(
 @pytest.mark.parametrize("damage", ["too large", "next to nothing"])
 def test_a_damaged_table_of_sizes_of_a_small_store(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be fails the store; what could be is found by the checksum when it is loaded."""
-    rig = exact_rig(True, reaper_seconds=30)
+    rig = exact_rig(True, reaper_seconds=5)
     rig.engine.store([b"before"], rig.view[[0]]).wait()
     transfer = rig.engine.store(rig.keys, rig.view)
     (ticket,) = [a for a in rig.swap._small_out._pending[-1][1].args if isinstance(a, Ticket)]  # type: ignore[attr-defined]
