@@ -163,7 +163,6 @@ class Kvzip1e3(Kvzip):
     """Within 1e-3 of a page's range."""
 
     name = "kvzip-1e-3"
-    exact = False
     relative = 1e-3
 
 
@@ -171,7 +170,6 @@ class Kvzip1e2(Kvzip):
     """Within 1e-2 of a page's range."""
 
     name = "kvzip-1e-2"
-    exact = False
     relative = 1e-2
 
 
