@@ -39,7 +39,7 @@ class FilesL2AdapterConfig(FSL2AdapterConfig):
             ValueError: see LMCache's ``fs``.
         """
         if d.get("use_odirect"):
-            raise ConfigError("use_odirect needs sizes that are whole blocks of the disk, records have any size")
+            raise ConfigError(f"use_odirect={d['use_odirect']!r}: records are no whole disk blocks, leave it out")
         config: FilesL2AdapterConfig = super().from_dict(d)
         return config
 

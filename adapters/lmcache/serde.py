@@ -8,7 +8,6 @@ the destination was written then.
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from kvzip.backends.registry import get_codec
 from kvzip.bounds import table_id
 from kvzip.coding import check_device, encode_records, max_record_bytes
 from kvzip.errors import ConfigError, LayoutError
+from kvzip.integrity import Sampler
 from kvzip.record import ALIGNMENT, ENTRY_DTYPE, GEOMETRY_BYTES, Reason, header_nbytes
 from kvzip.types import BlockView, ErrorBound
 
@@ -60,6 +60,7 @@ class KvzipSerializer(Serializer):
         self._codec = get_codec(settings.codec)
         self._bounds, self._mode = settings.bounds, settings.coding_mode
         self._form = HeadForm(settings.head_dim, settings.packed)
+        self._verifies = Sampler(settings.verify)
         self._lock = threading.Lock()
 
     def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
@@ -97,8 +98,7 @@ class KvzipSerializer(Serializer):
         out = room[None, header_nbytes(layout.block) :]  # the payload is made in its place
         bounds = page_bounds(self._bounds, layout, key.kv_rank)
         request = EncodeRequest(bounds, self._mode, self.settings.threads)
-        verify = self.settings.verify > 0 and random.random() < self.settings.verify
-        batch = encode_records(blocks, self._codec, request, measure_error=verify, out=out)
+        batch = encode_records(blocks, self._codec, request, measure_error=self._verifies(), out=out)
         violations = batch.records[0].violations or 0
         if violations:
             log_once("values outside the bound, the LMCache object is kept raw", f"{violations} values")
