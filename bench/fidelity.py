@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(options.model or packaged_model())
     text = options.calibration.read_text(encoding="utf-8")
     table = calibrate(model, [text], progress=progress)
-    chosen = all_schemes(table, weigh(model, table, text))
+    chosen = all_schemes(table, weigh(model, table, [text], progress=progress))
     if options.quick:
         chosen = [s for s in chosen if not s.own or s.name in RECOMMENDED]
     if options.only:

@@ -182,11 +182,12 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     texts = list(_texts(arguments.text).values())
     _check_files(arguments.out)
     model = load_model(arguments.model, device=arguments.device)
-    table = calibrate(model, texts, max_tokens=arguments.tokens, progress=_progress("texts"))
+    progress = _progress("texts")
+    table = calibrate(model, texts, max_tokens=arguments.tokens, progress=progress)
     if arguments.gradients:
         from kvzip.adapters.transformers.gradients import weigh
 
-        table = weigh(model, table, "\n".join(texts), max_tokens=arguments.tokens)
+        table = weigh(model, table, texts, max_tokens=arguments.tokens, progress=progress)
     table.save(arguments.out)
     layers, heads, head_dim = table.geometry
     found = {

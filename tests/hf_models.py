@@ -90,6 +90,25 @@ OLDER: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+# What calibration refuses: name of the configuration class, settings, a part of the message.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon, attention of its own": ("FalconConfig", {"alibi": False}, "ALL_ATTENTION_FUNCTIONS"),
+    "deepseek, latent vectors": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 3,
+        },
+        "keeps 1 x 16 values",
+    ),
+}
+
+
 def byte_tokenizer() -> Any:
     """A tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -102,7 +121,7 @@ def byte_tokenizer() -> Any:
 
 
 def make(name: str) -> LanguageModel:
-    kind, settings, *_ = MODELS.get(name) or MIXED.get(name) or OLDER[name]
+    kind, settings, *_ = MODELS.get(name) or MIXED.get(name) or REFUSED.get(name) or OLDER[name]
     config = getattr(transformers, kind)(**{**SIZES, **settings})
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config)

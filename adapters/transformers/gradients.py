@@ -15,6 +15,7 @@ whole way, and no bound changes by more than a factor of two.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,45 +30,74 @@ _LEAST_TOKENS = 64
 
 
 def weigh(
-    model: LanguageModel, table: CalibrationTable, text: str, *, max_tokens: int = 2048, samples: int = 3, seed: int = 0
+    model: LanguageModel,
+    table: CalibrationTable,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 2048,
+    samples: int = 3,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CalibrationTable:
     """Weigh the channels of K and the layers of V by the gradients of the model's output.
 
-    Runs the last quarter of a text behind the cache of the rest, backwards too: takes about the memory of one training
-    step on that quarter, for the cache alone.
+    Runs the last quarter of each text behind the cache of the rest, backwards too: takes about the memory of one
+    training step on that quarter, for the cache alone.
 
     Args:
         model: the model.
         table: its query moments.
-        text: at least 64 tokens; about 2,000 are right.
-        max_tokens: tokens that are used.
-        samples: continuations that are drawn from the model.
+        texts: each is a sequence of its own of at least 64 tokens, cut after `max_tokens`; their gradients add up.
+            About 2,000 tokens each are right, and several kinds of text better than one.
+        max_tokens: tokens of a text that are used.
+        samples: continuations that are drawn from the model for each text.
         seed: of the draws.
+        progress: called with the stage, the texts done and the texts in all.
 
     Returns:
         A table whose bounds are larger where the output is less sensitive and smaller where it is more; their geometric
-        mean over the model stays as it was.
+        mean over the model stays as it was. Where later layers use the keys and values of an earlier one, the gradients
+        of all of them count there.
 
     Raises:
-        ConfigError: the text is too short, the table is of another model, or its layers differ in heads or channels.
+        ConfigError: no text, or one is too short; the table is of another model; or the model keeps something else than
+            keys and values of every token.
     """
-    if not table.is_uniform:
-        raise ConfigError(f"the layers of {model.name} have different heads or channels: leave --gradients out")
-    ids = model.tokens(text)[:, :max_tokens]
-    if ids.shape[1] < _LEAST_TOKENS:
-        raise ConfigError(f"a text of {ids.shape[1]} tokens is too short for gradients: use about 2,000")
-    cut = ids.shape[1] * 3 // 4
-    shapes, squares, values = squared_gradients(model, ids[:, :cut], ids[:, cut:], samples=samples, seed=seed)
-    if tuple(shapes) != table.shapes:
-        raise ConfigError(f"a table of {table.shapes} heads and channels does not fit {model.name}")
-    late = [total[_PROTECTED:] for total in squares]
-    keys = np.stack([total.sum(0).cpu().numpy() for total in late[::2]]).astype(np.float64)
-    moments = (1 / table.key_bounds(1.0)) ** 2  # with their floor
-    # An error of V is bounded by the rms of its token and head.
-    scales = [v.float()[_PROTECTED:].square().mean(-1, keepdim=True) for v in values]
-    layers = np.array([float((f * scale).sum()) for f, scale in zip(late[1::2], scales, strict=True)])
-    weighed = (moments / _factors(keys / moments, 0.5) ** 2).astype(np.float32)
-    return CalibrationTable(weighed, table.model, table.tokens, _factors(layers, 1.0).astype(np.float32))
+    if not texts:
+        raise ConfigError("no text to weigh with: give about 2,000 tokens of text")
+    own = [layer for layer, (heads, _) in enumerate(table.shapes) if heads]
+    floored = (1 / table.key_bounds(1.0)) ** 2
+    moments = [floored[layer, : table.shapes[layer][0], : table.shapes[layer][1]] for layer in own]
+    keys = [np.zeros(m.shape) for m in moments]
+    layers = np.zeros(len(own))
+    for done, text in enumerate(texts, 1):
+        ids = model.tokens(text)[:, :max_tokens]
+        if ids.shape[1] < _LEAST_TOKENS:
+            raise ConfigError(
+                f"text {done} has {ids.shape[1]} tokens, gradients need {_LEAST_TOKENS} at least: use about 2,000"
+            )
+        cut = ids.shape[1] * 3 // 4
+        shapes, squares, values = squared_gradients(model, ids[:, :cut], ids[:, cut:], samples=samples, seed=seed)
+        if shapes != [table.shapes[layer] for layer in own]:
+            raise ConfigError(
+                f"a table of {table.shapes} KV heads and channels does not fit {model.name}, which has "
+                f"{tuple(shapes)}: calibrate this model"
+            )
+        late = [total[_PROTECTED:] for total in squares]
+        for total, f in zip(keys, late[::2], strict=True):
+            total += f.sum(0).double().cpu().numpy()
+        # An error of V is bounded by the rms of its token and head.
+        scales = [v.float()[_PROTECTED:].square().mean(-1, keepdim=True) for v in values]
+        layers += [float((f * scale).sum()) for f, scale in zip(late[1::2], scales, strict=True)]
+        progress("weigh", done, len(texts))
+
+    factors = _factors(np.concatenate([(k / m).ravel() for k, m in zip(keys, moments, strict=True)]), 0.5)
+    weighed = np.zeros(table.moments.shape, np.float32)
+    for layer, m, part in zip(own, moments, np.split(factors, np.cumsum([m.size for m in moments])[:-1]), strict=True):
+        weighed[layer, : m.shape[0], : m.shape[1]] = m / part.reshape(m.shape) ** 2
+    value_factors = np.ones(len(weighed), np.float32)
+    value_factors[own] = _factors(layers, 1.0)
+    return CalibrationTable(weighed, table.model, table.tokens, value_factors, table.shapes)
 
 
 def squared_gradients(

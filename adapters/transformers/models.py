@@ -72,11 +72,18 @@ class LanguageModel:
             ConfigError: the model keeps something else than keys and values of every token.
         """
         torch, transformers = require("torch", "transformers")
+        (cache_utils,) = require("transformers.cache_utils")
+        for number, layer in enumerate(transformers.DynamicCache(config=self.model.config).layers):
+            if not isinstance(layer, cache_utils.DynamicLayer) or hasattr(layer, "recurrent_states"):
+                raise ConfigError(
+                    f"layer {number} of {self.name} keeps a state that is no keys and values ({type(layer).__name__}): "
+                    "use a model whose layers all have attention alone"
+                )
         cache = transformers.DynamicCache()  # without the config: sliding windows are left to the mask, nothing is cut
         try:
             with torch.inference_mode():
                 logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        except (TypeError, AttributeError) as error:  # of models that keep something else
+        except (TypeError, AttributeError, ValueError) as error:  # of models that keep something else
             raise ConfigError(
                 f"{self.name} does not fill a DynamicCache ({error}): use a decoder with attention"
             ) from error

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,9 @@ def calibrate(
         The table, with the moments as they were measured.
 
     Raises:
-        ConfigError: no text; or the model does not dispatch its attention as transformers' own decoders do.
+        ConfigError: no text; the model does not dispatch its attention through transformers' table of attention
+            functions, as older ones of its decoders do not; or it keeps something else than the keys that attention
+            meets, such as the latent vectors of MLA.
     """
     torch, _ = require("torch", "transformers")
     if max_tokens < 1:
@@ -65,7 +67,7 @@ def calibrate(
             progress("calibrate", done, len(texts))
     if not total:
         raise ConfigError("no text to calibrate with: give about 2,000 tokens of text")
-    shapes = _shapes(model, sums)
+    shapes = _shapes(model, sums, ids[:, :1])
     moments = np.zeros((len(shapes), *(max(sizes) for sizes in zip(*shapes, strict=True))), np.float32)
     for layer, moment in sums.items():
         heads, dim = moment.shape
@@ -73,16 +75,28 @@ def calibrate(
     return CalibrationTable(moments, model.name, total, shapes=tuple(shapes))
 
 
-def _shapes(model: LanguageModel, sums: dict[int, Any]) -> list[tuple[int, int]]:
+def _shapes(model: LanguageModel, sums: dict[int, Any], token: Any) -> list[tuple[int, int]]:
     """KV heads and head_dim of every layer that a cache of the model has; (0, 0) of those without attention.
 
+    Args:
+        model: the model.
+        sums: moments by layer, as attention met them.
+        token: any token id, shape ``[1, 1]``: the model runs it to see what it keeps.
+
     Raises:
-        ConfigError: a layer with keys was not seen.
+        ConfigError: a layer with keys was not seen, or keeps keys of another shape than attention met.
     """
-    (cache_utils,) = require("transformers.cache_utils")
+    torch, cache_utils = require("torch", "transformers.cache_utils")
     if not sums:
-        raise ConfigError(f"{model.name} dispatches no attention: use a decoder of transformers")
-    layers = cache_utils.DynamicCache(config=model.model.config).layers
+        raise ConfigError(
+            f"no attention of {model.name} goes through transformers' ALL_ATTENTION_FUNCTIONS (it has none, or "
+            "computes it by itself), so its queries cannot be seen: use bounds that need no table, such as "
+            "k=1e-3,v=rms:0.15"
+        )
+    cache = cache_utils.DynamicCache(config=model.model.config)
+    with suppress(ValueError), torch.inference_mode():  # of models that take a cache of their own alone
+        model.model(token, past_key_values=cache, use_cache=True)
+    layers = cache.layers
     shapes = [(0, 0)] * max(len(layers), max(sums) + 1)
     for number, moment in sums.items():
         shapes[number] = (int(moment.shape[0]), int(moment.shape[1]))
@@ -92,6 +106,14 @@ def _shapes(model: LanguageModel, sums: dict[int, Any]) -> list[tuple[int, int]]
             f"{model.name} keeps keys in layer {unseen[0]}, whose attention was not seen: use a decoder that "
             "dispatches all of it through ALL_ATTENTION_FUNCTIONS"
         )
+    for number in with_keys:
+        keys = layers[number].keys
+        if keys is not None and (kept := (keys.shape[1], keys.shape[3])) != shapes[number]:
+            raise ConfigError(
+                f"layer {number} of {model.name} keeps {kept[0]} x {kept[1]} values of a token where attention meets "
+                f"keys of {shapes[number][0]} x {shapes[number][1]} (latent vectors, as of MLA?): no table fits its "
+                "cache; use ErrorBound.lossless(), or a bound relative to the page"
+            )
     return shapes
 
 

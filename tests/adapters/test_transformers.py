@@ -22,7 +22,7 @@ from kvzip.types import ErrorBound
 torch = pytest.importorskip("torch", reason="needs torch: pip install 'kvzip[calibrate]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'kvzip[calibrate]'")
 
-from hf_models import MIXED, MODELS, OLDER, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
+from hf_models import MIXED, MODELS, OLDER, REFUSED, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
 
 from kvzip.adapters.transformers import fidelity, gradients, moments, schemes  # noqa: E402
 from kvzip.adapters.transformers.models import LanguageModel, load_model  # noqa: E402
@@ -68,7 +68,7 @@ def test_the_moments_are_those_of_the_queries(name: str) -> None:
     assert (layers, heads) == (SIZES["num_hidden_layers"], model.model.config.num_key_value_heads)
     assert table.model == name
     assert table.tokens == len(TEXT)
-    for layer, out in enumerate(seen):
+    for layer, out in enumerate(seen[:layers]):  # a run of one token follows, which shows what the model keeps
         queries = out.reshape(len(TEXT), -1, head_dim)[:, : SIZES["num_attention_heads"]]
         if where == "q_norm" and out.shape[1] == SIZES["num_attention_heads"]:  # heads come before tokens
             queries = out[0].transpose(0, 1)
@@ -88,7 +88,7 @@ def test_moments_without_rotation_are_those_of_the_projection(name: str) -> None
             module.register_forward_hook(lambda _, __, out: seen.append(out.detach().double()))
     table = moments.calibrate(model, [TEXT])
     assert table.geometry == (3, 4, 16)
-    for moment, out in zip(table.moments, seen, strict=True):
+    for moment, out in zip(table.moments, seen, strict=False):  # a run of one token follows
         queries = out.reshape(len(TEXT), -1)[:, :64].unflatten(1, (4, 16))
         np.testing.assert_allclose(moment, queries.square().mean(0), rtol=1e-4)
 
@@ -101,7 +101,9 @@ def test_layers_that_differ_have_moments_of_their_own(name: str) -> None:
     for path, module in model.model.named_modules():
         if found := re.search(r"layers\.(\d+)\.self_attn\.q_(norm|layernorm)$", path):
             module.register_forward_hook(
-                lambda _, __, out, layer=int(found[1]): seen.update({layer: out.detach().double()[0]})
+                lambda _, __, out, layer=int(found[1]): (  # the first run: one of a single token follows
+                    None if layer in seen else seen.update({layer: out.detach().double()[0]})
+                )
             )
     table = moments.calibrate(model, [TEXT])
     gemma = name.startswith("gemma4")
@@ -119,8 +121,6 @@ def test_layers_that_differ_have_moments_of_their_own(name: str) -> None:
             found[:, :half] + found[:, half:], expected[:, :half] + expected[:, half:], rtol=1e-4
         )
         assert not table.moments[layer, heads:].any()
-    with pytest.raises(ConfigError, match="--gradients"):
-        gradients.weigh(model, table, TEXT)
 
 
 def test_several_texts_count_by_their_tokens(llama: LanguageModel) -> None:
@@ -155,30 +155,73 @@ def test_calibration_refuses(llama: LanguageModel, texts: list[str], tokens: int
 def test_a_model_without_attention_is_refused() -> None:
     config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
     mamba = LanguageModel("mamba", transformers.AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer())
-    with pytest.raises(ConfigError, match="mamba"):
+    with pytest.raises(ConfigError, match="no attention of mamba"):
         moments.calibrate(mamba, [TEXT])
-    with pytest.raises(ConfigError, match="mamba"):
+    with pytest.raises(ConfigError, match="layer 0 of mamba keeps a state"):
         mamba.prefill(mamba.tokens(TEXT))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_queries_that_cannot_be_used_are_refused(name: str) -> None:
+    """Attention that transformers does not dispatch; and latent vectors, which no table of the keys' channels fits."""
+    model = make(name)
+    with pytest.raises(ConfigError, match=REFUSED[name][2]):
+        moments.calibrate(model, [TEXT])
+    layers, _ = model.prefill(model.tokens(TEXT)[:, :32])
+    schemes.engine_scheme("bounds without a table are of use", ErrorBound.relative(1e-3)).swap(
+        [(k.bfloat16(), v.bfloat16()) for k, v in layers]
+    )
+
+
+def test_layers_that_keep_a_state_are_calibrated_but_not_run_behind_a_swap() -> None:
+    model = make("lfm2, convolutions between")
+    table = moments.calibrate(model, [TEXT])
+    with pytest.raises(ConfigError, match=r"layer 0 of lfm2.*keeps a state"):
+        model.prefill(model.tokens(TEXT))
+    with pytest.raises(ConfigError, match="keeps a state"):
+        gradients.weigh(model, table, [TEXT])
 
 
 # ---- gradients
 
 
 @pytest.mark.parametrize(
-    "name", ["llama, grouped queries", "gemma3, both kinds of layer", "gpt-oss, eager attention, YaRN"]
+    "name",
+    [
+        "llama, grouped queries",
+        "gemma3, both kinds of layer",
+        "gpt-oss, eager attention, YaRN",
+        "gemma4, two shapes, shared layers",
+    ],
 )
 def test_weighing_moves_bounds_within_a_factor_of_two_around_their_mean(name: str) -> None:
     model = make(name)
     table = moments.calibrate(model, [TEXT])
-    weighed = gradients.weigh(model, table, TEXT)
-    assert (weighed.geometry, weighed.model, weighed.tokens) == (table.geometry, table.model, table.tokens)
-    for change in (np.log2(weighed.key_bounds(0.4) / table.key_bounds(0.4)), np.log2(weighed.value_factors)):
+    weighed = gradients.weigh(model, table, [TEXT])
+    assert (weighed.shapes, weighed.model, weighed.tokens) == (table.shapes, table.model, table.tokens)
+    keys = np.log2(weighed.key_bounds(0.4) / table.key_bounds(0.4))
+    np.testing.assert_array_equal(np.isnan(keys), np.isnan(table.key_bounds(1)), "of padding alone")
+    own = [layer for layer, (heads, _) in enumerate(table.shapes) if heads]
+    assert weighed.value_factors is not None
+    for change in (keys[~np.isnan(keys)], np.log2(weighed.value_factors[own])):
         assert np.abs(change).max() <= 2.01, "clipped at one, around a mean that the clipping moves"
         assert abs(change.mean()) < 0.25
         assert change.std() > 0.01
     assert all(p.requires_grad for p in model.model.parameters())
-    again = gradients.weigh(model, table, TEXT)
+    again = gradients.weigh(model, table, [TEXT])
     np.testing.assert_array_equal(again.moments, weighed.moments)
+
+
+def test_gradients_of_several_texts_add_up(llama: LanguageModel) -> None:
+    """Each text counts, not the first alone; twice the same text is that text."""
+    table = moments.calibrate(llama, [TEXT])
+    one, other = gradients.weigh(llama, table, [TEXT]), gradients.weigh(llama, table, [TEXT[::-1]])
+    both = gradients.weigh(llama, table, [TEXT, TEXT[::-1]])
+    np.testing.assert_allclose(gradients.weigh(llama, table, [TEXT, TEXT]).moments, one.moments, rtol=1e-5)
+    for single in (one, other):
+        assert not np.allclose(both.moments, single.moments, rtol=1e-3)
+    low, high = np.minimum(one.moments, other.moments), np.maximum(one.moments, other.moments)
+    assert ((both.moments > 0.7 * low) & (both.moments < 1.4 * high)).all()
 
 
 def test_gradients_are_those_of_the_fisher_information(llama: LanguageModel) -> None:
@@ -200,10 +243,12 @@ def test_gradients_are_those_of_the_fisher_information(llama: LanguageModel) -> 
 
 def test_gradients_refuse_short_texts_and_other_tables(llama: LanguageModel) -> None:
     table = moments.calibrate(llama, [TEXT])
-    with pytest.raises(ConfigError, match="too short"):
-        gradients.weigh(llama, table, "short")
+    with pytest.raises(ConfigError, match="no text"):
+        gradients.weigh(llama, table, [])
+    with pytest.raises(ConfigError, match="text 2 has 5 tokens"):
+        gradients.weigh(llama, table, [TEXT, "short"])
     with pytest.raises(ConfigError, match="does not fit"):
-        gradients.weigh(llama, table.select(layers=[0]), TEXT)
+        gradients.weigh(llama, table.select(layers=[0]), [TEXT])
 
 
 # ---- the model behind a swapped cache
