@@ -388,14 +388,13 @@ class DeviceSwap:
                     plan = self._new_plan(part, codec)
                 if plan is None:
                     return None
-                evicted = -index.evicted
                 room = index.take_ahead(count * plan.record_bytes, keys)
                 if room is None:
                     return None
-                evicted += index.evicted
                 ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
                 if ticket is not None:
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
+                    evicted = index.report_evicted()
                     land = partial(self._land_store, keys, blocks.nbytes, plan, room, ticket, evicted, started)
                     queue.add(transfer, land)
                     room = None
@@ -445,6 +444,7 @@ class DeviceSwap:
             tables = [joined] if count == 1 else [joined[at : at + size] for at in range(0, len(joined), size)]
             self._index.land(room, keys, payload_bytes, crcs.tolist(), tables, contents, header_of)
         except BaseException:
+            self._index.withdraw_report(evicted)
             with self._failures("store"):
                 raise
         finally:
@@ -616,7 +616,6 @@ class DeviceSwap:
         after: int,
         transfer: Transfer,
     ) -> TransferResult:
-        evicted = self._index.evicted
         try:
             return self._encode(parts, plans, codec, measure_error, after, transfer)
         except CudaError:
@@ -626,8 +625,7 @@ class DeviceSwap:
                 raise  # the caller's stream was let go: the pages may hold other values by now
             _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
             raw = [self._plan(part, codec, raw=True) for part in parts]
-            result = self._encode(parts, raw, codec, measure_error, after, transfer)
-            return result._replace(evicted=self._index.evicted - evicted)
+            return self._encode(parts, raw, codec, measure_error, after, transfer)
 
     def _encode(
         self,
@@ -654,7 +652,6 @@ class DeviceSwap:
         fallbacks: Counter[str] = Counter()
         record_bytes = violations = 0
         max_error = 0.0
-        evicted_before = index.evicted
 
         rooms: deque[Room] = deque()  # of chunks that were not entered yet
 
@@ -732,7 +729,7 @@ class DeviceSwap:
             raw_bytes=sum(part.blocks.nbytes for part in parts),
             record_bytes=record_bytes,
             seconds=0.0,
-            evicted=index.evicted - evicted_before,
+            evicted=index.report_evicted(),
             fallbacks=dict(fallbacks),
             max_error=max_error if measure_error else None,
             violations=violations if measure_error else None,

@@ -414,7 +414,6 @@ class SwapEngine:
         fallbacks: Counter[str] = Counter()
         max_error = 0.0
         violations = 0
-        evicted_before = self._index.evicted
         try:
             for part, first, last in _chunks(parts, layout):
                 chunk = part.blocks[part.blocks.block_ids[first:last]]
@@ -446,7 +445,7 @@ class SwapEngine:
             raw_bytes=sum(part.blocks.nbytes for part in parts),
             record_bytes=record_bytes,
             seconds=time.perf_counter() - started,
-            evicted=self._index.evicted - evicted_before,
+            evicted=self._index.report_evicted(),
             fallbacks=dict(fallbacks),
             max_error=max_error if measure_error else None,
             violations=violations if measure_error else None,

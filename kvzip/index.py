@@ -117,6 +117,7 @@ class RecordIndex:
         self.pool = pool
         self.lock = threading.RLock()
         self.evicted = 0
+        self._reported = 0  # of these
         self._policy = policy
         self._entries: dict[bytes, Entry] = {}
         # Running sums over the entries, so that no store and no statistics walk through all of them.
@@ -293,8 +294,7 @@ class RecordIndex:
                 if needed <= free:
                     break
         for key in leaving:  # too few only when others take from the same pool; `take` says it
-            self._remove(key, evicted=True)
-            self.evicted += 1
+            self._evict(key)
 
     def publish(self, fresh: Mapping[bytes, Entry]) -> None:
         """Make new records visible, in place of those that they replace."""
@@ -348,8 +348,18 @@ class RecordIndex:
             for key in keys:  # only when others took from the same pool in the meantime
                 old = self._entries.get(key)
                 if old is not None and old.dropped:
-                    self._remove(key, evicted=True)
-                    self.evicted += 1
+                    self._evict(key)
+
+    def report_evicted(self) -> int:
+        """Records that were evicted and not reported yet: by the store under way, or by one before it that failed."""
+        with self.lock:
+            found, self._reported = self.evicted - self._reported, self.evicted
+            return found
+
+    def withdraw_report(self, evicted: int) -> None:
+        """Nobody has read that so many were evicted: the next report counts them."""
+        with self.lock:
+            self._reported -= evicted
 
     # ---- loads
 
@@ -513,6 +523,10 @@ class RecordIndex:
             self._pinned += (entry.pins.count > 0) - was_pinned
             if entry.protected != was_protected:
                 self._leavable += entry.allocation.extent_nbytes if was_protected else -entry.allocation.extent_nbytes
+
+    def _evict(self, key: bytes) -> None:
+        self._remove(key, evicted=True)
+        self.evicted += 1
 
     def _remove(self, key: bytes, *, evicted: bool) -> None:
         """Take a record out of the index."""

@@ -41,7 +41,7 @@ class TransferResult(NamedTuple):
         raw_bytes: bytes of their values.
         record_bytes: bytes of their records in the pool.
         seconds: from the call to its end.
-        evicted: records that had to leave the pool.
+        evicted: records that had to leave the pool, for this store or for one before it that failed: each counts once.
         fallbacks: pages that were not coded as asked, by reason.
         max_error: largest absolute error of a store with ``measure_error``, else None.
         violations: values that broke the bound in such a store (0 unless a codec is at fault), else None.
