@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""What the fork and the end of a process mean to objects that own threads, locks or a GPU: they are told of both."""
+"""Objects that own threads, locks or a GPU: told of forks and of the process's end, released when nobody holds them."""
 
 from __future__ import annotations
 
+import _thread
 import atexit
+import logging
 import os
+import warnings
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
+
+_log = logging.getLogger("kvzip")
 
 
 class Watched(Protocol):
@@ -38,6 +44,36 @@ def watch(one: Watched) -> None:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_tell_fork)
     _watched.add(one)
+
+
+def when_dropped(owner: object, release: Callable[[], None]) -> weakref.finalize[Any, Any]:
+    """Have `release` called, in a thread of its own, when `owner` is collected; with a `ResourceWarning`.
+
+    Args:
+        owner: what should have been closed. `release` must not hold it.
+        release: may wait; must not raise.
+
+    Returns:
+        Its ``detach()`` calls that off.
+    """
+    made = weakref.finalize(owner, _release, release)
+    made.atexit = False
+    return made
+
+
+def _release(release: Callable[[], None]) -> None:
+    # Whatever thread happens to collect garbage comes here. It may hold any lock, or be one that `release` waits for.
+    # A `threading.Thread` would wait for its own start.
+    try:
+        _thread.start_new_thread(release, ())
+    except RuntimeError as error:
+        _log.warning("an engine was not closed, and no thread can do it: %s", str(error))
+    warnings.warn(
+        "an engine that used a GPU was not closed: its threads and its memory there are released now; use a with "
+        "statement, or close()",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 def _tell_fork() -> None:

@@ -158,7 +158,7 @@ def summary(bounds: PageBounds) -> ErrorBound:
     return bounds if isinstance(bounds, ErrorBound) else ErrorBound(BoundKind.BY_PAGE, 0.0)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def table_id(bounds: PageBounds, pages: int) -> int:
     """Name of the channel tables among the bounds of a block's pages, as records keep it; 0 if there is none.
 
@@ -174,3 +174,22 @@ def table_id(bounds: PageBounds, pages: int) -> int:
         if b.channels is not None:
             digest.update(page.to_bytes(4, "little") + b.channels.values.tobytes())
     return int.from_bytes(digest.digest()[:8], "little") or 1
+
+
+@dataclass(frozen=True)
+class NamedTables:
+    """Channel tables among the bounds of a block's pages; equal where their names are.
+
+    Attributes:
+        name: see `table_id`; not 0.
+        bounds: what the pages are coded with.
+    """
+
+    name: int
+    bounds: PageBounds = field(compare=False, repr=False)
+
+
+def named_tables(bounds: PageBounds, pages: int) -> NamedTables | None:
+    """The channel tables that a decoder needs for records of these bounds; None where it needs none."""
+    name = table_id(bounds, pages)
+    return NamedTables(name, bounds) if name != 0 else None

@@ -25,9 +25,10 @@ import numpy.typing as npt
 
 from kvzip import _native
 from kvzip._log import log_once
+from kvzip._process import when_dropped
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import Extended, coding_of, encodes_on_gpu, extended_by
-from kvzip.bounds import PageBounds, summary, table_id
+from kvzip.bounds import NamedTables, PageBounds, named_tables, summary
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError
 from kvzip.index import Contents, Entry, RecordIndex, contents_of
@@ -73,10 +74,6 @@ class HostPaths(Protocol):
 
     def codec_of(self, name: str) -> Codec:
         """The codec that records of this name were made with."""
-        ...
-
-    def bounds_of(self, table_id: int) -> PageBounds:
-        """What records that name these channel tables were encoded with."""
         ...
 
     def count_store(self, result: TransferResult) -> None:
@@ -171,6 +168,11 @@ class DeviceSwap:
         self._loads: SmallLoads | None = None
         use = partial(self._driver.set_device, device)
         self._reaper = Reaper(f"kvzip-small-{device}", use, (self._small_out, self._small_into))
+        # What a transfer under way needs it holds, and with it all of this: what is left when nobody does is idle.
+        self._memory: list[CudaTransport | SmallStores | SmallLoads] = [self._transport]
+        threads = self._out, self._into, self._reaper
+        self._release = partial(_release, device, self._driver, threads, self._memory, self._marks)
+        self._dropped = when_dropped(self, self._release)
 
     @property
     def driver(self) -> Driver:
@@ -280,18 +282,8 @@ class DeviceSwap:
             with pending.lock:  # whoever is queueing one; later ones find the swap closed
                 pass
             pending.drain()
-        self._reaper.close()
-        try:
-            with ExitStack() as each:
-                each.callback(self._transport.close)
-                for small in (self._stores, self._loads):
-                    if small is not None:
-                        each.callback(small.close)
-                while self._marks:
-                    each.callback(self._driver.event_destroy, self._marks.pop())
-                self._driver.set_device(self._device)
-        except KvzipError as error:
-            _log.warning("GPU %d failed while its memory was given back: %s", self._device, str(error))
+        self._dropped.detach()
+        self._release()
         self._stores = self._loads = None
 
     def settle(self, timeout_seconds: float) -> None:
@@ -303,6 +295,7 @@ class DeviceSwap:
     def abandon(self, error: KvzipError) -> None:
         """In a forked child: the GPU, and what goes on there, are the parent's."""
         self._closed = True
+        self._dropped.detach()
         for part in (self._out, self._into, self._small_out, self._small_into):
             part.abandon(error)
         self._reaper.abandon()
@@ -360,12 +353,14 @@ class DeviceSwap:
         if self._stores is None:
             made = self._transport
             self._stores = SmallStores(self._device, self._driver, made.staging, made.resource)
+            self._memory.append(self._stores)
         return self._stores
 
     def _small_loads(self) -> SmallLoads:
         if self._loads is None:
             made = self._transport
             self._loads = SmallLoads(self._device, self._driver, made.staging, made.resource)
+            self._memory.append(self._loads)
         return self._loads
 
     def _store_small(self, part: Part, codec: Codec, stream: object, started: float) -> Transfer | None:
@@ -494,7 +489,7 @@ class DeviceSwap:
                 plan = small.plan_for(out, contents)
                 if plan is None:
                     view = out.with_groups(check_geometry(contents.geometry, out.layout))
-                    plan = small.new_plan(out, contents, self._with_tables(view, contents.table_id), contents.extended)
+                    plan = small.new_plan(out, contents, _with_tables(view, contents.tables), contents.extended)
                 if plan is None:
                     return None
                 ticket = small.load(plan, out.block_ids, records, after)
@@ -592,12 +587,12 @@ class DeviceSwap:
         if plan is None:
             reason = Reason.ENCODER_FAILED if raw else request.reason
             extended = extended_by(request) if codec.name == "cuszp" else Extended.NONE
-            named = table_id(request.bound, len(layout.segments))
+            tables = named_tables(request.bound, len(layout.segments))
             plan = _StorePlan(
                 keep=keep,
                 on_gpu=codec.name == "raw" or (codec.name == "cuszp" and encodes_on_gpu(request, layout)),
                 coding=Coding.RAW if raw or codec.name != "cuszp" else coding_of(request),
-                contents=contents_of(layout, codec.name, named, int(extended)),
+                contents=contents_of(layout, codec.name, tables, int(extended)),
                 header_of=_header_maker(layout, codec, request, reason),
                 most_bytes=max_record_bytes(codec, layout),
                 reason=reason,
@@ -769,10 +764,6 @@ class DeviceSwap:
 
     # ---- loads, in the worker
 
-    def _with_tables(self, view: BlockView, table_id: int) -> BlockView:
-        """The view with the bounds that records of this table were encoded with."""
-        return view if table_id == 0 else view.with_bounds(self._host.bounds_of(table_id))
-
     def _load(
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
     ) -> None:
@@ -781,7 +772,7 @@ class DeviceSwap:
             # As a rule all are alike: the link has work before the records are looked at one by one.
             layout = check_geometry(first.geometry, out.layout)
             statuses = self._transport.into.run(
-                self._with_tables(out.with_groups(layout), first.table_id),
+                _with_tables(out.with_groups(layout), first.tables),
                 partial(self._records, entries),
                 after,
                 transfer._mark_queued,
@@ -791,7 +782,7 @@ class DeviceSwap:
             if statuses.any():
                 raise self._damaged(keys, np.flatnonzero(statuses).tolist())
             return
-        groups: dict[tuple[str, BlockLayout, int, int], list[int]] = {}
+        groups: dict[tuple[str, BlockLayout, NamedTables | None, int], list[int]] = {}
         alike: dict[int, list[int]] = {}
         for i, entry in enumerate(entries):
             alike.setdefault(id(entry.contents), []).append(i)
@@ -799,7 +790,7 @@ class DeviceSwap:
             known = entries[members[0]].contents
             codec = "" if known.codec in _NATIVE else known.codec
             layout = check_geometry(known.geometry, out.layout)
-            groups.setdefault((codec, layout, known.table_id, known.extended), []).extend(members)
+            groups.setdefault((codec, layout, known.tables, known.extended), []).extend(members)
         others = [(name, layout, members) for (name, layout, _, _), members in groups.items() if name]
         native = [(how, members) for how, members in groups.items() if not how[0]]
         bad: list[int] = []
@@ -812,8 +803,8 @@ class DeviceSwap:
                         self._load_by_host(name, layout, entries, [i], out, after)
                     except CorruptRecordError:
                         bad.append(i)
-        for number, ((_, layout, named, extended), members) in enumerate(native):
-            view = self._with_tables(out[out.block_ids[members]].with_groups(layout), named)
+        for number, ((_, layout, tables, extended), members) in enumerate(native):
+            view = _with_tables(out[out.block_ids[members]].with_groups(layout), tables)
             statuses = self._transport.into.run(
                 view,
                 partial(self._records, [entries[i] for i in members]),
@@ -865,6 +856,33 @@ class DeviceSwap:
             )
 
         self._transport.into.run(out, records, after, lambda stream: None)
+
+
+def _release(
+    device: int,
+    driver: Driver,
+    threads: Sequence[Worker | Reaper],
+    memory: list[CudaTransport | SmallStores | SmallLoads],
+    marks: list[int],
+) -> None:
+    """End the threads of a swap that has nothing under way, and free what it has on its GPU. Blocks the host."""
+    for thread in threads:
+        thread.close()
+    try:
+        with ExitStack() as each:
+            for owned in memory:
+                each.callback(owned.close)
+            while marks:
+                each.callback(driver.event_destroy, marks.pop())
+            driver.set_device(device)
+    except KvzipError as error:
+        _log.warning("GPU %d failed while its memory was given back: %s", device, str(error))
+    memory.clear()
+
+
+def _with_tables(view: BlockView, tables: NamedTables | None) -> BlockView:
+    """The view with the bounds that records of these tables were encoded with."""
+    return view if tables is None else view.with_bounds(tables.bounds)
 
 
 def _header_maker(

@@ -24,7 +24,7 @@ from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import extended_by
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
-from kvzip.bounds import BoundPolicy, PageBounds, resolve, table_id
+from kvzip.bounds import BoundPolicy, NamedTables, named_tables, resolve
 from kvzip.coding import EncodedRecord, Part, check_device, check_geometry, encode_records, max_record_bytes
 from kvzip.controller import CHOICES, RAW, SKIP, Choice, Controller, Decision, Profile, make_controller
 from kvzip.errors import (
@@ -194,7 +194,6 @@ class SwapEngine:
         self._closing = False
         self._close_lock = threading.Lock()  # who closes second returns when the first has
         self._devices: dict[str, DeviceSwap | TorchSwap] = {}
-        self._tables: dict[int, PageBounds] = {}  # what records were coded with, by the name of its channel tables
         self._codecs: dict[str, Codec] = {}  # what records were made with here: a codec object need not be registered
         self._last_pool_stats: PoolStats | None = None  # of a pool that was closed with the engine
         watch(self)
@@ -386,11 +385,8 @@ class SwapEngine:
         if known is not None:
             return known[2]
         bounds = resolve(settings.bound, layout, sink)
-        named = table_id(bounds, len(layout.segments))
         request = EncodeRequest(bounds, settings.mode, self._threads, settings.reason)
         with self._lock:
-            if named != 0:
-                self._tables[named] = bounds
             if len(self._requests) >= _MOST_REQUESTS:
                 self._requests.clear()
             self._requests[key] = (settings.bound, layout, request)
@@ -409,7 +405,7 @@ class SwapEngine:
             self._index.can_hold(worst, keys) and not any(key in self._index for key in keys)
         )
         fresh: dict[bytes, Entry] = {}
-        pending: list[tuple[bytes, EncodedRecord, tuple[int, int]]] = []
+        pending: list[tuple[bytes, EncodedRecord, tuple[NamedTables | None, int]]] = []
         pending_bytes = record_bytes = 0
         fallbacks: Counter[str] = Counter()
         max_error = 0.0
@@ -420,7 +416,7 @@ class SwapEngine:
                 batch = encode_records(chunk, codec, part.request, measure_error=measure_error)
                 fallbacks.update(batch.fallbacks)
                 extended = extended_by(part.request) if codec.name == "cuszp" else 0
-                tables = table_id(part.request.bound, len(layout.segments)), int(extended)
+                tables = named_tables(part.request.bound, len(layout.segments)), int(extended)
                 for key, record in zip(part.keys[first:last], batch.records, strict=True):
                     max_error = max(max_error, record.max_error or 0.0)
                     violations += record.violations or 0
@@ -455,7 +451,7 @@ class SwapEngine:
 
     def _keep(
         self,
-        records: Sequence[tuple[bytes, EncodedRecord, tuple[int, int]]],
+        records: Sequence[tuple[bytes, EncodedRecord, tuple[NamedTables | None, int]]],
         fresh: dict[bytes, Entry],
         layout: BlockLayout,
         keys: Sequence[bytes],
@@ -561,11 +557,11 @@ class SwapEngine:
             payloads.append(payload)
             alike.setdefault(id(entry.contents), []).append(i)
         tables = [np.frombuffer(entry.table, ENTRY_DTYPE) for entry in entries]
-        groups: dict[tuple[str, BlockLayout, int], list[int]] = {}
+        groups: dict[tuple[str, BlockLayout, NamedTables | None], list[int]] = {}
         for members in alike.values():
             known = entries[members[0]].contents
             layout = check_geometry(known.geometry, out.layout)
-            groups.setdefault((known.codec, layout, known.table_id), []).extend(members)
+            groups.setdefault((known.codec, layout, known.tables), []).extend(members)
         codecs = {name: self._codec_for(name, out.device) for name, _, _ in groups}
         for codec in codecs.values():
             check_device(codec, out)
@@ -573,10 +569,10 @@ class SwapEngine:
         if len(groups) > 1:
             for (name, layout, _), members in groups.items():
                 codecs[name].validate_blocks(layout, [payloads[i] for i in members], [tables[i] for i in members])
-        for (name, layout, named), members in groups.items():
+        for (name, layout, tables_of), members in groups.items():
             view = out[out.block_ids[members]].with_groups(layout)
-            if named != 0:
-                view = view.with_bounds(self.bounds_of(named))
+            if tables_of is not None:
+                view = view.with_bounds(tables_of.bounds)
             codecs[name].decode_blocks(
                 view, [payloads[i] for i in members], [tables[i] for i in members], threads=self._threads
             )
@@ -646,10 +642,6 @@ class SwapEngine:
                 totals["violations"] += result.violations
             self._seconds[operation] += result.seconds
             self._meter.finished(operation, result.raw_bytes, result.record_bytes, result.seconds)
-
-    def bounds_of(self, table_id: int) -> PageBounds:
-        """See `kvzip.device.HostPaths`; for the engine's own use."""
-        return self._tables[table_id]
 
     def count_fallback(self, reason: str, pages: int) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from kvzip.bounds import NamedTables
 from kvzip.errors import BlockNotFoundError, ConfigError, PoolExhaustedError
 from kvzip.policy import EvictionPolicy
 from kvzip.pool import Allocation, HostPool, Room
@@ -46,7 +47,7 @@ class Contents:
         codec: name of the codec.
         geometry: shapes of the pages.
         header_bytes: bytes before the payload.
-        table_id: name of the channel tables that it was encoded with; 0 = none.
+        tables: channel tables that it was encoded with; they live as long as the record, which cannot be read without.
         extended: what its pages may have that kernels of their own decode (`kvzip.backends.cuszp.Extended`).
     """
 
@@ -54,12 +55,12 @@ class Contents:
     codec: str
     geometry: tuple[Geometry, ...]
     header_bytes: int
-    table_id: int = 0
+    tables: NamedTables | None = None
     extended: int = 0
 
 
 @lru_cache(maxsize=256)
-def contents_of(layout: BlockLayout, codec: str, tables: int = 0, extended: int = 0) -> Contents:
+def contents_of(layout: BlockLayout, codec: str, tables: NamedTables | None = None, extended: int = 0) -> Contents:
     """What records of this layout hold; the same object for the same arguments."""
     return Contents(layout.nbytes, codec, geometry_of(layout), header_nbytes(layout), tables, extended)
 

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
+from kvzip._process import when_dropped
 from kvzip.backends.base import Codec
 from kvzip.backends.portable import PortableCodec
 from kvzip.coding import Part, check_geometry
@@ -74,6 +75,7 @@ class TorchSwap:
         self._lanes = (lanes(device), lanes(device))
         self._out = Worker(f"kvzip-out-{device}")
         self._into = Worker(f"kvzip-in-{device}")
+        self._dropped = when_dropped(self, partial(_close, self._out, self._into))
 
     @property
     def coded_blocks(self) -> dict[str, int]:
@@ -131,8 +133,8 @@ class TorchSwap:
 
     def close(self) -> None:
         """Let everything that was queued end. Blocks the host."""
-        self._out.close()
-        self._into.close()
+        self._dropped.detach()
+        _close(self._out, self._into)
 
     lost = None  # torch does not say it: see `kvzip.device.DeviceSwap`
 
@@ -144,6 +146,7 @@ class TorchSwap:
 
     def abandon(self, error: KvzipError) -> None:
         """See `kvzip.device.DeviceSwap`."""
+        self._dropped.detach()
         self._out.abandon(error)
         self._into.abandon(error)
 
@@ -172,3 +175,8 @@ class TorchSwap:
 
     def _load_some(self, entries: Sequence[Entry], members: Sequence[int], out: BlockView) -> None:
         self._host.load_blocks([entries[i] for i in members], out[out.block_ids[list(members)]])
+
+
+def _close(*workers: Worker) -> None:
+    for worker in workers:
+        worker.close()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -408,3 +409,28 @@ def test_single_tensors_are_coded_on_the_gpu(
     out = torch.full(shape, 7, dtype=torch.bfloat16, device="cuda")
     kvzip.decode(expected, out=out, bound=bound)
     assert torch.equal(out.cpu().view(torch.int16), values.view(torch.int16))
+
+
+def test_an_engine_that_is_dropped_gives_its_memory_back(staging: Staging, pool: HostPool) -> None:
+    layers = pages()
+    view = BlockView(layers, "2NHD")
+    names = [b"dropped-%d" % i for i in range(BLOCKS)]
+
+    def use() -> int:
+        engine = SwapEngine(pool, staging=staging)
+        engine.store(names, view).wait(60)
+        engine.load(names, view).wait(60)
+        engine.discard(names)
+        torch.cuda.synchronize()
+        return int(torch.cuda.mem_get_info()[0])
+
+    used = use()
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        gc.collect()
+    deadline = time.monotonic() + 20
+    while torch.cuda.mem_get_info()[0] <= used and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert torch.cuda.mem_get_info()[0] > used
+    while any(t.name.startswith("kvzip-") for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("kvzip-")]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,29 @@ def test_records_of_several_tables_load_in_one_call() -> None:
     for block, (seed, record) in enumerate(zip((0, 0, 1, 1), records, strict=True)):
         alone = kvzip.decode(record, bound=table(seed).policy())
         np.testing.assert_array_equal(np.stack([p[block] for p in out]), np.stack(alone))
+
+
+def test_channel_tables_live_as_long_as_their_records() -> None:
+    """An engine that is given new tables again and again keeps those that records need, and a bounded number more."""
+    pages = cache(1)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, ChannelBounds) for one in gc.get_objects())
+
+    with SwapEngine(1 << 20, bound=table(0).policy()) as engine:
+        engine.store([b"kept"], view(pages))
+        first = [page.copy() for page in pages]
+        engine.load([b"kept"], view(first))
+        before = alive()
+        for seed in range(1, 700):
+            engine.configure(bound=table(seed).policy())
+            engine.store([b"replaced"], view(pages))
+        assert alive() - before <= 350 * LAYERS
+        out = [np.zeros_like(page) for page in pages]
+        engine.load([b"kept"], view(out))
+        for one, expected in zip(out, first, strict=True):
+            np.testing.assert_array_equal(one, expected)
 
 
 @pytest.mark.parametrize("marks", [[True], [1, 0, 0, 0], [[True] * 4], "abcd"])

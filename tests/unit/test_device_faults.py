@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import subprocess
 import sys
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +31,15 @@ from kvzip import (
     ErrorBound,
     KvzipError,
     PoolExhaustedError,
+    Transfer,
     TransferError,
 )
 from kvzip.errors import NativeError
 from kvzip.policy import LRU
 from kvzip.small import Ticket
+from kvzip.transfer import TransferResult
 from kvzip.transport import Staging
+from kvzip.worker import Job
 
 WAYS = pytest.mark.parametrize("small", [False, True], ids=["worker", "small"])
 FATAL = ("cudaErrorIllegalAddress", 700)
@@ -301,6 +307,96 @@ def test_damaged_records_that_the_host_decodes() -> None:
     assert rig.engine.stats().corrupt_blocks == 3
     del caught
     rig.close()
+
+
+# ---- dropped
+
+
+def released(rig: Rig) -> bool:
+    """Whether the GPU's memory and the threads are given back, within a while."""
+    names, deadline = ("kvzip-out-0", "kvzip-in-0", "kvzip-small-0"), time.monotonic() + 10
+    while time.monotonic() < deadline:
+        threads = [t.name for t in threading.enumerate() if t.name in names]
+        if not (rig.driver.memory or rig.driver.events or rig.driver.streams or threads):
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def drop(rig: Rig) -> None:
+    del rig.engine, rig.swap
+    gc.collect()
+
+
+@WAYS
+def test_an_engine_that_is_dropped_gives_back_threads_and_memory(small: bool) -> None:
+    rig = exact_rig(small)
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    assert rig.driver.memory
+    with pytest.warns(ResourceWarning, match="an engine that used a GPU was not closed"):
+        drop(rig)
+    assert released(rig)
+    assert rig.pool.stats().allocations > 0  # the pool is its owner's
+    rig.pool.close()
+
+
+@WAYS
+@pytest.mark.parametrize("held", [False, True], ids=["let go", "kept"])
+def test_a_transfer_under_way_keeps_its_engine(small: bool, held: bool) -> None:
+    rig = exact_rig(small)
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.engine.load(rig.keys, rig.view).wait(10)
+    rig.driver.hold.clear()
+    loading = rig.engine.load(rig.keys[:4], rig.view[range(4)])
+    storing = rig.engine.store([b"more", b"and more"], rig.view[[4, 5]])
+    alive, free = weakref.ref(rig.engine), rig.pool.free_bytes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        drop(rig)
+        assert alive() is not None
+    if not held:
+        del loading, storing
+    rig.driver.hold.set()
+    if held:
+        assert loading.result(10).blocks == 4
+        assert storing.result(10).blocks == 2
+        assert rig.pool.free_bytes < free or small  # a small store takes its room at once
+        del loading, storing
+
+    def collect() -> None:
+        deadline = time.monotonic() + 10
+        while alive() is not None and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.002)
+
+    with pytest.warns(ResourceWarning):
+        collect()
+    assert alive() is None
+    assert released(rig)
+    rig.pool.close()
+
+
+def test_an_engine_may_be_collected_in_its_own_thread() -> None:
+    rig = exact_rig(False)
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    worker, alive, collected = rig.swap._out, weakref.ref(rig.engine), Transfer()
+
+    def collect() -> TransferResult:
+        gc.collect()
+        return TransferResult(0, 0, 0, 0.0)
+
+    gc.disable()
+    try:
+        del rig.engine, rig.swap
+        worker.submit(Job(collect, lambda: None, collected, "store"))
+        with pytest.warns(ResourceWarning):
+            collected.result(10)
+    finally:
+        gc.enable()
+    assert alive() is None
+    assert released(rig)
+    rig.pool.close()
 
 
 # ---- cancelled, closed

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -48,21 +49,17 @@ def test_every_eviction_counts_once(small: bool, steps: list[Step], capacity: in
     def end() -> None:
         nonlocal stored, reported
         for count, transfer in waiting:
-            try:
+            with contextlib.suppress(KvzipError, ZeroDivisionError):
                 reported += transfer.result(10).evicted
                 stored += count
-            except (KvzipError, ZeroDivisionError):
-                pass
         waiting.clear()
 
     for count, waits, fault in [*steps, (1, True, None)]:
         if fault is not None:
             rig.driver.fail[fault[0]] = FAULTS[fault[0]][fault[1]]()
         keys = [b"%d" % next(numbers) for _ in range(count)]
-        try:
+        with contextlib.suppress(KvzipError, ZeroDivisionError):
             waiting.append((count, rig.engine.store(keys, rig.view[range(count)])))
-        except (KvzipError, ZeroDivisionError):
-            pass
         if waits:
             end()
             rig.driver.fail.clear()

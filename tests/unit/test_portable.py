@@ -9,6 +9,7 @@ tests/gpu/test_gpu_portable.py has both on a GPU.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -266,6 +267,25 @@ def test_a_codec_that_fails_is_replaced_by_raw(monkeypatch: pytest.MonkeyPatch, 
     out = [torch.zeros_like(t) for t in rig.layers]
     rig.engine.load(KEYS, rig.on_gpu(out)).wait(10)
     rig.check(out, list(range(BLOCKS)))
+
+
+def test_an_engine_that_is_dropped_ends_its_threads() -> None:
+    rig = Rig(bound=ErrorBound.lossless())
+    rig.engine.store(KEYS, rig.view).wait(10)
+    rig.engine.load(KEYS, rig.view).wait(10)
+    threads = [rig.swap._out._thread, rig.swap._into._thread]
+
+    def drop() -> None:
+        del rig.engine, rig.swap
+        gc.collect()
+
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        drop()
+    for thread in threads:
+        assert thread is not None
+        thread.join(10)
+        assert not thread.is_alive()
+    rig.pool.close()
 
 
 def test_errors_reach_the_transfer(monkeypatch: pytest.MonkeyPatch, rig: Rig) -> None:
