@@ -9,27 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 from kvzip.backends.registry import get_codec
-from kvzip.bounds import BoundPolicy
+from kvzip.bounds import BoundPolicy, differs_within_pages
 from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError
-from kvzip.types import BoundKind, ErrorBound
-
-#: Kinds of bound that differ within a page.
-WITHIN_PAGES = frozenset({BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE})
+from kvzip.types import ErrorBound
 
 
 class Coding:
     """What the settings of every adapter have: the fields that these need, and what follows from them."""
 
     codec: str
-    bound: ErrorBound | BoundPolicy
+    bound: ErrorBound | BoundPolicy | None
     layer_bounds: Mapping[int, tuple[ErrorBound, ErrorBound]]
     mode: str | None
 
     @property
     def bounds(self) -> ErrorBound | BoundPolicy:
-        """`bound`, with the pairs (K, V) of `layer_bounds` in its place for these layers."""
-        return self.with_layers(self.bound)
+        """`bound`, or the default; with the pairs (K, V) of `layer_bounds` in its place for these layers."""
+        return self.with_layers(self.default_bound if self.bound is None else self.bound)
+
+    @property
+    def default_bound(self) -> ErrorBound | BoundPolicy:
+        """What holds without `bound`."""
+        return get_codec(self.codec).default_bound()
 
     def with_layers(self, bound: ErrorBound | BoundPolicy) -> ErrorBound | BoundPolicy:
         """Some bound, with the pairs (K, V) of `layer_bounds` in its place for these layers."""
@@ -39,23 +41,21 @@ class Coding:
         return replace(policy, layers={**policy.layers, **self.layer_bounds})
 
     @property
+    def steps(self) -> tuple[ErrorBound | BoundPolicy, ...]:
+        """`bounds`, and what takes their place later, if anything does."""
+        return (self.bounds,)
+
+    @property
     def within_pages(self) -> bool:
         """Whether there are bounds that differ within a page."""
-        return differs_within_pages(self.bounds)
+        return any(map(differs_within_pages, self.steps))
 
     @property
     def coding_mode(self) -> str:
-        """`mode`; without one the codec's first, or ``rice``, the smallest, where bounds differ within a page."""
+        """`mode`; without one that of the codec for the bounds, of which those that differ within pages come first."""
         if self.mode is not None:
             return self.mode
-        modes = get_codec(self.codec).modes
-        return "rice" if "rice" in modes and self.within_pages else modes[0]
-
-
-def differs_within_pages(bound: ErrorBound | BoundPolicy) -> bool:
-    """Whether it has parts that differ within a page."""
-    kinds = bound.kinds if isinstance(bound, BoundPolicy) else {bound.kind}
-    return bool(kinds & WITHIN_PAGES)
+        return get_codec(self.codec).default_mode(max(self.steps, key=differs_within_pages))
 
 
 def parse_bound(value: Any) -> ErrorBound | BoundPolicy:

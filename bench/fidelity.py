@@ -52,14 +52,15 @@ def packaged_model() -> str:
 def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[schemes.Scheme]:
     """Peers, then kvzip's: lossless, relative to the page, the default, by token, calibrated, weighed by gradients."""
     own = schemes.engine_scheme
-    near = BoundPolicy.uncalibrated()
+    coarser = BoundPolicy(ErrorBound.relative(1e-3), ErrorBound.token_rms(0.15))
     return [
         *schemes.peers(),
         own("lossless", ErrorBound.lossless()),
         own("lossless rice", ErrorBound.lossless(), mode="rice"),
         *(own(f"relative {e:g}", ErrorBound.relative(e), protect=False) for e in (1e-3, 3e-3, 1e-2)),
         *(own(f"default {mode}", mode=mode) for mode in MODES),
-        *(own(f"K relative 0.001, V rms 0.15 {mode}", near, mode=mode) for mode in MODES),
+        *(own(f"relative 0.001, sink exact {mode}", ErrorBound.relative(1e-3), mode=mode) for mode in MODES),
+        *(own(f"K relative 0.001, V rms 0.15 {mode}", coarser, mode=mode) for mode in MODES),
         *(schemes.calibrated(table, t, r, mode) for t, r in SWEEP for mode in MODES),
         *(schemes.calibrated(weighed, t, r, mode, name="weighed") for t, r in WEIGHED for mode in MODES),
         own("calibrated t=0.4 r=0.17 fixed, sink not protected", table.policy(0.4, 0.17), mode="fixed", protect=False),

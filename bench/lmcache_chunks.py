@@ -94,10 +94,13 @@ def main() -> None:
         "rel:1e-3": {"bound": "rel:1e-3"},
         "rel:1e-3, rice": {"bound": "rel:1e-3", "mode": "rice"},
         "rel:1e-2": {"bound": "rel:1e-2"},
-        "k=rel:1e-3,v=rms:0.15": {"bound": "k=rel:1e-3,v=rms:0.15", "head_dim": dim},
+        "default": {"head_dim": dim},
+        "default, fixed": {"head_dim": dim, "mode": "fixed"},
+        "default without head_dim": {},
+        "k=1e-3,v=rms:0.15": {"bound": "k=1e-3,v=rms:0.15", "head_dim": dim},
     }
     if args.moments:
-        settings["table, 0.4"] = {"bound": f"table:{args.moments}:0.4", "head_dim": dim}
+        settings["table, 0.4"] = {"bound": f"table:{args.moments}", "head_dim": dim}
     rows = {"LMCache's fp8": measure(Fp8QuantizationSerializer(), Fp8QuantizationDeserializer(), objects)}
     for name, options in settings.items():
         read = SerdeSettings.read(options)

@@ -61,6 +61,7 @@ COLOURS = {
     "quantised quanto 4 bits": "#1b7837",
     "quantised hqq 4 bits": "#7fbf7b",
     "kvzip lossless": "#fdae61",
+    "kvzip default": "#7f0000",
     "kvzip rel:1e-3": "#ef6548",
     "kvzip rel:1e-2": "#b2182b",
 }
@@ -68,10 +69,10 @@ COLOURS = {
 
 def caches(config: Any, pool: HostPool, block_tokens: int, threads: int) -> dict[str, Callable[[], Any]]:
     """What makes each cache."""
-    bounds = (ErrorBound.lossless(), ErrorBound.relative(1e-3), ErrorBound.relative(1e-2))
-    names = ("kvzip lossless", "kvzip rel:1e-3", "kvzip rel:1e-2")
+    bounds = (ErrorBound.lossless(), None, ErrorBound.relative(1e-3), ErrorBound.relative(1e-2))
+    names = ("kvzip lossless", "kvzip default", "kvzip rel:1e-3", "kvzip rel:1e-2")
 
-    def own(bound: ErrorBound) -> CompressedCache:
+    def own(bound: ErrorBound | None) -> CompressedCache:
         return CompressedCache(config, pool, bound=bound, block_tokens=block_tokens, threads=threads)
 
     return {

@@ -43,19 +43,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvzip import ErrorBound
+from kvzip import BoundPolicy, ErrorBound
 from kvzip.benchmark import GIB, Results, Row, gpu_name, host_environment, link_environment
+from kvzip.coding import compare_pages
 from kvzip.demo import read_input
+from kvzip.types import DType
 
 PART = "vllm_sessions"
 BUDGETS = {"half": 0.5, "fits": 1.25}  # of the raw bytes of the long sessions
 CHANGES: dict[str, Row] = {
     "kvzip": {},
-    "kvzip-3e-3": {"bound": "rel:3e-3"},
+    "kvzip-1e-3": {"bound": "rel:1e-3"},
     "kvzip-raw": {"codec": "raw", "bound": "lossless"},
     "kvzip-lossless": {"bound": "lossless"},
 }
-TIERS = {"native": ["native"], "kvzip": ["kvzip-3e-3", "kvzip", "kvzip-raw", "kvzip-lossless"]}
+TIERS = {"native": ["native"], "kvzip": ["kvzip-1e-3", "kvzip", "kvzip-raw", "kvzip-lossless"]}
 ENGINES = ("kvzip-half", "native-half", "native-fits", "kvzip-fits")
 
 GEOMETRIES: dict[str, Row] = {
@@ -194,23 +196,25 @@ class RealPages:
         for cache, tile in zip(self.caches, self.tiles, strict=True):
             cache[ids] = tile[which]
 
-    def check(self, block_ids: Sequence[int], bound: ErrorBound) -> Row:
+    def check(self, block_ids: Sequence[int], bound: ErrorBound | BoundPolicy) -> Row:
         """Compare blocks that were loaded with what was stored.
 
         Returns:
             ``{"verified_pages", "max_error_over_bound"}``; the latter is 0 where every bit is right.
         """
+        import torch
+
+        bounds = (bound.key, bound.value) if isinstance(bound, BoundPolicy) else (bound, bound)
         worst, pages = 0.0, 0
         for block in block_ids:
             found = self.caches[0][block].float()
             which = int((self.tiles[0].float() - found).abs().amax(dim=(1, 2, 3)).argmin())
             for cache, tile in zip(self.caches, self.tiles, strict=True):
-                for before, after in zip(
-                    tile[which].float().chunk(2, dim=-1), cache[block].float().chunk(2, dim=-1), strict=True
-                ):
-                    error = float((before - after).abs().max())
-                    limit = bound.value * float(before.max() - before.min()) if bound.value else 0.0
-                    worst = max(worst, error / limit if limit else (float("inf") if error else 0.0))
+                # [heads, tokens, K and V of head_dim values], as pages of [tokens, heads, head_dim]
+                halves = (t.transpose(0, 1).contiguous().view(torch.int16).cpu() for t in (tile[which], cache[block]))
+                bits = (np.split(half.numpy().view(np.uint16), 2, axis=-1) for half in halves)
+                for before, after, one in zip(*bits, bounds, strict=True):
+                    worst = max(worst, compare_pages(before, after, DType.BFLOAT16, one).over_bound)
                     pages += 1
         return {"verified_pages": pages, "max_error_over_bound": worst}
 
@@ -424,14 +428,16 @@ def _on_cpu() -> bool:
 # ---- one engine
 
 
-def measure(name: str, plan: Plan, results: Results, data: npt.NDArray[Any], folder: Path) -> None:
-    """Run all loads of one engine."""
+def measure(
+    name: str, plan: Plan, results: Results, data: npt.NDArray[Any], folder: Path, tiers: Sequence[str]
+) -> None:
+    """Run all loads of one engine, of kvzip's tiers those that are asked for."""
     kind, budget = name.split("-")
     budget_bytes = int(BUDGETS[budget] * plan.long_bytes)
     engine = Engine(plan, kind, budget_bytes, folder, data)
     results.note(PART, f"{name}: started in {engine.start_seconds:.1f} s, {engine.gpu_tokens} tokens on the GPU")
     default = None if kind == "native" else engine.worker.settings
-    for tier in TIERS[kind]:
+    for tier in [tier for tier in TIERS[kind] if tier == "native" or tier in tiers]:
         bound: Any = ErrorBound.lossless()
         if default is not None:
             changes = {"codec": default.codec, "bound": default.bound, **CHANGES[tier]}
@@ -446,7 +452,7 @@ def measure(name: str, plan: Plan, results: Results, data: npt.NDArray[Any], fol
                 after = _stored(engine)
                 row["ratio"] = (after[0] - before[0]) / (after[1] - before[1]) if after[1] > before[1] else 1.0
                 # On the CPU the halves of a block in memory are not those of its shape.
-                comparable = isinstance(bound, ErrorBound) and (not bound.value or results.gpu != "cpu")
+                comparable = bound == ErrorBound.lossless() or results.gpu != "cpu"
                 if row["load"] == "round robin" and row["cached_fraction"] > 0.5 and comparable:
                     loaded = engine.loaded_blocks[:-1]  # the last token of a prompt is always computed
                     row |= engine.pages.check(loaded[:: max(1, len(loaded) // 16)], bound)
@@ -502,6 +508,7 @@ def main() -> int:
     parser.add_argument("--plan", choices=sorted(PLANS), default="full")
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")
+    parser.add_argument("--tiers", nargs="*", choices=sorted(CHANGES), default=sorted(CHANGES), help="of kvzip's")
     parser.add_argument("--limit-seconds", type=float, default=3600.0, help="start no engine after so long")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -516,6 +523,7 @@ def main() -> int:
                 continue
             command = [sys.executable, __file__, "--engine", engine, "--out", str(options.out), "--plan", options.plan]
             command += ["--data", str(options.data)] if options.data else []
+            command += ["--tiers", *options.tiers]
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run(command, timeout=left, check=False)
         return 0
@@ -525,7 +533,7 @@ def main() -> int:
     if file.exists():  # of the engines before
         results.parts[PART] = json.loads(file.read_text())
     cache, _ = read_input(options.data)
-    measure(options.engine, plan, results, np.asarray(cache), options.out / "model")
+    measure(options.engine, plan, results, np.asarray(cache), options.out / "model", options.tiers)
     sys.stdout.flush()
     os._exit(0)  # requests of the open loop may be under way, and everything is written
 

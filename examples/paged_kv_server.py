@@ -19,11 +19,11 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from kvzip import BlockView, ErrorBound, HostPool, KvzipError, SwapEngine, Transfer
+from kvzip import BlockView, BoundPolicy, HostPool, KvzipError, SwapEngine, Transfer
 from kvzip.memory import PageableMemory, PinnedMemory
 
 BLOCK = 16  # tokens of a block
-BOUND = 1e-3  # of the range of each page
+BOUNDS = BoundPolicy.uncalibrated()  # the default; after a calibration, those of the model's table
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Server:
         # All that kvzip needs to know of the cache: its tensors, and the order of the axes behind the block axis.
         self.blocks = BlockView(self.cache, "2NHD")
         self.pool = HostPool(pool_bytes, resource=PinnedMemory() if self.stream else PageableMemory())
-        self.engine = SwapEngine(self.pool, bound=ErrorBound.relative(BOUND))
+        self.engine = SwapEngine(self.pool, bound=BOUNDS)
         self.counts = {"blocks_out": 0, "blocks_in": 0, "computed_again": 0}
 
     def named(self, conversation: Conversation, blocks: range) -> tuple[list[bytes], BlockView]:
@@ -153,10 +153,13 @@ class Server:
             before = self.values(conversation, at, min(at + BLOCK, conversation.tokens)).double()
             block = conversation.table[at // BLOCK]
             after = torch.stack([pages[block, :, : before.shape[2]] for pages in self.cache]).double()
-            error = (after - before).abs().amax((2, 3, 4))  # of K and of V of each layer
-            limit = BOUND * (before.amax((2, 3, 4)) - before.amin((2, 3, 4)))
-            assert bool((error <= limit).all()), f"block {at // BLOCK} of conversation {conversation.number} is wrong"
-            worst = max(worst, float((error / limit).max()))
+            error, (keys, values) = (after - before).abs(), before.unbind(1)
+            page_range = keys.amax((1, 2, 3), keepdim=True) - keys.amin((1, 2, 3), keepdim=True)
+            token_rms = values.square().mean(-1, keepdim=True).sqrt()
+            for kv, limit in enumerate((BOUNDS.key.value * page_range, BOUNDS.value.value * token_rms)):
+                right = error[:, kv] <= limit
+                assert bool(right.all()), f"block {at // BLOCK} of conversation {conversation.number} is wrong"
+                worst = max(worst, float((error[:, kv] / limit).nan_to_num().max()))
         return worst
 
 

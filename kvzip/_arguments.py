@@ -14,6 +14,8 @@ from kvzip.calibration import parse_bounds
 from kvzip.errors import KvzipError
 from kvzip.types import ErrorBound
 
+_MODE = "default: rice where bounds differ within pages, else fixed"
+
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -33,11 +35,10 @@ def _demo(commands: _Commands) -> None:
     parser.add_argument(
         "--bound",
         type=_bound,
-        default="1e-3",
-        help="1e-3 (relative to each page's range), abs:1e-2, rms:0.17 (of each token), lossless, table:FILE:0.4 "
-        "(calibration table), or by kind of page: k=BOUND,v=BOUND,sink=BOUND; default 1e-3",
+        help="1e-3 (relative to each page's range), abs:1e-2, rms:0.17 (of each token), lossless, table:FILE "
+        f"(calibration table), or by kind of page: k=BOUND,v=BOUND,sink=BOUND; default {BoundPolicy.uncalibrated()}",
     )
-    parser.add_argument("--mode", help="encoding mode: fixed, plain, outlier or rice; default: the codec's first")
+    parser.add_argument("--mode", help=f"encoding mode: fixed, plain, outlier or rice; {_MODE}")
     parser.add_argument(
         "--budget", type=size, metavar="BYTES", help="bytes of the host pool, such as 64MiB; default: all fits"
     )
@@ -51,7 +52,7 @@ def _bench(commands: _Commands) -> None:
         type=_bound,
         action="append",
         metavar="BOUND",
-        help="as for demo; may be given several times; default 1e-3, 1e-2 and lossless",
+        help="as for demo; may be given several times; default: that of demo, 1e-3, 1e-2 and lossless",
     )
     parser.add_argument(
         "--mib", type=int, metavar="N", help="raw MiB of the largest transfer; default 16 on the host, 256 on a GPU"
@@ -82,8 +83,8 @@ def _plan(commands: _Commands) -> None:
     parser.add_argument(
         "--link-gb-per-s", type=float, metavar="N", help="1e9 bytes a second of one large copy; default: a measured one"
     )
-    parser.add_argument("--bound", type=_bound, default="1e-3", help="as for demo; default 1e-3")
-    parser.add_argument("--mode", help="encoding mode; default: the codec's first")
+    parser.add_argument("--bound", type=_bound, help="as for demo")
+    parser.add_argument("--mode", help=f"encoding mode; {_MODE}")
     parser.add_argument(
         "--ratio", type=float, metavar="R", help="raw bytes over encoded bytes; default: measured on --input"
     )
@@ -131,9 +132,9 @@ def _verify(commands: _Commands) -> None:
         type=_named_bound,
         action="append",
         default=[],
-        help="error bounds as for demo, such as table:FILE:0.4; may be repeated; default: the engine's",
+        help="error bounds as for demo, such as table:FILE; may be repeated; default: that of demo",
     )
-    parser.add_argument("--mode", help="encoding mode; default: the codec's first")
+    parser.add_argument("--mode", help=f"encoding mode; {_MODE}")
     parser.add_argument("--block-tokens", type=int, default=16, metavar="N", help="tokens of one block; default 16")
     parser.add_argument(
         "--prefix", type=int, default=1536, metavar="N", help="tokens whose cache is swapped; default 1536"

@@ -30,6 +30,7 @@ from kvzip import _native
 from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import get_codec
+from kvzip.bounds import BoundPolicy, resolve
 from kvzip.coding import compare_blocks, max_record_bytes, on_host
 from kvzip.demo import choose_device, paged, read_input
 from kvzip.engine import SwapEngine
@@ -308,7 +309,7 @@ def link_environment() -> Row:
 def run(
     path: Path | None = None,
     *,
-    bounds: Sequence[ErrorBound],
+    bounds: Sequence[ErrorBound | BoundPolicy | None],
     codec: str = "cuszp",
     device: str = "auto",
     mib: int | None = None,
@@ -321,7 +322,7 @@ def run(
 
     Args:
         path: see `kvzip.demo.read_input`; None takes the sample that ships with kvzip, with each head five times.
-        bounds: error bounds, each measured by itself.
+        bounds: error bounds, each measured by itself in its default mode; None is the default of the codec.
         codec: name of the codec.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``, which takes the GPU when there is one that can be used.
         mib: raw MiB of the largest transfer; the cache is repeated until there is twice as much. None = 16 on the host,
@@ -361,6 +362,7 @@ def run(
     codec_rows: list[Row] = []
     resource = PageableMemory() if device == "cpu" else PinnedMemory()
     coder = get_codec(codec)
+    chosen = [coder.default_bound() if bound is None else bound for bound in bounds]
     with ExitStack() as stack:
         capacity = (len(source) + 1) * (max_record_bytes(coder, layout) + 4096)
         pool = stack.enter_context(HostPool(capacity, resource=resource))
@@ -369,7 +371,7 @@ def run(
             for blocks in sizes:
                 rows += _measure_link(link, blocks, layout, case)
                 progress("link", next(done), total)
-        for bound in bounds:
+        for bound in chosen:
             way = EngineWay(
                 _name(bound), SwapEngine(pool, codec=codec, bound=bound, threads=threads), lambda: (source, target)
             )
@@ -395,7 +397,7 @@ def run(
             "block_bytes": layout.nbytes,
             "pages_of_a_block": len(layout.segments),
             "codec": codec,
-            "bounds": [str(b) for b in bounds],
+            "bounds": [str(b) for b in chosen],
             "threads": threads,
             "quick": quick,
         },
@@ -417,7 +419,9 @@ class _Case:
         return repeat(call, slots, repetitions=self.repetitions, limit_seconds=self.limit_seconds, prepare=prepare)
 
 
-def _name(bound: ErrorBound) -> str:
+def _name(bound: ErrorBound | BoundPolicy) -> str:
+    if isinstance(bound, BoundPolicy) or bound.kind not in (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE):
+        return f"kvzip-{bound}"
     number = np.format_float_scientific(bound.value, trim="-", exp_digits=1)
     kind = {BoundKind.LOSSLESS: "lossless", BoundKind.ABSOLUTE: f"abs:{number}", BoundKind.RELATIVE: number}
     return f"kvzip-{kind[bound.kind]}"
@@ -433,7 +437,7 @@ def _measure_link(link: LinkCopy, blocks: int, layout: BlockLayout, case: _Case)
 
 
 def _measure_engine(
-    way: EngineWay, blocks: int, source: BlockView, target: BlockView, bound: ErrorBound, case: _Case
+    way: EngineWay, blocks: int, source: BlockView, target: BlockView, bound: ErrorBound | BoundPolicy, case: _Case
 ) -> list[Row]:
     order: Ints = np.random.default_rng(1).permutation(len(source))
     chosen = [order[k : k + blocks] for k in range(0, len(order) - blocks + 1, blocks)]
@@ -458,13 +462,20 @@ def _measure_engine(
 
 
 def _measure_codec(
-    codec: Codec, source: BlockView, target: BlockView, bound: ErrorBound, threads: int, case: _Case
+    codec: Codec,
+    source: BlockView,
+    target: BlockView,
+    bound: ErrorBound | BoundPolicy,
+    threads: int,
+    case: _Case,
 ) -> list[Row]:
     """Encode and decode alone, on one thread and on as many as the engine uses."""
     out = np.zeros((len(source), codec.max_payload_bytes(source.layout)), np.uint8)
+    bounds = resolve(bound, source.layout)
+    target = target.with_bounds(bounds)
     rows: list[Row] = []
     for count in sorted({1, threads or usable_cores()}):
-        request = EncodeRequest(bound, codec.modes[0], count)
+        request = EncodeRequest(bounds, codec.default_mode(bound), count)
         tables, sizes = codec.encode_blocks(source, request, out)
         payloads = [out[i, : int(n)] for i, n in enumerate(sizes)]
         record_bytes = int(sizes.sum()) + len(source) * header_nbytes(source.layout)

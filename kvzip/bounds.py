@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -17,6 +17,9 @@ __all__ = ["BoundPolicy"]
 
 #: What a codec is given: one bound for all pages of a block, or one a page.
 PageBounds: TypeAlias = ErrorBound | tuple[ErrorBound, ...]
+
+#: Kinds of bound that differ within a page.
+WITHIN_PAGES = frozenset({BoundKind.TOKEN_RMS, BoundKind.CHANNEL_TABLE})
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,16 @@ class BoundPolicy:
 
     @classmethod
     def uncalibrated(cls) -> BoundPolicy:
-        """Bounds that need no calibration and are near exact: K 1e-3 of each page's range, V 0.15 of each token's rms.
+        """The default: near exact without a calibration. K 1e-3 of each page's range, V 0.1 of each token's rms.
 
-        The block that begins a sequence is exact; pages that are not known to be K or V are coded as K.
+        The block that begins a sequence is exact. So are pages that are not known to be K or V: one that held both
+        would have the range of its keys, and a part of that can be more than its values are.
         """
-        key = ErrorBound.relative(1e-3)
-        return cls(key, ErrorBound.token_rms(0.15), other=key)
+        return cls(ErrorBound.relative(1e-3), ErrorBound.token_rms(0.1))
+
+    def with_keys_bound(self) -> BoundPolicy:
+        """The same with the bound of K for V too: the finer one of `uncalibrated`, where tokens are not known."""
+        return replace(self, value=self.key)
 
     def __hash__(self) -> int:
         return self._hash
@@ -146,6 +153,12 @@ def resolve(bound: ErrorBound | BoundPolicy, layout: BlockLayout, sink: bool = F
         return bound
     bounds = bound.page_bounds(layout)
     return bounds[0] if len(set(bounds)) == 1 else bounds
+
+
+def differs_within_pages(bound: ErrorBound | BoundPolicy) -> bool:
+    """Whether it has parts that differ within a page."""
+    kinds = bound.kinds if isinstance(bound, BoundPolicy) else {bound.kind}
+    return bool(kinds & WITHIN_PAGES)
 
 
 def bound_of_page(bounds: PageBounds, page: int) -> ErrorBound:

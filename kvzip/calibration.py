@@ -29,6 +29,7 @@ __all__ = ["CalibrationTable", "parse_bounds"]
 
 _FORMAT = "kvzip calibration 1"
 _FORMAT_OF_SHAPES = "kvzip calibration 2"  # of layers that differ; what reads only 1 must not take their padding
+_T, _R = 0.4, 0.17  # the policy's defaults: about half of fp8's KL where it was measured
 _FLOOR = 0.01  # of the head's mean: a channel that queries never use in the text may be used in another one
 
 
@@ -131,7 +132,7 @@ class CalibrationTable:
                 bound[:heads, :dim] = t / np.sqrt(np.maximum(moments, floor))
         return bounds
 
-    def policy(self, t: float = 0.4, r: float = 0.17, *, sink: ErrorBound | None = None) -> BoundPolicy:
+    def policy(self, t: float = _T, r: float = _R, *, sink: ErrorBound | None = None) -> BoundPolicy:
         """Bounds for this model: K by channel, V by token, the block of position 0 exact.
 
         Args:
@@ -209,9 +210,10 @@ class CalibrationTable:
 def parse_bounds(text: str) -> ErrorBound | BoundPolicy:
     """Read the command line's form of error bounds.
 
-    Either one bound as `ErrorBound.parse` takes it; or ``table:FILE:T``, the policy of a calibration table; or parts
-    such as ``k=table:FILE:0.4,v=rms:0.17,sink=lossless,other=1e-3`` (``k`` and ``v`` are required, ``sink=none`` treats
-    the first block of a sequence as the others).
+    Either one bound as `ErrorBound.parse` takes it; or ``table:FILE``, the policy of a calibration table, with another
+    t than 0.4 behind it as ``table:FILE:0.6``; or parts such as
+    ``k=table:FILE,v=rms:0.17,sink=lossless,other=1e-3`` (``k`` and ``v`` are required, ``sink=none`` treats the first
+    block of a sequence as the others).
 
     Raises:
         ConfigError: the text has none of these forms.
@@ -241,11 +243,15 @@ def parse_bounds(text: str) -> ErrorBound | BoundPolicy:
 
 
 def _table(text: str) -> tuple[CalibrationTable, float]:
-    path, colon, number = text.removeprefix("table:").rpartition(":")
+    whole = text.removeprefix("table:")
+    path, _, number = whole.rpartition(":")
     try:
         t = float(number)
-    except ValueError:
-        t = math.nan
-    if not (colon and path and math.isfinite(t)):
-        raise ConfigError(f"bound {text!r}: use table:FILE:T, for instance table:calibration.npz:0.4")
+    except ValueError:  # no number: all of it is the file's name
+        path, t = whole, _T if Path(whole).is_file() else math.nan
+    if not (path and math.isfinite(t)):
+        raise ConfigError(
+            f"bound {text!r} names no calibration table: use table:FILE or table:FILE:T, such as "
+            "table:calibration.npz:0.4"
+        )
     return CalibrationTable.load(path), t

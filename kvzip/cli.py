@@ -93,7 +93,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     _check_files(arguments.out, arguments.plot)
     result = benchmark.run(
         arguments.input,
-        bounds=arguments.bound or [ErrorBound.parse(text) for text in ("1e-3", "1e-2", "lossless")],
+        bounds=arguments.bound or [None, *map(ErrorBound.parse, ("1e-3", "1e-2", "lossless"))],
         codec=arguments.codec,
         device=arguments.device,
         mib=arguments.mib,
@@ -136,14 +136,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     rates = Rates.measured()
     if arguments.link_gb_per_s is not None:
         rates = rates.with_link(arguments.link_gb_per_s)
-    mode = get_codec("cuszp").check_mode(arguments.mode or get_codec("cuszp").modes[0])
+    codec = get_codec("cuszp")
+    bound = codec.default_bound() if arguments.bound is None else arguments.bound
+    mode = codec.check_mode(arguments.mode or codec.default_mode(bound))
     ratio = arguments.ratio
     if ratio is None:
-        ratio = demo.measure_ratio(arguments.input, bound=arguments.bound, mode=mode)
+        ratio = demo.measure_ratio(arguments.input, bound=bound, mode=mode)
     plan = Plan(model, rates, arguments.budget, ratio, mode, arguments.prefill_tokens_per_s)
     result = {
         **plan.as_dict(arguments.tokens),
-        "bound": str(arguments.bound).removeprefix("rel:"),
+        "bound": str(bound).removeprefix("rel:"),
         "ratio_from": "given" if arguments.ratio is not None else str(arguments.input or "the sample of kvzip"),
     }
     if arguments.plot:

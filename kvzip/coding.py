@@ -356,7 +356,7 @@ def encode(
             ``dtype="bfloat16"``, or as ml_dtypes.
         bound: how far a decoded value may be from the given one; a policy by page.
         codec: name of a codec, or a codec.
-        mode: encoding mode; by default the codec's first (``"fixed"`` for cuszp).
+        mode: encoding mode; by default `Codec.default_mode` of the bound.
         layout: order of the axes of x, such as ``"NHD"`` or ``"2HND"`` (see `BlockLayout.from_tensors`), or a
             `BlockLayout` for ``x[None]``. Without it x is coded in memory order.
         dtype: element type, when x does not say it.
@@ -381,7 +381,7 @@ def encode(
         layout = BlockLayout.opaque([tensor], dtype=dtype)
     elif isinstance(layout, str):
         layout = BlockLayout.from_tensors([tensor], layout, dtype=dtype)
-    mode = chosen.modes[0] if mode is None else chosen.check_mode(mode)
+    mode = chosen.default_mode(bound) if mode is None else chosen.check_mode(mode)
     view = BlockView([tensor], layout)
     chosen = _codec_on(chosen, view.device)
     request = EncodeRequest(resolve(bound, layout), mode)

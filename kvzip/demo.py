@@ -123,13 +123,15 @@ def choose_device(wanted: str) -> str:
     return "cpu" if reason else "cuda"
 
 
-def measure_ratio(path: Path | None = None, *, bound: ErrorBound | BoundPolicy, mode: str | None = None) -> float:
+def measure_ratio(
+    path: Path | None = None, *, bound: ErrorBound | BoundPolicy | None = None, mode: str | None = None
+) -> float:
     """Raw bytes of a KV cache over the bytes of its records, as ``kvzip plan`` needs it.
 
     Args:
         path: see `read_input`.
-        bound: error bound.
-        mode: encoding mode; None takes the codec's first.
+        bound: error bound; None takes the engine's default.
+        mode: encoding mode; None takes the engine's default.
 
     Raises:
         ConfigError: an argument or the input cannot be used.
@@ -145,7 +147,7 @@ def measure_ratio(path: Path | None = None, *, bound: ErrorBound | BoundPolicy, 
 def run(
     path: Path | None = None,
     *,
-    bound: ErrorBound | BoundPolicy,
+    bound: ErrorBound | BoundPolicy | None = None,
     codec: str = "cuszp",
     mode: str | None = None,
     block_tokens: int = 16,
@@ -158,9 +160,9 @@ def run(
 
     Args:
         path: see `read_input`.
-        bound: error bound.
+        bound: error bound; None takes the engine's default.
         codec: name of the codec.
-        mode: encoding mode; None takes the codec's first.
+        mode: encoding mode; None takes the engine's default.
         block_tokens: tokens of one block.
         budget_bytes: bytes of the host pool; None makes it large enough for everything.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``, which takes the GPU when there is one that can be used.
@@ -213,6 +215,7 @@ def run(
             load_seconds += result.seconds
             progress("load", first + len(chosen), len(held))
 
+        bound = engine.settings.bound
         came_back = BlockView([host_bits(page, dtype) for page in pages], layout)
         found = compare_blocks(
             BlockView(before, layout)[held], came_back[target], bound, lambda done: progress("verify", done, len(held))

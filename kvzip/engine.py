@@ -44,7 +44,7 @@ from kvzip.pressure import BoundPressure, PressureGauge
 from kvzip.record import ENTRY_DTYPE, Reason, crc32c, header_is_intact
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import Staging
-from kvzip.types import BlockLayout, BlockView, ErrorBound
+from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
 if TYPE_CHECKING:
     from kvzip.device import DeviceSwap
@@ -135,8 +135,10 @@ class SwapEngine:
         pool: a `HostPool` (shared with others, if you like), or the bytes of a new one that the engine closes with
             itself.
         codec: name of a codec, or a codec.
-        bound: how far a loaded value may be from the stored one: an `ErrorBound` for every page, or a `BoundPolicy`.
-        mode: encoding mode; by default the codec's first.
+        bound: how far a loaded value may be from the stored one: an `ErrorBound` for every page, or a `BoundPolicy`. By
+            default `BoundPolicy.uncalibrated`, which keeps pages that are not known to be K or V exact.
+        mode: encoding mode; by default ``"rice"`` where bounds differ within pages, as the default bounds and those of
+            a calibration table do, else ``"fixed"`` (`Codec.default_mode`).
         policy: name of an eviction policy (``"lru"``, ``"arc"`` or ``"s3fifo"``), or a policy object of its own.
         threads: most host threads for coding; 0 = all cores that the process may use.
         staging: bounds of the memory and of the thread blocks that transfers use on a GPU.
@@ -168,7 +170,8 @@ class SwapEngine:
     ) -> None:
         if threads < 0:
             raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
-        self._settings = _settings(codec, ErrorBound.relative(1e-3) if bound is None else bound, mode)
+        self._settings = _settings(codec, bound, mode)
+        self._bound_given, self._mode_given = bound is not None, mode
         self.controller = make_controller(controller)
         self._pressure = pressure
         for step in pressure.bounds if pressure is not None else ():
@@ -214,18 +217,24 @@ class SwapEngine:
     ) -> Settings:
         """Change what the next stores are coded with; what is None stays. Records that are held still load.
 
+        A mode that nobody gave is that of the new bound (`Codec.default_mode`).
+
         Raises:
             ConfigError: the codec does not know the mode or the kind of bound; nothing was changed.
             CodecNotFoundError: no such codec; nothing was changed.
         """
         with self._lock:
             now = self._settings
-            chosen = _settings(now.codec if codec is None else codec, now.bound if bound is None else bound, mode)
-            if mode is None and now.mode in chosen.codec.modes:
-                chosen = replace(chosen, mode=now.mode)
+            if bound is None and (self._bound_given or now.reason is not Reason.AS_ASKED):
+                bound = now.bound
+            chosen = _settings(now.codec if codec is None else codec, bound, mode)
+            kept = self._mode_given if mode is None else mode
+            if kept in chosen.codec.modes:
+                chosen = replace(chosen, mode=kept)
             for step in self._pressure.bounds if self._pressure is not None else ():
                 _check_bound(step, chosen.codec)
             self._settings = chosen
+            self._bound_given, self._mode_given = bound is not None, kept
             return chosen
 
     # ---- store
@@ -385,6 +394,14 @@ class SwapEngine:
         if known is not None:
             return known[2]
         bounds = resolve(settings.bound, layout, sink)
+        if not self._bound_given and isinstance(settings.bound, BoundPolicy) and not settings.codec.lossless_only:
+            unknown = sum(s.kind == "" and s.dtype is not DType.OPAQUE for s in layout.segments)
+            if unknown:
+                log_once(
+                    "pages that are not known to be K or V are stored exactly by default",
+                    f"{unknown} of {len(layout.segments)} of a block; say what they are (kinds= of "
+                    "BlockLayout.from_tensors), or give a bound for all pages",
+                )
         request = EncodeRequest(bounds, settings.mode, self._threads, settings.reason)
         with self._lock:
             if len(self._requests) >= _MOST_REQUESTS:
@@ -857,8 +874,9 @@ def _check_bound(bound: object, codec: Codec | None = None) -> None:
         codec.check_bound(bound)
 
 
-def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | None) -> Settings:
-    _check_bound(bound)
+def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy | None, mode: str | None) -> Settings:
+    if bound is not None:
+        _check_bound(bound)
     try:
         chosen, reason = get_codec(codec), Reason.AS_ASKED
         chosen.check_available()
@@ -868,8 +886,9 @@ def _settings(codec: str | Codec, bound: ErrorBound | BoundPolicy, mode: str | N
         log_once(f"codec {codec!r} is not available, cuszp takes its place, lossless", str(error))
         chosen, bound, reason = get_codec("cuszp"), ErrorBound.lossless(), Reason.CODEC_UNAVAILABLE
         mode = None
+    bound = chosen.default_bound() if bound is None else bound
     _check_bound(bound, chosen)
-    return Settings(chosen, bound, chosen.modes[0] if mode is None else chosen.check_mode(mode), reason)
+    return Settings(chosen, bound, chosen.default_mode(bound) if mode is None else chosen.check_mode(mode), reason)
 
 
 def _key_list(keys: object) -> list[bytes]:

@@ -25,9 +25,8 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from kvzip._log import log_once
-from kvzip.adapters.settings import WITHIN_PAGES
 from kvzip.adapters.shard import Shard
-from kvzip.bounds import BoundPolicy, PageBounds
+from kvzip.bounds import WITHIN_PAGES, BoundPolicy, PageBounds
 from kvzip.errors import ConfigError, LayoutError
 from kvzip.record import KINDS, MAX_SEGMENTS, RecordHeader, geometry_of
 from kvzip.types import BlockLayout, DType, ErrorBound, SegmentLayout

@@ -30,7 +30,8 @@ class SerdeSettings(Coding):
     Attributes:
         codec: name of the codec; one that works in host memory.
         bound: error bound of the values, in any form of `kvzip.calibration.parse_bounds`: a number or ``rel:1e-3`` (of
-            each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE:T``.
+            each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE``. None =
+            the default of the codec, `BoundPolicy.uncalibrated`; without `head_dim` its bound of K for V too.
         layer_bounds: bounds of single layers, by the layer's place in the object.
         mode: encoding mode of the codec; None = see `coding_mode`.
         verify: part of the stores, from 0 to 1, that are decoded again before they are written; slower.
@@ -42,7 +43,7 @@ class SerdeSettings(Coding):
     """
 
     codec: str = "cuszp"
-    bound: ErrorBound | BoundPolicy = field(default_factory=lambda: ErrorBound.relative(1e-3))
+    bound: ErrorBound | BoundPolicy | None = None
     layer_bounds: Mapping[int, tuple[ErrorBound, ErrorBound]] = field(default_factory=dict)
     mode: str | None = None
     verify: float = 0.0
@@ -71,6 +72,12 @@ class SerdeSettings(Coding):
         settings._check()
         return settings
 
+    @property
+    def default_bound(self) -> ErrorBound | BoundPolicy:
+        """What holds without `bound`: where heads are not known, nothing that speaks of them."""
+        bound = super().default_bound
+        return bound.with_keys_bound() if isinstance(bound, BoundPolicy) and not self.head_dim else bound
+
     def _check(self) -> None:
         codec = get_codec(self.codec)
         codec.check_available()
@@ -95,7 +102,7 @@ def _flag(value: Any) -> bool:
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "codec": lambda value: parse_name("codec", value),
-    "bound": parse_bound,
+    "bound": lambda value: None if value is None else parse_bound(value),
     "layer_bounds": parse_layer_bounds,
     "mode": lambda value: None if value is None else parse_name("mode", value),
     "verify": lambda value: parse_fraction("verify", value),

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from kvzip.adapters.transformers.records import PAGE_TOKENS, Record, Records
 from kvzip.backends.base import Codec
+from kvzip.backends.registry import get_codec
 from kvzip.bounds import BoundPolicy
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError, CorruptRecordError, KvzipError
@@ -77,9 +78,10 @@ class CompressedCache(Cache):
     Args:
         config: the model's configuration.
         pool: bytes of host memory for records, pinned where there is a GPU; or a `HostPool`, which caches may share.
-        bound: how far keys and values may be from the model's: an `ErrorBound` (default: 1e-3 of the range of each page
-            of 16 tokens), or a `BoundPolicy` by layers of the model. ``ErrorBound.lossless()`` keeps every bit.
-        mode: encoding mode; by default the codec's first.
+        bound: how far keys and values may be from the model's: an `ErrorBound`, or a `BoundPolicy` by layers of the
+            model; by default `BoundPolicy.uncalibrated`, and ``ErrorBound.lossless()`` keeps every bit.
+            A page has 16 tokens.
+        mode: encoding mode; by default `Codec.default_mode` of the bound.
         codec: name of a codec, or a codec.
         block_tokens: tokens of a record, a multiple of 16. More are faster; fewer leave a shorter tail uncompressed.
         sink: whether the block that begins a sequence gets `BoundPolicy.sink`, or is lossless under an `ErrorBound`.
@@ -117,7 +119,7 @@ class CompressedCache(Cache):
                 f"none of the {len(layers)} layers of {type(config).__name__} has full or sliding-window attention: "
                 "use a cache of transformers"
             )
-        bound = ErrorBound.relative(1e-3) if bound is None else bound
+        bound = get_codec(codec).default_bound() if bound is None else bound
         if isinstance(bound, BoundPolicy) and bound.num_layers not in (None, len(layers)):
             raise ConfigError(
                 f"the bounds are for {bound.num_layers} layers, the model has {len(layers)}: use its own table"

@@ -7,14 +7,14 @@ from __future__ import annotations
 from kvzip.adapters.shard import Shard
 from kvzip.adapters.vllm.layout import Group
 from kvzip.bounds import BoundPolicy
-from kvzip.types import ErrorBound
+from kvzip.types import BoundKind, ErrorBound
 
 
 def group_bounds(bound: ErrorBound | BoundPolicy, group: Group, shard: Shard) -> BoundPolicy:
     """The bounds of a group's blocks.
 
     Pages that are not known to be K or V are exact, and so are layers behind those that the bounds speak of, such as a
-    draft model's.
+    draft model's. A page in memory order, whose tokens are not known, gets the bound of K in place of one by token.
 
     Args:
         bound: one for all K and V pages, or by kind and layer of the model.
@@ -34,6 +34,8 @@ def group_bounds(bound: ErrorBound | BoundPolicy, group: Group, shard: Shard) ->
                 pair = (exact, exact)
             key, value = pair if isinstance(pair, tuple) else (pair, pair)
             chosen = key if segment.kind == "k" else value
+            if chosen.kind is BoundKind.TOKEN_RMS and segment.tokens == segment.heads == 1:
+                chosen = exact if key.kind is BoundKind.TOKEN_RMS else key
             bounds[segment.kind].append(shard.bound(chosen, segment, page.layer, page.heads, group.heads))
     keys, values = bounds["k"], bounds["v"]
     # The engine counts K pages and V pages each by themselves (`BlockLayout.layers`).

@@ -12,7 +12,6 @@ from typing import Any
 
 from kvzip.adapters.settings import (
     Coding,
-    differs_within_pages,
     parse_bound,
     parse_fraction,
     parse_integer,
@@ -56,7 +55,8 @@ class AdapterSettings(Coding):
         cpu_bytes_to_use: bytes of host memory for the records of all workers of an engine. It is divided evenly.
         codec: name of the codec.
         bound: error bound of the values, in any form of `kvzip.calibration.parse_bounds`: a number or ``rel:1e-3`` (of
-            each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE:T``.
+            each page's range), ``abs:1e-2``, ``rms:0.17``, ``lossless``, ``k=BOUND,v=BOUND``, ``table:FILE``. None =
+            the default of the codec, `BoundPolicy.uncalibrated`.
         layer_bounds: bounds of single layers, by the layer's number, in the forms above except those of a table.
         mode: encoding mode of the codec; None = see `coding_mode`.
         verify: part of the stores, from 0 to 1, that are decoded again to count values outside the bound; slower.
@@ -73,7 +73,7 @@ class AdapterSettings(Coding):
 
     cpu_bytes_to_use: int
     codec: str = "cuszp"
-    bound: ErrorBound | BoundPolicy = field(default_factory=lambda: ErrorBound.relative(1e-3))
+    bound: ErrorBound | BoundPolicy | None = None
     layer_bounds: Mapping[int, tuple[ErrorBound, ErrorBound]] = field(default_factory=dict)
     mode: str | None = None
     verify: float = 0.0
@@ -127,7 +127,7 @@ class AdapterSettings(Coding):
             elif name == "verify":
                 values[name] = parse_fraction(name, value)
             elif name == "bound":
-                values[name] = parse_bound(value)
+                values[name] = None if value is None else parse_bound(value)
             elif name == "pressure":
                 values[name] = tuple(parse_bound(one) for one in _list(name, value))
             elif name == "pressure_thresholds":
@@ -159,11 +159,6 @@ class AdapterSettings(Coding):
     def steps(self) -> tuple[ErrorBound | BoundPolicy, ...]:
         """`bounds`, and what takes their place under pressure; `layer_bounds` hold in all of them."""
         return (self.bounds, *(self.with_layers(bound) for bound in self.pressure))
-
-    @property
-    def within_pages(self) -> bool:
-        """Whether there are bounds that differ within a page, in any step of the pressure."""
-        return any(differs_within_pages(bound) for bound in self.steps)
 
     @property
     def bound_pressure(self) -> BoundPressure | None:

@@ -84,16 +84,33 @@ class Codec(abc.ABC):
 
     def check_bound(self, bound: ErrorBound | BoundPolicy) -> None:
         """Raise `ConfigError` when the codec does not take this bound."""
-        if self.lossless_only:
-            return
-        wanted = {bound.kind} if isinstance(bound, ErrorBound) else {*bound.kinds, BoundKind.BY_PAGE}
-        unknown = wanted - self.bound_kinds
+        unknown = set() if self.lossless_only else self._unknown_kinds(bound)
         if unknown:
             names = ", ".join(sorted(kind.name.lower() for kind in unknown))
             raise ConfigError(
                 f"codec {self.name!r} does not take bounds of the kind {names} (asked for: {bound}): use cuszp, or "
                 "another bound"
             )
+
+    def _unknown_kinds(self, bound: ErrorBound | BoundPolicy) -> set[BoundKind]:
+        wanted = {bound.kind} if isinstance(bound, ErrorBound) else {*bound.kinds, BoundKind.BY_PAGE}
+        return wanted - self.bound_kinds
+
+    def default_bound(self) -> ErrorBound | BoundPolicy:
+        """What holds where nobody says a bound: `BoundPolicy.uncalibrated`.
+
+        A codec that has no bounds by token gets the bound of K, the finer one, for V too; one that takes a single bound
+        gets it for all pages.
+        """
+        policy = BoundPolicy.uncalibrated()
+        for bound in (policy, policy.with_keys_bound()):
+            if self.lossless_only or self._unknown_kinds(bound) == set():
+                return bound
+        return policy.key
+
+    def default_mode(self, bound: ErrorBound | BoundPolicy) -> str:
+        """The mode where nobody says one: the first, unless a codec knows a better one for a bound."""
+        return self.modes[0]
 
     @abc.abstractmethod
     def max_payload_bytes(self, layout: BlockLayout) -> int:

@@ -28,7 +28,13 @@ def read(**more: Any) -> AdapterSettings:
 
 def test_the_defaults() -> None:
     settings = read()
-    assert (settings.cpu_bytes_to_use, settings.codec, settings.bounds) == (1 << 30, "cuszp", REL(1e-3))
+    assert (settings.cpu_bytes_to_use, settings.codec, settings.bounds) == (
+        1 << 30,
+        "cuszp",
+        BoundPolicy.uncalibrated(),
+    )
+    assert settings.coding_mode == "rice"
+    assert settings.change(bound=1e-2).change(bound=None).bounds == BoundPolicy.uncalibrated()
 
 
 @pytest.mark.parametrize(
@@ -55,8 +61,13 @@ def test_layers_of_their_own() -> None:
 
 
 def test_objective_and_pressure() -> None:
-    assert (read().objective, read().bound_pressure, read().steps) == (None, None, (REL(1e-3),))
+    assert (read().objective, read().bound_pressure, read().steps) == (
+        None,
+        None,
+        (BoundPolicy.uncalibrated(),),
+    )
     settings = read(
+        bound=1e-3,
         objective="balanced",
         pressure=["rel:3e-3", 1e-2],
         pressure_thresholds=[0.5, 0.9],
@@ -71,7 +82,7 @@ def test_objective_and_pressure() -> None:
         ErrorBound.lossless()
     ] * 3
     assert settings.coding_mode == "fixed"
-    assert read(pressure=["k=3e-3,v=rms:0.1"]).coding_mode == "rice"  # the GPU has this bound in no other mode
+    assert read(bound=1e-3, pressure=["k=3e-3,v=rms:0.1"]).coding_mode == "rice"
 
 
 @pytest.mark.parametrize(
@@ -225,14 +236,16 @@ def vars_of(segment: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("extra", "mode"),
     [
-        ({}, "fixed"),
+        ({}, "rice"),
+        ({"mode": "fixed"}, "fixed"),
+        ({"bound": "1e-3"}, "fixed"),
         ({"bound": "k=1e-3,v=rms:0.15"}, "rice"),
-        ({"layer_bounds": {"3": "rms:0.1"}}, "rice"),
+        ({"bound": "1e-3", "layer_bounds": {"3": "rms:0.1"}}, "rice"),
         ({"bound": "rms:0.15", "mode": "fixed"}, "fixed"),
         ({"bound": "lossless", "codec": "raw"}, "none"),
     ],
 )
-def test_bounds_within_pages_take_the_mode_that_the_gpu_has(extra: dict[str, Any], mode: str) -> None:
+def test_bounds_within_pages_take_the_mode_rice(extra: dict[str, Any], mode: str) -> None:
     assert read(**extra).coding_mode == mode
 
 

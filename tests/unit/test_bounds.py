@@ -85,7 +85,9 @@ def test_parse() -> None:
 def test_parse_tables(tmp_path: Path) -> None:
     path = tmp_path / "model.npz"
     table().save(path)
-    assert parse_bounds(f"table:{path}:0.4") == table().policy(0.4)
+    assert parse_bounds(f"table:{path}") == table().policy() == table().policy(0.4, 0.17)
+    assert parse_bounds(f"table:{path}:0.6") == table().policy(0.6)
+    assert parse_bounds(f"k=table:{path},v=rms:0.17") == table().policy()
     assert parse_bounds(f"k=table:{path}:0.2,v=rms:0.08") == table().policy(0.2, 0.08)
 
 
@@ -259,7 +261,7 @@ def test_store_and_load_with_a_calibration_table() -> None:
         assert header.bound.kind is BoundKind.BY_PAGE
         assert header.table_id == table_id(resolve(policy, view(pages).layout), 2 * LAYERS)
         codings = [split_coding(c) for c in header.table["coding"].tolist()]
-        assert codings == [(Coding.FIXED, Steps.CHANNEL), (Coding.FIXED, Steps.TOKEN)] * LAYERS
+        assert codings == [(Coding.RICE, Steps.CHANNEL), (Coding.RICE, Steps.TOKEN)] * LAYERS
     bounds = policy.page_bounds(view(pages).layout)
     for layer in range(LAYERS):
         np.testing.assert_array_equal(out[layer][0], pages[layer][0])

@@ -18,6 +18,7 @@ import pytest
 import kvzip
 from kvzip.backends.base import Bytes, EncodeRequest, Table
 from kvzip.backends.raw import RawCodec
+from kvzip.bounds import BoundPolicy
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -231,11 +232,7 @@ def test_settings_change_and_old_records_load() -> None:
     x = pages(5)
     y = np.zeros_like(x)
     with kvzip.SwapEngine(1 << 20) as engine:
-        assert (engine.settings.codec.name, engine.settings.bound, engine.settings.mode) == (
-            "cuszp",
-            ErrorBound.relative(1e-3),
-            "fixed",
-        )
+        engine.configure(bound=ErrorBound.relative(1e-3))
         engine.store(K[:1], view(x, [0]))
         engine.configure(bound=ErrorBound.lossless())
         engine.store(K[1:2], view(x, [1]))
@@ -255,6 +252,57 @@ def test_settings_change_and_old_records_load() -> None:
     assert 0 < np.abs(y[3] - x[3]).max() <= 0.5
     assert np.abs(y[4] - x[4]).max() <= 0.25
     assert np.abs(y[0] - x[0]).max() <= 1e-3 * np.ptp(x[0])
+
+
+def test_the_default_is_the_uncalibrated_policy_in_the_mode_that_suits_it() -> None:
+    codec_or_skip("cuszp")
+    with kvzip.SwapEngine(1 << 20) as engine:
+        assert (engine.settings.codec.name, engine.settings.bound) == ("cuszp", BoundPolicy.uncalibrated())
+        assert engine.settings.mode == "rice"
+        assert engine.configure(bound=ErrorBound.relative(1e-3)).mode == "fixed"  # a mode that nobody gave follows
+        assert engine.configure(bound=ErrorBound.token_rms(0.1)).mode == "rice"
+        assert engine.configure(mode="outlier").mode == "outlier"
+        assert engine.configure(bound=ErrorBound.lossless()).mode == "outlier"  # one that was given stays
+    with kvzip.SwapEngine(1 << 20, mode="fixed") as engine:
+        assert engine.settings.mode == "fixed"
+
+
+def test_the_default_of_a_codec_without_bounds_by_token_is_the_finer_of_the_two() -> None:
+    class Pages(RawCodec):
+        name: ClassVar[str] = "pages"
+        lossless_only: ClassVar[bool] = False
+        bound_kinds = kvzip.backends.base.PageCodec.bound_kinds
+
+    class Single(Pages):
+        name: ClassVar[str] = "single"
+        bound_kinds = kvzip.backends.base.Codec.bound_kinds
+
+    finer = ErrorBound.relative(1e-3)
+    with kvzip.SwapEngine(1 << 20) as engine:
+        assert engine.configure(codec=Pages()).bound == BoundPolicy(finer, finer)
+        assert engine.configure(codec=Single()).bound == finer
+        assert engine.configure(codec="cuszp").bound == BoundPolicy.uncalibrated()
+
+
+def test_what_is_not_known_to_be_k_or_v_is_exact_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    codec_or_skip("cuszp")
+    x = np.random.default_rng(3).standard_normal((2, 16, 2, 32)).astype(np.float32)
+    layouts = {
+        "said": kvzip.BlockLayout.from_tensors([x], "NHD", kinds="k"),
+        "not said": kvzip.BlockLayout.from_tensors([x], "NHD"),
+        "memory order": kvzip.BlockLayout.opaque([x]),
+    }
+    with caplog.at_level(logging.WARNING, "kvzip"), kvzip.SwapEngine(1 << 20) as engine:
+        for name, layout in layouts.items():
+            y = np.zeros_like(x)
+            engine.store(K[:2], BlockView([x], layout))
+            engine.load(K[:2], BlockView([y], layout))
+            assert np.array_equal(x, y) == (name != "said")
+        engine.configure(bound=ErrorBound.relative(1e-2))  # who says a bound for all pages gets it for all pages
+        engine.store(K[:2], BlockView([x], layouts["memory order"]))
+        engine.load(K[:2], BlockView([y], layouts["memory order"]))
+    assert 0 < np.abs(x - y).max() <= 1e-2 * np.ptp(x)
+    assert "not known to be K or V" in caplog.text
 
 
 def test_settings_that_are_refused_change_nothing(engine: kvzip.SwapEngine) -> None:

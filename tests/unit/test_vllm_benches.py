@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvzip import ErrorBound
+from kvzip import BoundPolicy, ErrorBound
 
 torch = pytest.importorskip("torch", reason="the benchmarks work on torch tensors")
 BENCH = Path(__file__).parents[2] / "bench"
@@ -55,6 +55,16 @@ def test_the_check_sees_what_is_outside_the_bound(pages: Any) -> None:
     pages.caches[1][5, 4, 3, 2] += 0.05 * spread
     assert pages.check([2, 5], loose)["max_error_over_bound"] > 1
     assert pages.check([2], loose)["max_error_over_bound"] == 0
+
+
+def test_the_check_knows_bounds_of_k_and_v(pages: Any) -> None:
+    pages.write(range(12))
+    policy = BoundPolicy.uncalibrated()
+    rms = pages.caches[0][5, 4, 3, 128:].float().square().mean().sqrt()
+    pages.caches[0][5, 4, 3, 130] += 0.05 * rms  # of V
+    assert 0 < pages.check([5], policy)["max_error_over_bound"] <= 1
+    pages.caches[0][5, 4, 3, 130] += 0.1 * rms
+    assert pages.check([5], policy)["max_error_over_bound"] > 1
 
 
 def test_budgets_are_parts_of_the_sessions_real_size(sessions: Any) -> None:
