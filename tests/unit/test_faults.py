@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import os, sys
 import numpy as np
-from kvzip import BlockView, SwapEngine
+from kvzip import BlockView, ErrorBound, SwapEngine
 pages = np.random.default_rng(0).normal(size=(64, 2, 16, 4, 64)).astype(np.float16)
 keys = [b"%d" % i for i in range(64)]
 out = BlockView([np.zeros_like(pages)], "2NHD")
-engine = SwapEngine(1 << 24, threads=2)
+engine = SwapEngine(1 << 24, bound=ErrorBound.relative(1e-3), threads=2)
 engine.store(keys, BlockView([pages], "2NHD"))
 """
 
@@ -64,7 +64,7 @@ def test_a_codec_without_threads() -> None:
     """Address space for no thread's stack: the codec goes on with the caller's own."""
     code = """
 import mmap, resource, threading
-fresh = SwapEngine(1 << 24, threads=32)
+fresh = SwapEngine(1 << 24, bound=ErrorBound.relative(1e-3), threads=32)
 fresh.store(keys[:1], out[[0]])  # what is allocated once
 mapped = int(open("/proc/self/statm").read().split()[0]) * mmap.PAGESIZE
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (40 << 20), -1))

@@ -104,7 +104,7 @@ def test_an_engine_keeps_the_records_of_the_host_codec(
 def test_records_of_other_modes_are_decoded_on_the_host(on_triton: PortableCodec) -> None:
     layers = tensors()
     view = BlockView(layers, "2NHD")
-    with SwapEngine(1 << 20, mode="plain") as engine:
+    with SwapEngine(1 << 20, bound=ErrorBound.relative(1e-3), mode="plain") as engine:
         engine.store(KEYS[:3], view[range(3)])
         engine.configure(codec=on_triton, mode="fixed")
         engine.store(KEYS[3:], view[range(3, 6)])

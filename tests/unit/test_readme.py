@@ -74,6 +74,14 @@ def test_the_code_of_the_document_runs(
     assert "Error" not in capsys.readouterr().err
 
 
+def within_the_default(before: Any, after: Any) -> bool:
+    """Whether blocks, ``[blocks, K and V, tokens, heads, head_dim]`` in float64, are within the default bounds."""
+    (keys, values), error = before.unbind(1), (after - before).abs()
+    page_range = keys.amax((1, 2, 3), keepdim=True) - keys.amin((1, 2, 3), keepdim=True)
+    token_rms = values.square().mean(-1, keepdim=True).sqrt()
+    return bool((error[:, 0] <= 1e-3 * page_range).all() and (error[:, 1] <= 0.1 * token_rms).all())
+
+
 @pytest.mark.gpu
 def test_the_code_of_the_gpu_guide_runs() -> None:
     torch = pytest.importorskip("torch", reason="needs torch")
@@ -84,8 +92,7 @@ def test_the_code_of_the_gpu_guide_runs() -> None:
         if language == "py":
             exec(compile(text, "gpu.md", "exec"), namespace)
     before, after = namespace["layers"][0][:32].double(), namespace["layers"][0][32:].double()
-    page_range = before.amax((2, 3, 4)) - before.amin((2, 3, 4))
-    assert ((after - before).abs().amax((2, 3, 4)) <= 1e-3 * page_range).all()
+    assert within_the_default(before, after)
 
 
 def test_the_code_of_the_guide_for_engines_runs() -> None:
@@ -98,9 +105,8 @@ def test_the_code_of_the_guide_for_engines_runs() -> None:
     exec(compile(swap, "integrate.md", "exec"), namespace)
     for layer in namespace["cache"]:
         before, after = layer[[5, 9, 2]].double(), layer[[40, 41, 42]].double()
-        limit = 1e-3 * (before.amax((2, 3, 4)) - before.amin((2, 3, 4)))
         error = (after - before).abs().amax((2, 3, 4))
-        assert (error <= limit).all()
+        assert within_the_default(before, after)
         assert not error[0].any()
         assert error[1:].all()
     namespace["engine"].close()
