@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from scripts import load_script
 
 from kvzip import cli
+from kvzip.backends.registry import get_codec
+from kvzip.calibration import parse_bounds
 from kvzip.errors import ConfigError
 from kvzip.planner import Model, Plan, Rates
 from kvzip.types import DType
@@ -69,7 +71,8 @@ def test_loads_in_vllm_agree_with_the_measured_ones() -> None:
     ]
     assert loads
     for row in loads:
-        plan = Plan(model, rates, 1 << 34, row["ratio"])
+        mode = get_codec("cuszp").default_mode(parse_bounds(row["bound"]))
+        plan = Plan(model, rates, 1 << 34, row["ratio"], mode)
         assert plan.transfer_seconds("in", row["tokens"], encoded=True) == pytest.approx(row["load_ms"] / 1e3, rel=0.15)
         assert plan.recompute_seconds(row["tokens"]) == pytest.approx(row["ttft_cold_ms"] / 1e3, rel=0.15)
 
