@@ -21,7 +21,7 @@ from kvzip._log import logger
 from kvzip._text import bench_table, columns, demo_rows, flatten, header_fields, plain, plan_table, to_json
 from kvzip.backends.registry import get_codec
 from kvzip.errors import BackendUnavailableError, ConfigError, KvzipError
-from kvzip.record import read_header, read_record
+from kvzip.record import MAX_HEADER_BYTES, read_header, read_record
 from kvzip.types import DType, ErrorBound
 
 
@@ -167,13 +167,18 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    data = arguments.file.read_bytes()
-    header = read_header(data)
-    read_record(data)
-    if arguments.json:
-        print(to_json(header_fields(header)))
-    else:
-        print(columns(list(flatten(header_fields(header)))))
+    from kvzip.adapters.lmcache.stored import SEAL_BYTES
+
+    with arguments.file.open("rb") as file:  # no more of it than there can be: it may be any file, or a device
+        data = file.read(MAX_HEADER_BYTES)
+        header = read_header(data)
+        data += file.read(max(0, header.record_bytes + SEAL_BYTES + 1 - len(data)))
+    sealed = len(data) == header.record_bytes + SEAL_BYTES
+    read_record(data[: header.record_bytes] if sealed else data)
+    fields = header_fields(header)
+    if sealed:
+        fields["lmcache_seal"] = data[header.record_bytes :].hex()
+    print(to_json(fields) if arguments.json else columns(list(flatten(fields))))
     return 0
 
 

@@ -101,6 +101,9 @@ class Reason(enum.IntEnum):
 #: Bytes of one run of pages of one shape, in a record's header.
 GEOMETRY_BYTES = _GEOMETRY.size
 
+#: No header is longer.
+MAX_HEADER_BYTES = _FIXED.size + MAX_GEOMETRIES * GEOMETRY_BYTES + MAX_SEGMENTS * ENTRY_DTYPE.itemsize + ALIGNMENT
+
 assert (_FIXED.size, _GEOMETRY.size, ENTRY_DTYPE.itemsize) == (96, 24, 16)
 
 

@@ -22,8 +22,8 @@ from lmcache.v1.memory_management import MemoryObj
 
 from kvzip._log import logger
 from kvzip.adapters.lmcache import register
-from kvzip.adapters.lmcache.stored import host_bytes, read_stored
-from kvzip.errors import ConfigError, CorruptRecordError, FormatError
+from kvzip.adapters.lmcache.stored import host_bytes, verify_stored
+from kvzip.errors import ConfigError, CorruptRecordError
 from kvzip.record import MAGIC
 
 
@@ -75,15 +75,13 @@ class FilesL2Adapter(FSL2Adapter):
         keys, objects = self._loads.pop(task_id)
         damaged = []
         for i in found.get_indices_list():
-            data = host_bytes(objects[i])
             try:
-                read_stored(data, keys[i])
-            except FormatError as error:
+                verify_stored(objects[i], keys[i])
+            except Exception as error:  # whatever it is: LMCache would wait for ever for this task
                 logger.warning("%s is not read, LMCache will compute it again: %s", self._key_to_path(keys[i]), error)
                 found.clear(i)
                 self._refused += 1
-                # A file that begins like something else may be another serde's.
-                if isinstance(error, CorruptRecordError) and data[:4].tobytes() in (MAGIC, bytes(4), b""):
+                if isinstance(error, CorruptRecordError) and _begins_as_ours(objects[i]):
                     damaged.append(keys[i])
         if damaged:
             self.delete(damaged)
@@ -92,3 +90,8 @@ class FilesL2Adapter(FSL2Adapter):
     def report_status(self) -> dict[str, Any]:
         """LMCache's status of the tier, and how many objects were read and refused since the start."""
         return {**super().report_status(), "refused_object_count": self._refused}
+
+
+def _begins_as_ours(obj: MemoryObj) -> bool:
+    """Whether what was read may be a record, or what a file system leaves of one; else it may be another serde's."""
+    return host_bytes(obj)[:4].tobytes() in (MAGIC, bytes(4), b"")

@@ -140,7 +140,7 @@ class KvzipDeserializer(Deserializer):
             CodecNotFoundError: its codec is not installed here.
             ConfigError: it was stored with another calibration table.
         """
-        header, payload = read_stored(host_bytes(src), key)
+        header, payload = read_stored(src, key)
         layout = layout_of_record(*_described(dst.get_shapes(), dst.get_dtypes()), header)
         blocks = BlockView([host_bytes(dst)[None]], layout.block)
         codec = get_codec(header.codec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import weakref
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from kvzip.errors import CorruptRecordError, LayoutError
 from kvzip.record import RecordHeader, read_header, read_record
 
 SEAL_BYTES = 16
+
+#: Buffers whose payload was verified since it was read, with the seal of what is in them: once is enough.
+_verified: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 
 
 def host_bytes(obj: Any) -> npt.NDArray[np.uint8]:
@@ -47,20 +51,44 @@ def seal(header: bytes, key: Any) -> bytes:
     return digest.digest()
 
 
-def read_stored(data: npt.NDArray[np.uint8], key: Any) -> tuple[RecordHeader, memoryview]:
-    """Check what was read for a key; bytes behind the seal are ignored.
+def verify_stored(obj: Any, key: Any) -> None:
+    """Check what was read into a buffer for a key; the next `read_stored` of it leaves the payload's checksum out.
 
-    Returns:
-        The record's header, and its payload as a view of `data`.
+    Args:
+        obj: LMCache's memory object.
+        key: LMCache's ``ObjectKey``.
 
     Raises:
         FormatVersionError: a newer kvzip wrote it.
         CorruptRecordError: it is damaged, or of another object.
     """
-    end = read_header(data).record_bytes
+    _verified.pop(obj, None)
+    header, _ = read_stored(obj, key)
+    _verified[obj] = seal(host_bytes(obj)[: header.header_bytes].tobytes(), key)
+
+
+def read_stored(obj: Any, key: Any) -> tuple[RecordHeader, memoryview]:
+    """Check what is in a buffer for a key; bytes behind the seal are ignored.
+
+    Args:
+        obj: LMCache's memory object.
+        key: LMCache's ``ObjectKey``.
+
+    Returns:
+        The record's header, and its payload as a view of the buffer.
+
+    Raises:
+        FormatVersionError: a newer kvzip wrote it.
+        CorruptRecordError: it is damaged, or of another object.
+    """
+    data = host_bytes(obj)
+    header = read_header(data)
+    end = header.record_bytes
     if len(data) < end + SEAL_BYTES:
         raise CorruptRecordError(f"{len(data)} bytes, the record and its seal have {end + SEAL_BYTES}: it is cut")
-    header, payload = read_record(data[:end])
-    if data[end : end + SEAL_BYTES].tobytes() != seal(data[: header.header_bytes].tobytes(), key):
+    expected = seal(data[: header.header_bytes].tobytes(), key)
+    if _verified.pop(obj, None) != expected:
+        read_record(data[:end])
+    if data[end : end + SEAL_BYTES].tobytes() != expected:
         raise CorruptRecordError("the seal does not match: it is damaged, or the record of another object")
-    return header, payload
+    return header, data[header.header_bytes : end].data

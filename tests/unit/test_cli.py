@@ -551,6 +551,24 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"codec +raw", out)
 
 
+def test_inspect_a_file_of_lmcache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such files have a seal behind the record; they come from a pipe too."""
+    record = kvzip.encode(cache("float32")[0], bound=ErrorBound.relative(0.1), codec="raw", layout="2NHD")
+    content = record + bytes(range(16))
+    (tmp_path / "file").write_bytes(content)
+    status, out, _ = run(capsys, "inspect", str(tmp_path / "file"), "--json")
+    assert status == 0
+    assert strict(out)["lmcache_seal"] == bytes(range(16)).hex()
+    assert strict(out)["record_bytes"] == len(record)
+    command = [sys.executable, "-m", "kvzip.cli", "inspect", "/dev/stdin"]
+    done = subprocess.run(command, input=content, capture_output=True, timeout=120, check=True)
+    assert b"lmcache_seal" in done.stdout
+    for other in (content[:-1], content + b"x", content[: len(record) // 2]):
+        (tmp_path / "file").write_bytes(other)
+        assert run(capsys, "inspect", str(tmp_path / "file"))[:2] == (2, "")
+    assert run(capsys, "inspect", "/dev/zero")[:2] == (2, "")  # it has no end
+
+
 def test_inspect_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = kvzip.encode(cache("float32")[0], bound=ErrorBound.relative(0.1), codec="raw", layout="2NHD")
     damaged = bytearray(record)

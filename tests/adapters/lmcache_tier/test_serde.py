@@ -27,6 +27,7 @@ from kvzip.adapters.lmcache import register  # noqa: E402
 from kvzip.adapters.lmcache.layout import PAGE_TOKENS  # noqa: E402
 from kvzip.adapters.lmcache.serde import KvzipDeserializer, KvzipSerializer, create_processor  # noqa: E402
 from kvzip.adapters.lmcache.settings import SerdeSettings  # noqa: E402
+from kvzip.adapters.lmcache.stored import host_bytes, verify_stored  # noqa: E402
 from kvzip.errors import ConfigError, CorruptRecordError, KvzipError, LayoutError  # noqa: E402
 
 KEY = ObjectKey(b"\x07" * 32, "models/some", 0)
@@ -262,6 +263,31 @@ def round_trip(source: TensorMemoryObj, key: ObjectKey = KEY, **options: Any) ->
     back = memory(shapes, dtypes)
     KvzipDeserializer(settings).deserialize(room, back, key)  # with what lies behind the record
     return back, size
+
+
+def test_a_verified_buffer_is_trusted_for_what_it_held_alone() -> None:
+    serializer, deserializer = KvzipSerializer(SerdeSettings()), KvzipDeserializer(SerdeSettings())
+    shape = (2, 1, 16, 8)
+    stored, out = [], memory([shape], [torch.bfloat16])
+    for seed in (1, 2):
+        source = memory([shape], [torch.bfloat16])
+        source.tensor.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+        room = buffer(serializer.estimate_serialized_size(MemoryLayoutDesc([torch.Size(shape)], [torch.bfloat16])))
+        stored.append(host_bytes(room)[: serializer.serialize(source, room, KEY)].copy())
+    into = buffer(max(map(len, stored)))
+    host_bytes(into)[: len(stored[0])] = stored[0]
+    verify_stored(into, KEY)
+    deserializer.deserialize(into, out, KEY)
+    verify_stored(into, KEY)
+    host_bytes(into)[: len(stored[1])] = stored[1]
+    host_bytes(into)[len(stored[1]) - 40] ^= 1  # another record, and damaged
+    with pytest.raises(CorruptRecordError):
+        deserializer.deserialize(into, out, KEY)
+    host_bytes(into)[len(stored[1]) - 40] ^= 1
+    deserializer.deserialize(into, out, KEY)  # without the tier: verified here
+    host_bytes(into)[len(stored[1]) - 40] ^= 1
+    with pytest.raises(CorruptRecordError):
+        deserializer.deserialize(into, out, KEY)
 
 
 def test_several_threads_at_once_make_and_read_the_same_bytes() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("lmcache.v1", reason="needs lmcache, which .ci/lmcache.sh in
 
 from lmcache.v1.distributed.api import ObjectKey  # noqa: E402
 
-from kvzip import read_header  # noqa: E402
+from kvzip import read_header, record  # noqa: E402
 from kvzip.adapters.lmcache.layout import PAGE_TOKENS  # noqa: E402
 
 SAMPLE = Path(__file__).parents[3] / "kvzip" / "data" / "smollm2_sample.npy"
@@ -167,3 +167,37 @@ def test_direct_io_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="use_odirect"):
         FilesL2AdapterConfig.from_dict({"base_path": str(tmp_path), "use_odirect": True})
+
+
+def test_a_payload_is_verified_once(
+    tier: Callable[..., Any], chunks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, keys = tier(bound="lossless"), keys_of(chunks)
+    one.store(keys, chunks)
+    sizes: list[int] = []
+    real = record.crc32c
+
+    def counted(data: Any, value: int = 0) -> int:
+        sizes.append(len(data))
+        return real(data, value)
+
+    monkeypatch.setattr(record, "crc32c", counted)
+    loaded = one.load(keys, chunks[0].shape, torch.bfloat16)
+    assert all(torch.equal(before, after) for before, after in zip(chunks, loaded, strict=True))
+    headers = [read_header(one.file(key).read_bytes()) for key in keys]
+    payloads = [header.record_bytes - header.header_bytes for header in headers]
+    assert [sizes.count(size) for size in payloads] == [payloads.count(size) for size in payloads]
+
+
+def test_what_nobody_foresaw_is_a_miss_and_stops_nothing(
+    tier: Callable[..., Any], chunks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMCache waits for ever for a tier that raises."""
+    one, keys = tier(bound="lossless"), keys_of(chunks)
+    one.store(keys, chunks)
+    with monkeypatch.context() as broken:
+        broken.setattr(record, "crc32c", lambda data, value=0: 1 / 0)
+        assert one.load(keys, chunks[0].shape, torch.bfloat16) == [None] * len(keys)
+    assert all(one.file(key).exists() for key in keys)
+    loaded = one.load(keys, chunks[0].shape, torch.bfloat16)
+    assert all(torch.equal(before, after) for before, after in zip(chunks, loaded, strict=True))
