@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
+from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
 from kvzip.errors import ConfigError
@@ -33,22 +34,24 @@ OBJECTIVES = ("latency", "balanced", "capacity")
 #: Why a choice was made; see `Decision`.
 CAUSES = ("asked", "objective", "hysteresis", "exploration")
 
-#: What is asked of a transfer: nothing, when it ends, or what it took as well: in place of `WATCH_EVERY`, or of itself.
-SKIP, NOTE, OBSERVE, YOUNGEST = 0, 1, 2, 3
 
-TO_RAW, TO_ENCODED = 0.04, 0.01  # of raw over encoded, logarithm: where the choice changes, each way
+#: What is to be reported of a transfer: nothing, or that it has ended. Above 0: what it took, for so many like it.
+SKIP, NOTE = 0, -1
+
+TO_RAW, TO_ENCODED = 0.02, 0.0  # of raw over encoded, logarithm: where the choice changes, each way
 SLACK = 0.02  # logarithm of the ratio up to which `capacity` finds both sizes equal
-OPTIMISM, UNSEEN_OPTIMISM = 2.0, 100.0  # raw is measured only if it could win at this part of its estimate
+HOPELESS = 10.0  # raw is not measured if it would not win at this part of its estimate
 FIRST_TRIES = 2  # of each road in a size class
-FIRST_PART = 0.05  # of the time of all transfers, that these may lose
-TRY_EVERY = 32  # choices in a size class, after that
-CHANGED = 0.2  # logarithm of the change of the road taken after which the other one is tried anew
+NEAR = 2.0  # the first tries need an estimate of at most so many times the other road's, or none
+FIRST_PART = 0.01  # of the time of all transfers, that these may lose
+TRY_EVERY = 16  # choices in a size class between later tries, at least
+CHANGED = 0.82  # parts of each other from which two times differ: then what was known before is out of date
 SMALL = 8 << 20  # raw bytes: of larger transfers each is observed
-YOUNG = 16  # transfers of a size that are observed, and after each of which the roads are compared
-WATCH_EVERY = 7  # one of so many is observed later, and the end of the one before it
+YOUNG = 16  # transfers of a size that are observed, each
+WATCH_EVERY = 8  # one of so many is observed later, and the end of the one before it
 MOST_SAMPLES = 9
-STALE = 4  # transfers of a size that were observed since: then a road's samples, all but one, go when a new one comes
 MOST_STATES = 512
+MOST_SEEN = 64  # observations that wait for the next `catch_up`
 SMALLEST_CLASS, LARGEST_CLASS = 6, 16  # 4 KiB and less, 4 GiB and more
 SEEN_RATIO = 1.5  # of data that has not been encoded yet
 
@@ -124,8 +127,8 @@ class Prior:
 
 #: By kind of device. The order of magnitude is enough: two observations replace them.
 PRIORS = {
-    "cuda": Prior(40e9, 40e9, 500e9, 500e9, 100e-6, overlapped=True),
-    "cpu": Prior(5e9, 8e9, 3e9, 3e9, 30e-6, overlapped=False),
+    "cuda": Prior(50e9, 50e9, 1000e9, 1000e9, 30e-6, overlapped=True),
+    "cpu": Prior(1.5e9, 2e9, 4e9, 10e9, 100e-6, overlapped=False),
 }
 
 
@@ -140,7 +143,7 @@ class Decision(NamedTuple):
             or not for long enough), ``"exploration"`` (to measure it), ``"asked"`` (by the caller).
         expected_seconds: what the store was expected to take when the roads were last compared.
         starting: it is one of the first attempts, which have a budget of their own.
-        watch: what to report of the store: `SKIP`, `NOTE`, `OBSERVE` or `YOUNGEST`.
+        watch: what to report of the store: `SKIP`, `NOTE`, or for how many stores it stands.
     """
 
     device: str
@@ -149,7 +152,7 @@ class Decision(NamedTuple):
     cause: str
     expected_seconds: float
     starting: bool = False
-    watch: int = YOUNGEST
+    watch: int = 1
 
 
 @dataclass(frozen=True)
@@ -202,29 +205,78 @@ class ControllerSnapshot:
     crossings: tuple[Crossing, ...]
 
 
-class _Samples:
-    """The latest observations of a number, and their lower median."""
+class _Estimate:
+    """A positive number: the lower median of its latest observations, as delays only add.
 
-    __slots__ = ("_count", "_values", "serial")
+    Attributes:
+        value: the estimate; what was supposed counts as one observation until there were three.
+        count: of the observations since it was made or became outdated.
+        serial: of the latest one, among all transfers of its size.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_before", "_supposed", "_values", "count", "serial", "value")
+
+    def __init__(self, supposed: float) -> None:
         self._values: deque[float] = deque(maxlen=MOST_SAMPLES)
-        self._count = 0
-        self.serial = 0  # of the latest one, among all transfers of its size and direction
+        self._supposed: tuple[float, ...] = (supposed,)
+        self._before = 0.0  # what it was when it became outdated
+        self.value = supposed
+        self.count = self.serial = 0
 
-    def add(self, value: float, *, stale: bool) -> None:
-        """Add an observation. `stale`: the others are from another time, of which only the latest still counts."""
-        while stale and len(self._values) > 1:
-            self._values.popleft()
-        self._values.append(value)
-        self._count += 1
+    @property
+    def doubtful(self) -> bool:
+        """Whether another observation is needed: there were too few, or the latest one differs."""
+        return self.count < FIRST_TRIES or _differ(self._values[-1], self.value)
 
-    def value(self, prior: float = 0.0) -> float:
-        """The lower median, as delays only add; the prior is one of the samples until there were three."""
-        values = list(self._values)
-        if self._count < 3:
-            values.append(prior)
-        return sorted(values)[(len(values) - 1) // 2]
+    def add(self, value: float, serial: int) -> float | None:
+        """Add an observation.
+
+        Args:
+            value: what was observed.
+            serial: its number.
+
+        Returns:
+            By what the estimate has changed, if two observations in a row say so: then the earlier ones count no more.
+        """
+        values = self._values
+        before = self.value if self.count >= FIRST_TRIES else self._before
+        changed = len(values) > 0 and before > 0
+        if changed:
+            low, high = sorted((value, values[-1]))
+            changed = low > before / CHANGED or high < before * CHANGED
+        if changed:
+            values = self._values = deque([values[-1]], MOST_SAMPLES)
+        values.append(value)
+        self.count += 1
+        self.serial = serial
+        known = sorted(values if self.count >= 3 else (*values, *self._supposed))
+        self.value = known[(len(known) - 1) // 2]
+        return self.value / before if changed else None
+
+    def outdate(self, change: float) -> None:
+        """What was observed counts no more; until there is an observation, it is supposed to have changed like this."""
+        self._values.clear()
+        self._supposed = ()
+        if self.count:
+            self._before = self.value
+        self.value *= change
+        self.count = 0
+
+
+def _differ(one: float, other: float) -> bool:
+    return not CHANGED < one / other < 1 / CHANGED
+
+
+class _Plan(NamedTuple):
+    """To measure the road that is not chosen.
+
+    Attributes:
+        decision: what to do.
+        extra_seconds: what that is expected to cost.
+    """
+
+    decision: Decision
+    extra_seconds: float
 
 
 @dataclass(slots=True)
@@ -232,23 +284,47 @@ class _State:
     """A size class of a profile on a device."""
 
     choice: Choice = ENCODED
-    standing: tuple[Decision, ...] = ()  # what holds until the next look, by what is watched
-    passes: int = 0  # stores that go by unwatched, and how many have
-    passed: int = 0
+    standing: dict[int, Decision] = field(default_factory=dict)  # what holds until the next look, by what is watched
+    planned: _Plan | None = None  # for the next store that is observed
+    granted: int = 0  # stores that may go by unwatched, and how many of these are left
+    left: int = 0
     noted: bool = False  # the end of the last store is reported: the next one can be observed
     decisions: int = 0
     switches: int = 0
     changed: int = 0  # number of the decision at which the choice was made, or changed
     next_look: int = 1  # number of the decision at which the roads are compared again
-    tries: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))
-    tried: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))  # number of the last decision
     expected: dict[Choice, float] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0.0))  # seconds of a store
-    beside: dict[Choice, float] = field(default_factory=dict)  # seconds of the other road, when this one was taken last
+    tried: dict[Choice, int] = field(default_factory=lambda: dict.fromkeys(CHOICES, 0))  # number of the last decision
 
 
-Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves
+@dataclass(slots=True)
+class _LoadsSeen:
+    """Loads of a size."""
+
+    codec: str = ""  # of the last one
+    count: int = 0  # of those that did not go by unwatched
+    left: int = 0  # that may
+    noted: bool = False  # the end of the last one is reported
+
+
+class _Seen(NamedTuple):
+    """A transfer that was observed."""
+
+    device: str
+    direction: Direction
+    choice: Choice
+    profile: Profile | None
+    raw_bytes: int
+    record_bytes: int
+    seconds: float
+    decision: Decision | None = None  # of a store
+
+
+Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves (0: of raw)
 Kind: TypeAlias = tuple[str, Direction, Hashable]  # device, direction, what is moved
 Way: TypeAlias = tuple[str, Direction]
+
+_NOTHING: Mapping[Cell, _Estimate] = MappingProxyType({})
 
 
 class Controller:
@@ -258,13 +334,16 @@ class Controller:
     the product of seconds and bytes in the pool, ``"capacity"`` the bytes (and the seconds where both are about the
     same size, as with values that cannot be made smaller). Where both are equal, encoded is chosen.
 
+    A store costs a look-up (`decide`); what was observed is taken in, and the roads are compared, when a transfer has
+    been queued and the host has time (`catch_up`).
+
     Args:
         objective: one of these.
         loads_per_store: loads of a block that are expected for each store of it.
         exploration: most time, as a part of all transfers' time, that is lost by measuring the road that is not chosen;
             0 = never measure it.
         allowance_seconds: what may be lost at once on the first two attempts in each size class, and on those that
-            follow a change of what the chosen road takes; over time, 5 % of all.
+            follow a change of what the chosen road takes; over time, 1 % of all.
         dwell: choices in a size class before the roads are compared again, and the choice may change again.
         priors: what is expected at first, by device (``"cuda:0"``) or kind of device (``"cuda"``, ``"cpu"``).
         clock: seconds; for tests.
@@ -303,13 +382,14 @@ class Controller:
         self._clock = clock
         self._lock = threading.Lock()
         self._states: dict[tuple[str, Profile, int], _State] = {}
-        self._cells: dict[Kind, dict[Cell, _Samples]] = {}
-        self._ratios: dict[Profile, _Samples] = {}
+        self._known: dict[tuple[str, Profile, int], _State] = {}  # states by the very size of transfers
+        self._estimates: dict[Kind, dict[Cell, _Estimate]] = {}  # seconds, over what the model says
+        self._ratios: dict[Profile, _Estimate] = {}
+        self._seen: deque[_Seen] = deque()  # not taken in yet
         self._decisions: Counter[tuple[str, str]] = Counter()
         self._ends: dict[Way, float] = {}
-        self._known: dict[tuple[str, Profile, int], _State] = {}  # states by the very size of transfers
-        self._serials: dict[tuple[str, Direction, int], int] = {}
-        self._loads_seen: dict[tuple[str, int], tuple[str, int]] = {}  # by size: codec of the last one, and how many
+        self._serials: Counter[tuple[str, int]] = Counter()  # of what was observed, by size class
+        self._loads_seen: dict[tuple[str, int], _LoadsSeen] = {}  # by their very size
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
         self._seconds = 0.0
         self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
@@ -325,98 +405,139 @@ class Controller:
             raw_bytes: bytes of the blocks' values.
             asked: the caller's own choice, if there is one.
         """
-        # The price of most stores: what was found by this key is not looked at before `passes` stores have gone by.
-        known = self._known.get((device, profile, raw_bytes))
-        if known is not None and known.passed < known.passes and asked is None:
-            known.passed += 1
-            return known.standing[SKIP]
+        # The price of most stores; `_settle` counts them.
+        state = self._known.get((device, profile, raw_bytes))
+        if state is not None and state.left and asked is None:
+            state.left -= 1
+            return state.standing[SKIP]
         with self._lock:
-            state = self._state(device, profile, raw_bytes)
+            if state is None:
+                state = self._state(device, profile, raw_bytes)
             self._settle(state)
-            young = state.decisions < YOUNG or raw_bytes > SMALL
-            watch = YOUNGEST if young else OBSERVE if state.noted else NOTE
-            state.noted = watch == NOTE
             state.decisions += 1
+            each = state.decisions <= YOUNG or raw_bytes > SMALL
+            watch = 1 if each else WATCH_EVERY if state.noted else NOTE
+            state.noted = watch == NOTE
+            if not state.standing:
+                self._look(state, device, profile, raw_bytes)
             if asked is not None:
                 decision = Decision(device, profile, asked, "asked", state.expected[asked], watch=watch)
-            elif not state.standing or (watch >= OBSERVE and state.decisions >= state.next_look):
-                decision = self._look(state, device, profile, raw_bytes, watch)
+            elif watch != NOTE and state.planned is not None:
+                decision, extra_seconds = state.planned
+                state.planned = None
+                self._explored[decision.starting] += extra_seconds
             else:
                 decision = state.standing[watch]
-            state.tries[decision.choice] += 1
             state.tried[decision.choice] = state.decisions
-            state.passes = WATCH_EVERY - 2 if watch == OBSERVE and asked is None else 0
+            if watch == WATCH_EVERY:
+                state.granted = state.left = WATCH_EVERY - 2
             self._decisions[decision.choice, decision.cause] += 1
             return decision
 
+    def catch_up(self, decision: Decision, raw_bytes: int) -> None:
+        """Take in what has been observed, and compare the roads for the stores to come, now and then.
+
+        Call it when a store has been queued: by now the device is at work.
+
+        Args:
+            decision: what was decided for the store.
+            raw_bytes: bytes of its blocks' values.
+        """
+        if decision.watch <= 0:
+            return
+        state = self._known.get((decision.device, decision.profile, raw_bytes))
+        if state is None or state.decisions < state.next_look or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._take_in()
+            self._settle(state)
+            self._look(state, decision.device, decision.profile, raw_bytes)
+        finally:
+            self._lock.release()
+
     def _settle(self, state: _State) -> None:
         """Count the stores that went by."""
-        if state.passed:
-            passed, state.passed = state.passed, 0
+        left = state.left
+        if left < state.granted:
+            passed, state.granted = state.granted - left, left
             chosen = state.standing[SKIP]
             state.decisions += passed
-            state.tries[chosen.choice] += passed
             state.tried[chosen.choice] = state.decisions
             self._decisions[chosen.choice, chosen.cause] += passed
 
-    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int, watch: int) -> Decision:
-        """Compare the roads, and choose."""
-        soon = 1 if state.decisions < YOUNG else (self._dwell + 1) // 2 if watch == YOUNGEST else self._dwell
+    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> None:
+        """Compare the roads: what is chosen from now on, and whether the other one is to be measured."""
+        soon = 1 if state.decisions < YOUNG else (self._dwell + 1) // 2 if raw_bytes > SMALL else self._dwell
         state.next_look = state.decisions + soon
+        size, ratio, prior = size_class(raw_bytes), self._ratio(profile), self._prior(device)
+        cells = {RAW: (size, 0), ENCODED: (size, _octaves(ratio))}
         times = {}
-        for choice in CHOICES:
-            store = state.expected[choice] = self._expected(device, "store", choice, profile, raw_bytes)
-            times[choice] = store + self._loads * self._expected(device, "load", choice, profile, raw_bytes)
-        gain = self._gain(times, profile)
+        for choice, cell in cells.items():
+            store, load = (
+                prior.seconds(direction, choice, raw_bytes, ratio)
+                * self._factor(device, direction, choice, profile, cell, raw_bytes, ratio)
+                for direction in DIRECTIONS
+            )
+            state.expected[choice] = store
+            times[choice] = store + self._loads * load
+        other = _other(state.choice)
+        known = self._estimates.get(_kind(device, "store", other, profile), _NOTHING)
+        doubtful = self._doubtful(device, other, profile, cells[other])
+        gain = self._gain(times, ratio)
         wanted: Choice = RAW if gain > TO_RAW else ENCODED if gain < TO_ENCODED else state.choice
-        if state.changed == 0:
+        first = not state.standing
+        if first:
             state.choice, state.changed = wanted, state.decisions
-        elif wanted != state.choice and state.decisions - state.changed >= self._dwell:
+        elif (
+            wanted == other
+            and state.decisions - state.changed >= self._dwell
+            and not (doubtful and self._exploration > 0)  # or else it is tried first, below
+        ):
             state.choice, state.changed = wanted, state.decisions
             state.switches += 1
-        cause = "objective" if state.choice == (RAW if gain > 0 else ENCODED) else "hysteresis"
-        chosen = Decision(device, profile, state.choice, cause, state.expected[state.choice])
-        state.standing = tuple(chosen._replace(watch=each) for each in (SKIP, NOTE, OBSERVE, YOUNGEST))
-        other = ENCODED if state.choice == RAW else RAW
-        change = math.log(times[state.choice] / state.beside.get(other, times[state.choice]))
-        if abs(change) > CHANGED:
-            state.tries[other] = min(state.tries[other], FIRST_TRIES - 1)  # who knows what it takes by now
-        starting = state.tries[other] < FIRST_TRIES
-        state.beside[state.choice] = times[other]
-        times[other] *= math.exp(min(0.0, change))  # what has eased one road will have eased the other one
-        if self._explores(state, other, times, profile, starting):
-            state.beside[other] = times[state.choice]
-            return Decision(device, profile, other, "exploration", state.expected[other], starting, watch)
-        return state.standing[watch]
+        chosen = state.choice
+        cause = "objective" if chosen == (RAW if gain > 0 else ENCODED) else "hysteresis"
+        if first or (chosen, cause) != (state.standing[SKIP].choice, state.standing[SKIP].cause):
+            stands = Decision(device, profile, chosen, cause, state.expected[chosen])
+            state.standing = {watch: stands._replace(watch=watch) for watch in (SKIP, NOTE, 1, WATCH_EVERY)}
+        state.planned = None
+        if state.changed != state.decisions and self._exploration > 0:
+            extra = 0.0 if wanted == other else max(0.0, times[other] - times[chosen])
+            starting = doubtful and (not known or extra < (NEAR - 1) * times[chosen])
+            if self._may_explore(state, times, ratio, extra, starting=starting):
+                decision = Decision(device, profile, other, "exploration", state.expected[other], starting)
+                state.planned = _Plan(decision, extra)
 
-    def _gain(self, times: Mapping[Choice, float], profile: Profile) -> float:
+    def _doubtful(self, device: str, choice: Choice, profile: Profile, cell: Cell) -> bool:
+        """Whether a road has to be taken again to know what it takes."""
+        store = self._estimates.get(_kind(device, "store", choice, profile), _NOTHING).get(cell)
+        load = self._estimates.get(_kind(device, "load", choice, profile), _NOTHING).get(cell)
+        return store is None or store.doubtful or (load is not None and self._loads > 0 and load.doubtful)
+
+    def _gain(self, times: Mapping[Choice, float], ratio: float) -> float:
         """How much raw serves the objective better than encoded, logarithm."""
-        faster, larger = math.log(times[ENCODED] / times[RAW]), math.log(self._ratio(profile))
+        faster, larger = math.log(times[ENCODED] / times[RAW]), math.log(ratio)
         if self.objective == "latency":
             return faster
         if self.objective == "balanced":
             return faster - larger
         return -larger if larger > SLACK else faster
 
-    def _explores(
-        self, state: _State, other: Choice, times: Mapping[Choice, float], profile: Profile, starting: bool
+    def _may_explore(
+        self, state: _State, times: Mapping[Choice, float], ratio: float, extra: float, *, starting: bool
     ) -> bool:
-        """Whether to take the road that is not chosen, to see what it takes; then its cost is charged."""
-        if state.changed == state.decisions or self._exploration == 0:
+        """Whether the road that is not chosen may be taken, to see what it takes, although that costs `extra` seconds.
+
+        After the first tries it is taken so seldom that it costs no more than a part `exploration` of the time.
+        """
+        if state.choice == ENCODED and self._gain({**times, RAW: times[RAW] / HOPELESS}, ratio) <= TO_RAW:
             return False
-        if not starting and state.decisions - state.tried[other] < TRY_EVERY:
+        if starting:
+            return extra == 0 or self._explored[starting] + extra <= self._allowance + FIRST_PART * self._seconds
+        every = max(TRY_EVERY, extra / times[state.choice] / self._exploration)
+        if state.decisions - state.tried[_other(state.choice)] < every:
             return False
-        if other == RAW:
-            hoped = {**times, RAW: times[RAW] / (UNSEEN_OPTIMISM if starting else OPTIMISM)}
-            if self._gain(hoped, profile) <= TO_RAW:
-                return False
-        extra = max(0.0, times[other] - times[state.choice])
-        spent = self._explored[starting]
-        most = self._allowance + FIRST_PART * self._seconds if starting else self._exploration * self._seconds
-        if spent + extra > most:
-            return False
-        self._explored[starting] = spent + extra
-        return True
+        return self._explored[starting] + extra <= self._exploration * self._seconds
 
     def _state(self, device: str, profile: Profile, raw_bytes: int) -> _State:
         key = (device, profile, size_class(raw_bytes))
@@ -443,35 +564,36 @@ class Controller:
             record_bytes: bytes of its records.
             seconds: from the call to its end.
         """
-        now = self._clock()
-        own = self._end((decision.device, "store"), seconds, now, decision.watch)
-        if decision.watch < OBSERVE or raw_bytes <= 0 or record_bytes <= 0:
-            return
-        with self._lock:
-            if decision.choice == ENCODED:
-                self._learn_ratio(decision, raw_bytes / record_bytes)
-            kind = _kind(decision.device, "store", decision.choice, decision.profile)
-            explored = decision.cause == "exploration"
-            self._observe(kind, decision.choice, raw_bytes, record_bytes, own, alone=explored)
-            if explored:
-                self._explored[decision.starting] += max(0.0, own - decision.expected_seconds)
+        own = self._end((decision.device, "store"), seconds, decision.watch)
+        if decision.watch > 0 and raw_bytes > 0 and record_bytes > 0:
+            device, profile, choice = decision[:3]
+            self._remember(_Seen(device, "store", choice, profile, raw_bytes, record_bytes, own, decision))
 
     def watch_load(self, device: str, codec: str, raw_bytes: int) -> int:
-        """What to watch of a load that begins: `SKIP`, `NOTE`, `OBSERVE` or `YOUNGEST`.
+        """What to watch of a load that begins: `SKIP`, `NOTE`, or for how many loads it stands.
 
         Args:
             device: where the blocks lie.
             codec: of the first record.
             raw_bytes: bytes of the blocks' values.
         """
-        size = (device, size_class(raw_bytes))
-        before, seen = self._loads_seen.get(size, ("", 0))
-        seen += 1
-        self._loads_seen[size] = (codec, seen)
-        if seen <= YOUNG or raw_bytes > SMALL or codec != before:  # of the road that is seldom taken, all are
-            return YOUNGEST
-        turn = seen % WATCH_EVERY
-        return SKIP if turn > 1 else OBSERVE if turn else NOTE
+        seen = self._loads_seen.get((device, raw_bytes))
+        if seen is None:
+            if len(self._loads_seen) >= MOST_STATES:
+                self._loads_seen.clear()
+            seen = self._loads_seen[device, raw_bytes] = _LoadsSeen()
+        elif seen.left and seen.codec == codec:
+            seen.left -= 1
+            return SKIP
+        seen.count += 1
+        if seen.count <= YOUNG or raw_bytes > SMALL or seen.codec != codec:  # of the road that is seldom taken, all are
+            seen.codec = codec
+            return 1
+        seen.noted = not seen.noted
+        if seen.noted:
+            return NOTE
+        seen.left = WATCH_EVERY - 2
+        return WATCH_EVERY
 
     def loaded(
         self,
@@ -480,7 +602,7 @@ class Controller:
         raw_bytes: int,
         record_bytes: int,
         seconds: float,
-        watch: int = YOUNGEST,
+        watch: int = 1,
     ) -> None:
         """A load has ended well.
 
@@ -493,79 +615,115 @@ class Controller:
             seconds: from the call to its end.
             watch: what `watch_load` said.
         """
-        now = self._clock()
-        own = self._end((device, "load"), seconds, now, watch)
-        if watch < OBSERVE or raw_bytes <= 0 or record_bytes <= 0:
-            return
-        choice = RAW if profile is None else ENCODED
-        with self._lock:
-            self._observe(_kind(device, "load", choice, profile), choice, raw_bytes, record_bytes, own)
+        own = self._end((device, "load"), seconds, watch)
+        if watch > 0 and raw_bytes > 0 and record_bytes > 0:
+            choice = RAW if profile is None else ENCODED
+            self._remember(_Seen(device, "load", choice, profile, raw_bytes, record_bytes, own))
 
-    def _end(self, way: Way, seconds: float, now: float, watch: int) -> float:
+    def _end(self, way: Way, seconds: float, watch: int) -> float:
         """A transfer has ended: what it took, without the time that it waited for others of its direction.
 
         Without the lock: two that end at the same moment may count a little wrong.
         """
+        now = self._clock()
         own = max(now - max(now - seconds, self._ends.get(way, -math.inf)), 1e-7)
         self._ends[way] = now
-        if watch >= OBSERVE:
-            times = WATCH_EVERY if watch == OBSERVE else 1
-            self._seconds += times * own
-            self._waiting[way[1]] += times * max(0.0, seconds - own)
+        if watch > 0:
+            self._seconds += watch * own
+            self._waiting[way[1]] += watch * max(0.0, seconds - own)
         return own
 
-    def _observe(
-        self, kind: Kind, choice: Choice, raw_bytes: int, record_bytes: int, own: float, *, alone: bool = False
-    ) -> None:
-        device, direction, _ = kind
-        ratio, size = raw_bytes / record_bytes, size_class(raw_bytes)
-        model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
-        cells = self._cells.setdefault(kind, {})
-        if len(self._cells) > MOST_STATES:
-            del self._cells[next(iter(self._cells))]
-        serial = self._serials[device, direction, size] = self._serials.get((device, direction, size), 0) + 1
-        samples = cells.setdefault((size, _octaves(ratio) if choice == ENCODED else 0), _Samples())
-        samples.add(math.log(own / model), stale=alone or serial - samples.serial > STALE)
-        samples.serial = serial
+    def _remember(self, seen: _Seen) -> None:
+        """Keep what was observed for the next look."""
+        self._seen.append(seen)
+        if len(self._seen) > MOST_SEEN and self._lock.acquire(blocking=False):  # nobody stores
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
 
-    def _learn_ratio(self, decision: Decision, ratio: float) -> None:
-        samples = self._ratios.get(decision.profile)
-        if samples is None:
+    def _take_in(self) -> None:
+        """Learn from what was observed since the last time."""
+        while self._seen:
+            device, direction, choice, profile, raw_bytes, record_bytes, seconds, decision = self._seen.popleft()
+            ratio, size = raw_bytes / record_bytes, size_class(raw_bytes)
+            explored = decision is not None and decision.cause == "exploration"
+            if decision is not None and choice == ENCODED:
+                self._learn_ratio(decision.profile, ratio)
+            if decision is not None and explored:
+                self._explored[decision.starting] += max(0.0, seconds - decision.expected_seconds)
+            cell = (size, _octaves(ratio) if choice == ENCODED else 0)
+            kind = _kind(device, direction, choice, profile)
+            estimate = self._estimates.get(kind, _NOTHING).get(cell)
+            if estimate is None:
+                supposed = self._factor(device, direction, choice, profile, cell, raw_bytes, ratio)
+                estimate = self._estimates.setdefault(kind, {})[cell] = _Estimate(supposed)
+                if len(self._estimates) > MOST_STATES:
+                    del self._estimates[next(iter(self._estimates))]
+            self._serials[device, size] += 1
+            serial = self._serials[device, size]
+            model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
+            before = estimate.serial
+            change = estimate.add(seconds / model, serial)
+            if change is not None:
+                self._outdate(device, size, before, change)
+
+    def _outdate(self, device: str, size: int, serial: int, change: float) -> None:
+        """What transfers of a size take has changed: who knows what those take that were observed before that."""
+        for (where, _, _), cells in self._estimates.items():
+            for (at, _), estimate in cells.items() if where == device else ():
+                if at == size and estimate.serial < serial:
+                    estimate.outdate(min(1.0, change))  # what has eased one will have eased all
+
+    def _learn_ratio(self, profile: Profile, ratio: float) -> None:
+        known = self._ratios.get(profile)
+        if known is None:
             if len(self._ratios) >= MOST_STATES:
                 del self._ratios[next(iter(self._ratios))]
-            samples = self._ratios[decision.profile] = _Samples()
-        samples.add(math.log(ratio), stale=decision.cause == "exploration")
+            known = self._ratios[profile] = _Estimate(SEEN_RATIO)
+        known.add(ratio, 0)
 
     # ---- predictions
 
     def _ratio(self, profile: Profile) -> float:
-        samples = self._ratios.get(profile)
-        return SEEN_RATIO if samples is None else math.exp(samples.value(math.log(SEEN_RATIO)))
+        known = self._ratios.get(profile)
+        return SEEN_RATIO if known is None else known.value
 
-    def _expected(self, device: str, direction: Direction, choice: Choice, profile: Profile, raw_bytes: int) -> float:
-        prior, ratio = self._prior(device), self._ratio(profile)
-        model = prior.seconds(direction, choice, raw_bytes, ratio)
-        size, octave = size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0
+    def _factor(
+        self,
+        device: str,
+        direction: Direction,
+        choice: Choice,
+        profile: Profile | None,
+        cell: Cell,
+        raw_bytes: int,
+        ratio: float,
+    ) -> float:
+        """What a transfer takes over what the model says of it."""
+        kind = _kind(device, direction, choice, profile)
+        known = self._estimates.get(kind, _NOTHING).get(cell)
+        if known is not None:
+            return known.value
         # What was never seen is as far from the model as its neighbour; as the other road; as the other direction.
-        for kind in (
-            _kind(device, direction, choice, profile),
-            _kind(device, direction, RAW, None),
-            _kind(device, direction, ENCODED, profile),
-            _kind(device, "store", RAW, None),
-        ):
-            cells = self._cells.get(kind)
+        raw, encoded = _kind(device, direction, RAW, None), _kind(device, direction, ENCODED, profile)
+        for near_kind in (kind, raw, encoded, _kind(device, "store", RAW, None)):
+            cells = self._estimates.get(near_kind)
             if not cells:
                 continue
-            known = cells.get((size, octave))
-            if known is not None:
-                return model * math.exp(known.value())
-            near = min(cells, key=lambda at: (abs(at[0] - size) + 0.3 * abs(at[1] - octave), at))
-            factor = math.exp(cells[near].value())
-            if near[0] < size:  # what a smaller one took beside the model is no matter of its bytes
-                there = prior.seconds(direction, choice, _middle(near[0]), ratio)
-                return max(model + (factor - 1) * there, model / 4)
-            return model * factor
-        return model
+            near = min(cells, key=lambda at: (abs(at[0] - cell[0]) + 0.3 * abs(at[1] - cell[1]), at))
+            factor = cells[near].value
+            if near[0] < cell[0]:  # what a smaller one took beside the model is no matter of its bytes
+                prior = self._prior(device)
+                model = prior.seconds(direction, choice, raw_bytes, ratio)
+                return max(1 + (factor - 1) * prior.seconds(direction, choice, _middle(near[0]), ratio) / model, 0.25)
+            return factor
+        return 1.0
+
+    def _expected(self, device: str, direction: Direction, choice: Choice, profile: Profile, raw_bytes: int) -> float:
+        ratio = self._ratio(profile)
+        cell = (size_class(raw_bytes), _octaves(ratio) if choice == ENCODED else 0)
+        model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
+        return model * self._factor(device, direction, choice, profile, cell, raw_bytes, ratio)
 
     def _prior(self, device: str) -> Prior:
         return self._priors.get(device) or self._priors.get(device.partition(":")[0]) or PRIORS["cuda"]
@@ -584,6 +742,7 @@ class Controller:
         """What it has seen and what it thinks."""
         decisions = self.decisions
         with self._lock:
+            self._take_in()
             crossings = []
             for (device, profile, size), state in self._states.items():
                 middle = _middle(size)
@@ -608,11 +767,11 @@ class Controller:
                     )
                 )
             links = {}
-            for (device, direction, moved), cells in self._cells.items():
+            for (device, direction, moved), cells in self._estimates.items():
                 if moved == RAW:
                     size, octave = max(cells)
                     seconds = self._prior(device).seconds(direction, RAW, _middle(size), 1.0)
-                    links[device, direction] = _middle(size) / (seconds * math.exp(cells[size, octave].value()))
+                    links[device, direction] = _middle(size) / (seconds * cells[size, octave].value)
             return ControllerSnapshot(
                 self.objective,
                 decisions,
@@ -635,6 +794,10 @@ def size_class(raw_bytes: int) -> int:
 def _middle(size: int) -> int:
     """Bytes in the middle of a size class."""
     return 2 << (2 * size)
+
+
+def _other(choice: Choice) -> Choice:
+    return ENCODED if choice == RAW else RAW
 
 
 def _octaves(ratio: float) -> int:

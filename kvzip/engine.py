@@ -178,6 +178,7 @@ class SwapEngine:
             _check_bound(step, self._settings.codec)
         self._gauge = None if pressure is None else PressureGauge(pressure)
         self._raw = get_codec(RAW)
+        self._raw_settings = {reason: Settings(self._raw, _LOSSLESS, self._raw.modes[0], reason) for reason in Reason}
         self._profiles: dict[tuple[int, str, str], Profile] = {}  # by the identity of the bound, which they keep
         self._threads = threads
         self._owns_pool = not isinstance(pool, HostPool)
@@ -283,7 +284,7 @@ class SwapEngine:
         decision = self._decide(blocks, settings, coding)
         if coding == RAW or (decision is not None and decision.choice == RAW):
             reason = Reason.BREAK_EVEN if coding is None and settings.codec is not self._raw else settings.reason
-            settings = calm = Settings(self._raw, _LOSSLESS, self._raw.modes[0], reason)
+            settings = calm = self._raw_settings[reason]
         parts = self._parts(names, blocks, sink, settings, calm)
         measure_error = self._verify_store() or measure_error
         self._codecs[settings.codec.name] = settings.codec
@@ -292,12 +293,14 @@ class SwapEngine:
             transfer = self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
             if step is not None or (decision is not None and decision.watch):
                 transfer._observe(partial(self._stored, decision, step))
+                self._catch_up(decision, blocks)
             return transfer
         with self.counting_failures("store"), self._store_lock:
             self._index.check_open()
             result = self.store_blocks(parts, settings.codec, measure_error)
         if step is not None or (decision is not None and decision.watch):
             self._stored(decision, step, result)
+            self._catch_up(decision, blocks)
         transfer = Transfer()
         transfer._finish(result)
         return transfer
@@ -333,7 +336,10 @@ class SwapEngine:
     def _decide(self, blocks: BlockView, settings: Settings, coding: str | None) -> Decision | None:
         if coding is not None and coding not in CHOICES:
             raise ConfigError(f"coding {coding!r}: use one of {', '.join(CHOICES)}, or None")
-        if self.controller is None or settings.codec is self._raw or not len(blocks):
+        if self.controller is None or settings.codec is self._raw:
+            return None
+        nbytes = blocks.nbytes
+        if not nbytes:
             return None
         key = (id(settings.bound), settings.codec.name, settings.mode)
         profile = self._profiles.get(key)
@@ -343,7 +349,7 @@ class SwapEngine:
             kinds = settings.bound.kinds if isinstance(settings.bound, BoundPolicy) else {settings.bound.kind}
             family = ",".join(sorted(kind.name for kind in kinds))
             profile = self._profiles[key] = Profile(settings.codec.name, settings.mode, settings.bound, family)
-        return self.controller.decide(blocks.device, profile, blocks.nbytes, coding)
+        return self.controller.decide(blocks.device, profile, nbytes, coding)
 
     def _stored(self, decision: Decision | None, step: int | None, result: TransferResult) -> None:
         """Take in what a store did."""
@@ -352,6 +358,11 @@ class SwapEngine:
         if step is not None:
             with self._lock:
                 self._meter.pressure_blocks[step] += result.blocks
+
+    def _catch_up(self, decision: Decision | None, blocks: BlockView) -> None:
+        """Let the controller think, while the device is at work."""
+        if decision is not None and self.controller is not None:
+            self.controller.catch_up(decision, blocks.nbytes)
 
     def _watch_load(self, out: BlockView, entries: Sequence[Entry]) -> int:
         if self.controller is None or not entries:

@@ -68,6 +68,7 @@ class World:
     def move(self, controller: Controller, device: Device, raw_bytes: int, profile: Profile = PROFILE) -> str:
         """A store, and a load of what it stored."""
         decision = controller.decide("cuda:0", profile, raw_bytes)
+        controller.catch_up(decision, raw_bytes)  # when it was queued
         record_bytes = raw_bytes if decision.choice == "raw" else max(1, int(raw_bytes / device.ratio))
         for direction in ("store", "load"):
             seconds = device.seconds(direction, decision.choice, raw_bytes)
@@ -117,6 +118,7 @@ def test_choices_stay_in_their_set_and_change_no_oftener_than_the_dwell_allows(
         assert decision.cause in CAUSES
         assert (decision.cause == "asked") == (asked is not None)
         assert asked in (None, decision.choice)
+        controller.catch_up(decision, raw_bytes)
         assert decision.expected_seconds > 0 or asked
         made[decision.choice, decision.cause] = made.get((decision.choice, decision.cause), 0) + 1
         seconds = device.seconds("store", decision.choice, raw_bytes)
@@ -285,6 +287,7 @@ def test_costs_that_were_measured(kind: str) -> None:
         learned = 40 if pages <= 256 else 14
         for number in range(5 * learned):
             decision = controller.decide("cuda:0", profile, raw_bytes)
+            controller.catch_up(decision, raw_bytes)
             codec = "raw" if decision.choice == "raw" else "cuszp"
             record_bytes = int(raw_bytes / case[decision.choice, "out"]["ratio"])
             for direction in ("out", "in"):
@@ -368,7 +371,7 @@ def test_memory_is_bounded() -> None:
     for number in range(1500):
         world.move(controller, device, MIB, Profile("cuszp", "fixed", f"abs:{number}"))
     assert len(controller.snapshot().crossings) <= 512
-    assert len(controller._cells) <= 512
+    assert len(controller._estimates) <= 512
     assert len(controller._ratios) <= 512
 
 
