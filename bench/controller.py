@@ -8,11 +8,19 @@ several bounds, and pages of random bits, which nothing makes smaller. The file 
 as ``h100_controller.json``.
 
 * ``rows``: 1 to 16,384 pages of 64 KiB; kvzip's blocks have min(64, pages) pages. Every round stores and loads other
-  blocks by each way: ``raw`` and ``encoded`` as a caller can ask for (``store(coding=)``), and the three objectives,
-  each with one controller from the beginning of the run to its end, which also goes from the idle GPU to one that
-  computes. Ways take turns in being the first of a round. A controller has had some transfers of a size before they
-  are timed. Times are a caller's, from the call until ``wait`` returns; what came back is compared. ``raw_part`` is
-  the part of the timed stores that were kept raw.
+  blocks by each way, in an order drawn anew: ``raw`` and ``encoded`` as a caller can ask for (``store(coding=)``),
+  ``latency``, an engine with one controller from the beginning of the run to its end, which also goes from the idle GPU
+  to one that computes, and ``again``, which is the faster of the first two a second time. A controller has had some
+  transfers of a size before they are timed. Times are a caller's, from the call until ``wait`` returns; what came back
+  is compared. ``raw_part`` is the part of the timed stores that were kept raw.
+* ``cases``: what `latency` took over the better road. As a load takes the road of its store, a store and a load
+  together count: ``over`` is the median of these pairs over the smaller median of raw and encoded, with its 90 %
+  interval from 1,000 resamples of the rounds; ``again`` the same of the way ``again``, which is what the method shows
+  where nothing differs; ``total_over`` the mean of all pairs in place of the median, with the transfers that measure
+  the other road; ``first_over`` the mean of the first ten pairs after the bound, the size or the load has changed.
+* ``objective_rows``: some cases with all three objectives.
+* ``overhead_rows``: transfers of 1 and of 16 pages, all encoded: without a controller, and with one that looks and
+  never chooses otherwise.
 * ``load``: what the GPU does beside it: nothing, a product of matrices of 8192 x 8192, or the CUDA graph like a
   decoding step of ``gpu_transport.py``, without a pause.
 * ``host_rows``: the same for an engine on host memory, where a raw block is copied.
@@ -46,8 +54,13 @@ from kvzip.controller import OBJECTIVES, Controller
 from kvzip.integrity import Integrity
 
 PAGES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-HOST_PAGES = (1, 16, 256, 2048)
-WAYS = ("raw", "encoded", *OBJECTIVES)
+HOST_PAGES = (1, 16, 256, 1024)
+OBJECTIVE_PAGES = (1, 256, 4096)
+ROADS = ("raw", "encoded")
+AGAIN = "again"
+WAYS = (*ROADS, "latency", AGAIN)
+FIRST = 10  # pairs that count as the first ones
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,11 @@ class Samples:
     record_bytes: int = 0
     raw: int = 0
 
+    @property
+    def pairs(self) -> npt.NDArray[np.float64]:
+        """Seconds of a store and the load of it."""
+        return np.add(self.out, self.into)
+
 
 class Swaps:
     """Stores and loads of blocks by an engine whose controller is exchanged between calls.
@@ -126,6 +144,8 @@ class Swaps:
         self.bench, self.stream = bench, stream
         self.engine = bench.engine(ErrorBound.lossless())
         self.controllers = {objective: Controller(objective) for objective in OBJECTIVES}
+        self.controllers["always"] = Controller("capacity", exploration=0.0)
+        self.again = ""  # the road that is the faster one
         real = bench.pages
         bits = bench.torch.randint(-(1 << 15), 1 << 15, real.shape, dtype=bench.torch.int16, device=real.device)
         self._pages = {False: real, True: bits.view(real.dtype)}
@@ -143,12 +163,13 @@ class Swaps:
         number = next(self._fresh)
         keys = [b"%d-%d" % (number, i) for i in range(len(blocks))]
         self.engine.controller = self.controllers.get(way)
-        coding = way if way in ("raw", "encoded") else None
+        road = self.again if way == AGAIN else way
+        coding = road if road in ROADS else None
         begin = time.perf_counter()
         stored = self.engine.store(keys, source, coding=coding, stream=self.stream)  # type: ignore[arg-type]
         samples.record_bytes = finish(stored)
         samples.out.append(time.perf_counter() - begin)
-        samples.raw += way == "raw" or "break_even" in stored.result().fallbacks
+        samples.raw += road == "raw" or "break_even" in stored.result().fallbacks
         begin = time.perf_counter()
         finish(self.engine.load(keys, target, stream=self.stream))
         samples.into.append(time.perf_counter() - begin)
@@ -185,41 +206,76 @@ def computing(torch: Any, launch: Callable[[], None] | None, stream: Any) -> Ite
         thread.join(30)
 
 
-def measure(swaps: Swaps, profile: Profile, pages: int, *, quick: bool) -> list[Row]:
-    """All ways in turn, after the controllers have seen some transfers; then what came back is compared."""
-    swaps.choose(profile)
-    bench = swaps.bench
-    chosen = bench.selections(pages, 8)
+def in_turn(swaps: Swaps, ways: Sequence[str], pages: int, least: int, most: int, seconds: float) -> dict[str, Samples]:
+    """Rounds of all ways, each in an order of its own."""
+    chosen = swaps.bench.selections(pages, 8)
     turns = itertools.cycle(range(len(chosen)))
-    for way in WAYS:
-        warm, begin = Samples(), time.perf_counter()
-        most = (2 if way in ("raw", "encoded") else 40) if not quick else 2
-        while len(warm.out) < most and (time.perf_counter() - begin < 0.15 or len(warm.out) < min(most, 14)):
-            swaps.move(way, pages, chosen[next(turns)], warm)
-    found = {way: Samples() for way in WAYS}
-    begin = time.perf_counter()
-    least, most, seconds = (2, 2, 0.0) if quick else (7, 150, 0.3)
+    found = {way: Samples() for way in ways}
+    rng = np.random.default_rng(pages)
     gc.collect()
     gc.disable()
     try:
+        begin = time.perf_counter()
         for number in range(most):
-            for way in np.roll(WAYS, number).tolist():
+            for way in rng.permutation(ways).tolist():
                 swaps.move(way, pages, chosen[next(turns)], found[way])
             if number + 1 >= least and time.perf_counter() - begin > seconds:
                 break
     finally:
         gc.enable()
-    for way in WAYS:
+    return found
+
+
+def warm_up(swaps: Swaps, ways: Sequence[str], pages: int, *, quick: bool) -> dict[str, Samples]:
+    """Let the controllers see some transfers, and find out which road is the faster one."""
+    chosen = swaps.bench.selections(pages, 8)
+    found = {way: Samples() for way in ways if way != AGAIN}
+    for way, warm in found.items():
+        begin = time.perf_counter()
+        most = (4 if way in ROADS else 40) if not quick else 2
+        while len(warm.out) < most and (time.perf_counter() - begin < 0.15 or len(warm.out) < min(most, 14)):
+            swaps.move(way, pages, chosen[len(warm.out) % len(chosen)], warm)
+    swaps.again = min(ROADS, key=lambda road: float(np.median(found[road].pairs)))
+    return found
+
+
+def quotient(found: dict[str, Samples], way: str) -> Row:
+    """A way's median pair over that of the better road, and the interval that 90 % of the resamples are in."""
+    pairs = np.stack([found[each].pairs for each in (way, *ROADS)])
+
+    def over(sample: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        own, *roads = np.median(sample, axis=-1)
+        return np.asarray(own / np.minimum(*roads))
+
+    rounds = np.random.default_rng(1).integers(0, pairs.shape[1], (RESAMPLES, pairs.shape[1]))
+    low, high = np.quantile(over(pairs[:, rounds]), (0.05, 0.95))
+    return {"over": float(over(pairs)), "low": float(low), "high": float(high)}
+
+
+def measure(
+    swaps: Swaps, profile: Profile, pages: int, ways: Sequence[str] = WAYS, *, quick: bool
+) -> tuple[list[Row], Row]:
+    """All ways in turn, after the controllers have seen some transfers; then what came back is compared.
+
+    Returns:
+        A row for each way and direction, and the case's.
+    """
+    swaps.choose(profile)
+    bench = swaps.bench
+    first = warm_up(swaps, ways, pages, quick=quick)
+    least, most, seconds = (2, 2, 0.0) if quick else (15 if bench.device.type == "cuda" else 9, 200, 0.5)
+    found = in_turn(swaps, ways, pages, least, most, seconds)
+    chosen = bench.selections(pages, 8)
+    for number, way in enumerate(ways):
         bench.targets.zero_()
-        blocks = chosen[next(turns)]
+        blocks = chosen[number % len(chosen)]
         swaps.move(way, pages, blocks, Samples())
         check_pages(bench, bench.page_numbers(pages, blocks), profile.relative, f"{way} at {profile.name}")
     raw_bytes = pages * PAGE_BYTES
-    return [
+    case: Row = {"profile": profile.name, "pages": pages, "raw_bytes": raw_bytes}
+    rows = [
         {
-            "profile": profile.name,
-            "pages": pages,
-            "raw_bytes": raw_bytes,
+            **case,
             "way": way,
             "direction": direction,
             **quantiles(seconds),
@@ -227,24 +283,59 @@ def measure(swaps: Swaps, profile: Profile, pages: int, *, quick: bool) -> list[
             "ratio": raw_bytes / found[way].record_bytes,
             "raw_part": found[way].raw / len(found[way].out),
         }
-        for way in WAYS
+        for way in ways
+        for direction, seconds in (("out", found[way].out), ("in", found[way].into))
+    ]
+    best = min(float(np.median(found[road].pairs)) for road in ROADS)
+    least_mean = min(float(np.mean(found[road].pairs)) for road in ROADS)
+    case |= {
+        "n": len(found["raw"].out),
+        "ratio": raw_bytes / found["encoded"].record_bytes,
+        "raw_us": float(np.median(found["raw"].pairs)) * 1e6,
+        "encoded_us": float(np.median(found["encoded"].pairs)) * 1e6,
+        **quotient(found, "latency"),
+        "total_over": float(np.mean(found["latency"].pairs)) / least_mean,
+        "first_over": float(np.mean(first["latency"].pairs[:FIRST])) / best,
+        "raw_part": found["latency"].raw / len(found["latency"].out),
+    }
+    if AGAIN in found:
+        case["again"] = quotient(found, AGAIN)
+    return rows, case
+
+
+def overhead(swaps: Swaps, pages: int, *, quick: bool) -> list[Row]:
+    """What a controller costs that never chooses otherwise."""
+    swaps.choose(Profile("1e-2", 1e-2))
+    ways = ("none", "always")
+    in_turn(swaps, ways, pages, 4, 4 if quick else 60, 0.1)
+    found = in_turn(swaps, ways, pages, 4, 4 if quick else 1500, 0.6)
+    return [
+        {"pages": pages, "way": way, "direction": direction, **quantiles(seconds), "n": len(seconds)}
+        for way in ways
         for direction, seconds in (("out", found[way].out), ("in", found[way].into))
     ]
 
 
-def show(load: str, rows: Sequence[Row]) -> None:
-    """Print a case: for each direction the medians, and `latency` over the better of raw and encoded."""
-    first = rows[0]
+def show(load: str, rows: Sequence[Row], case: Row) -> None:
+    """Print a case."""
+    times = []
     for direction in ("out", "in"):
-        us = {row["way"]: row["us"] for row in rows if row["direction"] == direction}
-        part = {row["way"]: row["raw_part"] for row in rows}
-        over = us["latency"] / min(us["raw"], us["encoded"])
-        times = " ".join(f"{way} {us[way]:.0f}" for way in WAYS)
-        kept = " ".join(f"{part[way]:.2f}" for way in OBJECTIVES)
-        print(
-            f"{load:9s} {first['profile']:8s} {first['pages']:6d} {direction:3s} us: {times}; x {over:.3f}, raw {kept}",
-            flush=True,
-        )
+        own = [row for row in rows if row["direction"] == direction]
+        times.append(f"{direction} " + " ".join(f"{row['way']} {row['us']:.0f}" for row in own))
+    again = case.get("again", {})
+    print(
+        f"{load:9s} {case['profile']:8s} {case['pages']:6d} x {case['over']:.3f} [{case['low']:.3f} {case['high']:.3f}]"
+        f" again {again.get('over', 0):.3f} total {case['total_over']:.3f} first {case['first_over']:.3f}"
+        f" raw {case['raw_part']:.2f} n {case['n']} us: {'; '.join(times)}",
+        flush=True,
+    )
+
+
+def keep(results: Results, load: str, prefix: str, rows: Sequence[Row], case: Row) -> None:
+    """Put a case into the results."""
+    show(load, rows, case)
+    results.add("controller", [{"load": load, **row} for row in rows], prefix + "rows")
+    results.add("controller", [{"load": load, **case}], prefix + "cases")
 
 
 def run_device(bench: TransportBench, results: Results, options: argparse.Namespace) -> None:
@@ -264,16 +355,24 @@ def run_device(bench: TransportBench, results: Results, options: argparse.Namesp
                         continue
                     for pages in options.pages if load == "idle" else options.pages[::2] + options.pages[-1:]:
                         with results.attempt("controller", f"{load}, {profile.name}, {pages} pages"):
-                            rows = measure(swaps, profile, pages, quick=options.quick)
-                            show(load, rows)
-                            results.add("controller", [{"load": load, **row} for row in rows])
+                            keep(results, load, "", *measure(swaps, profile, pages, quick=options.quick))
                 for pages in options.pages[-1:] if load != "idle" else options.pages[-4::3]:
                     with results.attempt("controller", f"{load}, checksums of {pages} pages"):
                         checksums(swaps, results, load, pages)
             del launch, work
             torch.cuda.empty_cache()
-    for objective, controller in swaps.controllers.items():
-        remember(results, objective, controller)
+    for pages in [pages for pages in OBJECTIVE_PAGES if pages in options.pages]:
+        for profile in [profile for profile in PROFILES if profile.name in ("noise", "1e-2")]:
+            with results.attempt("controller", f"objectives, {profile.name}, {pages} pages"):
+                rows, case = measure(swaps, profile, pages, (*ROADS, *OBJECTIVES), quick=options.quick)
+                show("idle", rows, case)
+                results.add("controller", [{"load": "idle", **row} for row in rows], "objective_rows")
+    for pages in (1, 16):
+        with results.attempt("controller", f"overhead, {pages} pages"):
+            rows = overhead(swaps, pages, quick=options.quick)
+            print(pages, " ".join(f"{row['way']} {row['direction']} {row['us']:.1f}" for row in rows), flush=True)
+            results.add("controller", rows, "overhead_rows")
+    remember(results, "latency", swaps.controllers["latency"])
     swaps.engine.close()
 
 
@@ -294,11 +393,11 @@ def checksums(swaps: Swaps, results: Results, load: str, pages: int) -> None:
             times: dict[bool, list[float]] = {True: [], False: []}
             for engine in (always, never):
                 engine.store(keys, source, coding=coding, stream=stream).wait()
-            for number in range(26):
+            for number in range(16):
                 for checked, engine in ((True, always), (False, never)):
                     begin = time.perf_counter()
                     finish(engine.load(keys, target, stream=stream))
-                    if number >= 5:
+                    if number >= 4:
                         times[checked].append(time.perf_counter() - begin)
             rows = [
                 {"load": load, "pages": pages, "coding": coding, "checked": checked, **quantiles(seconds)}
@@ -318,11 +417,8 @@ def run_host(torch: Any, results: Results, cache: npt.NDArray[Any], options: arg
             continue
         for pages in counts:
             with results.attempt("controller", f"host, {profile.name}, {pages} pages"):
-                rows = measure(swaps, profile, pages, quick=options.quick)
-                show("host", rows)
-                results.add("controller", [{"load": "host", **row} for row in rows], "host_rows")
-    for objective, controller in swaps.controllers.items():
-        remember(results, f"{objective}, host", controller)
+                keep(results, "host", "host_", *measure(swaps, profile, pages, quick=options.quick))
+    remember(results, "latency, host", swaps.controllers["latency"])
     swaps.engine.close()
 
 

@@ -527,11 +527,16 @@ def controller_section() -> list[str]:
         paragraph(
             f"{e['gpu']}, {e['cpu']} with {e['cpu_cores']} cores, commit {e['commit']}. Microseconds that a caller "
             'waits for a store (out) and a load (in), medians; `latency` is an engine with `controller="latency"`, in '
-            "turn with the others, after it has seen some transfers of that size. `over` is what it took over the "
-            "faster of raw and encoded, store and load together. The last column is the part of the stores that the "
-            "objectives latency, balanced and capacity kept raw. Pages of 64 KiB; `noise` is random bits "
+            "turn with the others in an order drawn anew for each round, after it has seen some transfers of that "
+            "size. A load takes the road of its store, so both count together: `over` is the median of a store and "
+            "its load by the controller over the median by the better of raw and encoded, with the interval that 90 % "
+            "of 1,000 resamples of the rounds are in. `again` is the better road measured a second time in the same "
+            "rounds, over itself: what the method shows where nothing differs. `total` has the mean in place of the "
+            "median, and so the transfers that measure the other road; `first` is the mean of the first ten after the "
+            "bound, the size or the load has changed. Pages of 64 KiB; `noise` is random bits "
             f"([{name}](../bench/results/{name}), `bench/controller.py`). [How it chooses](explanation/controller.md)."
         ),
+        *_controller_summary(data),
     ]
     places = {
         "idle": "GPU, nothing beside",
@@ -539,42 +544,92 @@ def controller_section() -> list[str]:
         "decode-b8": "GPU, beside decoding steps without a pause",
         "host": "Host memory",
     }
-    cases: dict[tuple[str, str, int], dict[tuple[str, str], dict[str, Any]]] = {}
-    for row in (*data["rows"], *data.get("host_rows", ())):
-        case = cases.setdefault((row["load"], row["profile"], row["pages"]), {})
-        case[row["way"], row["direction"]] = row
+    times: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}
+    for row in (*data["rows"], *data["host_rows"]):
+        case = times.setdefault((row["load"], row["profile"], row["pages"]), {})
+        case[row["way"], row["direction"]] = row["us"]
     for load_name, title in places.items():
-        own = {key: case for key, case in cases.items() if key[0] == load_name}
-        if not own:
-            continue
         rows = []
-        for (_, profile, pages), case in own.items():
-            times = [[case[way, d]["us"] for way in ("raw", "encoded", "latency")] for d in ("out", "in")]
-            raw, encoded, latency = (sum(t) for t in zip(*times, strict=True))
+        for case in (*data["cases"], *data["host_cases"]):
+            if case["load"] != load_name:
+                continue
+            us = times[load_name, case["profile"], case["pages"]]
             rows.append(
                 [
-                    *(profile, f"{case['encoded', 'out']['ratio']:.2f}", f"{pages:,}"),
-                    *(" / ".join(f"{t:,.0f}" for t in each) for each in times),
-                    f"{latency / min(raw, encoded):.2f}",
-                    " / ".join(f"{case[w, 'out']['raw_part']:.0%}" for w in ("latency", "balanced", "capacity")),
+                    *(case["profile"], f"{case['ratio']:.2f}", f"{case['pages']:,}"),
+                    *(
+                        " / ".join(f"{us[way, direction]:,.0f}" for way in ("raw", "encoded", "latency"))
+                        for direction in ("out", "in")
+                    ),
+                    f"{case['over']:.2f} ({case['low']:.2f} to {case['high']:.2f})",
+                    *(f"{value:.2f}" for value in (case["again"]["over"], case["total_over"], case["first_over"])),
+                    f"{case['raw_part']:.0%}",
                 ]
             )
-        parts.append(f"### {title}\n")
-        parts.append(
-            table(
-                [
-                    "bound",
-                    "ratio",
-                    "pages",
-                    "out: raw / encoded / latency",
-                    "in: raw / encoded / latency",
-                    "over",
-                    "kept raw",
-                ],
-                rows,
-            )
+        if rows:
+            head = ["bound", "ratio", "pages", "out: raw / encoded / latency", "in: raw / encoded / latency"]
+            parts += [f"### {title}\n", table([*head, "over", "again", "total", "first", "kept raw"], rows)]
+    return [*parts, *_controller_objectives(data), *_checksums(data)]
+
+
+def _controller_summary(data: dict[str, Any]) -> list[str]:
+    """How many cases are within 5 % of the better road."""
+    sizes = {
+        "GPU, up to 4 MiB": lambda case: case["raw_bytes"] <= 4 << 20,
+        "GPU, 16 to 64 MiB": lambda case: 4 << 20 < case["raw_bytes"] <= 64 << 20,
+        "GPU, 256 MiB and 1 GiB": lambda case: case["raw_bytes"] > 64 << 20,
+    }
+    groups = [(name, [case for case in data["cases"] if chosen(case)]) for name, chosen in sizes.items()]
+    rows = []
+    for name, cases in (*groups, ("host memory", data["host_cases"])):
+        if not cases:
+            continue
+        row = [name, str(len(cases))]
+        for each in (cases, [case["again"] for case in cases]):
+            over = sorted(case["over"] for case in each)
+            within = sum(value <= 1.05 for value in over)
+            beyond = sum(case["low"] > 1.05 for case in each)
+            row += [str(within), str(beyond), f"{over[len(over) // 2]:.2f}", f"{over[-1]:.2f}"]
+        rows.append(row)
+    head = ["transfers", "cases", "within 5 %", "surely not", "median over", "worst over"]
+    again = ["again: within", "surely not", "median", "worst"]
+    text = (
+        "Of all cases below, those whose `over` is at most 1.05, and those whose whole interval is above it; beside "
+        "that the same of `again`:"
+    )
+    return [paragraph(text), table([*head, *again], rows)]
+
+
+def _controller_objectives(data: dict[str, Any]) -> list[str]:
+    """What the other objectives keep raw, and what a controller costs that never chooses otherwise."""
+    parts = []
+    cases: dict[tuple[str, int], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in data.get("objective_rows", ()):
+        cases.setdefault((row["profile"], row["pages"]), {})[row["way"], row["direction"]] = row
+    ways = ("raw", "encoded", "latency", "balanced", "capacity")
+    rows = [
+        [
+            *(profile, f"{pages:,}"),
+            *(" / ".join(f"{case[way, direction]['us']:,.0f}" for way in ways) for direction in ("out", "in")),
+            " / ".join(f"{case[way, 'out']['raw_part']:.0%}" for way in ways[2:]),
+        ]
+        for (profile, pages), case in cases.items()
+    ]
+    if rows:
+        parts.append("### The other objectives\n")
+        parts.append("Raw, encoded, and the objectives latency, balanced and capacity; nothing beside:\n")
+        parts.append(table(["bound", "pages", "out, us", "in, us", "kept raw by the objectives"], rows))
+    rows = [
+        [f"{row['pages']}", row["direction"], row["way"], f"{row['us']:.1f}", f"{row['us_p10']:.1f}"]
+        for row in data.get("overhead_rows", ())
+    ]
+    if rows:
+        parts.append("### What a controller costs a small transfer\n")
+        text = (
+            "All encoded, without a controller (`none`) and with one that never chooses otherwise (`always`), in turn:"
         )
-    return [*parts, *_checksums(data)]
+        parts += [paragraph(text), table(["pages", "direction", "way", "us", "p10"], rows)]
+    return parts
 
 
 def _checksums(data: dict[str, Any]) -> list[str]:

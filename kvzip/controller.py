@@ -217,8 +217,8 @@ class _Estimate:
     __slots__ = ("_before", "_supposed", "_values", "count", "serial", "value")
 
     def __init__(self, supposed: float) -> None:
-        self._values: deque[float] = deque(maxlen=MOST_SAMPLES)
-        self._supposed: tuple[float, ...] = (supposed,)
+        self._values: list[float] = []
+        self._supposed = [supposed]
         self._before = 0.0  # what it was when it became outdated
         self.value = supposed
         self.count = self.serial = 0
@@ -236,28 +236,32 @@ class _Estimate:
             serial: its number.
 
         Returns:
-            By what the estimate has changed, if two observations in a row say so: then the earlier ones count no more.
+            By what the estimate has changed, if the latest observations say so, two that are smaller or three that are
+            larger: then the earlier ones count no more.
         """
+        before = self.value
+        if self.count < 3 and (self._before or self.count < FIRST_TRIES):
+            before = self._before
         values = self._values
-        before = self.value if self.count >= FIRST_TRIES else self._before
-        changed = len(values) > 0 and before > 0
-        if changed:
-            low, high = sorted((value, values[-1]))
-            changed = low > before / CHANGED or high < before * CHANGED
-        if changed:
-            values = self._values = deque([values[-1]], MOST_SAMPLES)
         values.append(value)
         self.count += 1
         self.serial = serial
-        known = sorted(values if self.count >= 3 else (*values, *self._supposed))
+        changed = 0
+        if before > 0 and len(values) > 1:
+            if max(values[-2:]) < before * CHANGED:
+                changed = 2
+            elif len(values) > 2 and min(values[-3:]) > before / CHANGED:
+                changed = 3
+        del values[: -(changed or MOST_SAMPLES)]
+        known = sorted(values if self.count >= 3 else values + self._supposed)
         self.value = known[(len(known) - 1) // 2]
         return self.value / before if changed else None
 
     def outdate(self, change: float) -> None:
         """What was observed counts no more; until there is an observation, it is supposed to have changed like this."""
         self._values.clear()
-        self._supposed = ()
-        if self.count:
+        self._supposed.clear()
+        if self.count or not self._before:
             self._before = self.value
         self.value *= change
         self.count = 0
@@ -504,8 +508,9 @@ class Controller:
         if state.changed != state.decisions and self._exploration > 0:
             extra = 0.0 if wanted == other else max(0.0, times[other] - times[chosen])
             starting = doubtful and (not known or extra < (NEAR - 1) * times[chosen])
-            if self._may_explore(state, times, ratio, extra, starting=starting):
-                decision = Decision(device, profile, other, "exploration", state.expected[other], starting)
+            budget = self._budget(state, times, ratio, extra, starting=starting)
+            if budget is not None:
+                decision = Decision(device, profile, other, "exploration", state.expected[other], budget)
                 state.planned = _Plan(decision, extra)
 
     def _doubtful(self, device: str, choice: Choice, profile: Profile, cell: Cell) -> bool:
@@ -523,21 +528,23 @@ class Controller:
             return faster - larger
         return -larger if larger > SLACK else faster
 
-    def _may_explore(
+    def _budget(
         self, state: _State, times: Mapping[Choice, float], ratio: float, extra: float, *, starting: bool
-    ) -> bool:
-        """Whether the road that is not chosen may be taken, to see what it takes, although that costs `extra` seconds.
+    ) -> bool | None:
+        """Who pays the `extra` seconds of taking the road that is not chosen, to see what it takes.
 
-        After the first tries it is taken so seldom that it costs no more than a part `exploration` of the time.
+        Returns:
+            True: the budget of the first tries. False: that of the later ones, which are so seldom that they cost no
+            more than a part `exploration` of the time. None: it is not worth it now.
         """
         if state.choice == ENCODED and self._gain({**times, RAW: times[RAW] / HOPELESS}, ratio) <= TO_RAW:
-            return False
-        if starting:
-            return extra == 0 or self._explored[starting] + extra <= self._allowance + FIRST_PART * self._seconds
+            return None
+        if starting and (extra == 0 or self._explored[True] + extra <= self._allowance + FIRST_PART * self._seconds):
+            return True
         every = max(TRY_EVERY, extra / times[state.choice] / self._exploration)
         if state.decisions - state.tried[_other(state.choice)] < every:
-            return False
-        return self._explored[starting] + extra <= self._exploration * self._seconds
+            return None
+        return False if self._explored[False] + extra <= self._exploration * self._seconds else None
 
     def _state(self, device: str, profile: Profile, raw_bytes: int) -> _State:
         key = (device, profile, size_class(raw_bytes))
@@ -656,8 +663,11 @@ class Controller:
             kind = _kind(device, direction, choice, profile)
             estimate = self._estimates.get(kind, _NOTHING).get(cell)
             if estimate is None:
-                supposed = self._factor(device, direction, choice, profile, cell, raw_bytes, ratio)
-                estimate = self._estimates.setdefault(kind, {})[cell] = _Estimate(supposed)
+                cells = self._estimates.setdefault(kind, {})
+                estimate = _Estimate(self._factor(device, direction, choice, profile, cell, raw_bytes, ratio))
+                if any(at == size for at, _ in cells):  # at another ratio: much the same can be expected
+                    estimate.outdate(1.0)
+                cells[cell] = estimate
                 if len(self._estimates) > MOST_STATES:
                     del self._estimates[next(iter(self._estimates))]
             self._serials[device, size] += 1

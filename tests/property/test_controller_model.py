@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvzip.controller import (
@@ -20,9 +20,10 @@ from kvzip.controller import (
     CHOICES,
     FIRST_PART,
     FIRST_TRIES,
+    HOPELESS,
     OBJECTIVES,
-    TO_RAW,
     TRY_EVERY,
+    WATCH_EVERY,
     Controller,
     Prior,
     Profile,
@@ -31,6 +32,7 @@ from kvzip.controller import (
 from kvzip.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+DWELL = 8  # of a controller, if nothing else is said
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PROFILE = Profile("cuszp", "fixed", "rel:0.001")
 
@@ -156,46 +158,44 @@ def test_exploring_stays_within_its_budget(device: Device, raw_bytes: int, part:
 
 
 @given(devices, sizes)
-@settings(max_examples=80, deadline=None)
-def test_latency_finds_the_faster_road_and_loses_little_on_the_way(device: Device, raw_bytes: int) -> None:
+@settings(max_examples=60, deadline=None)
+def test_latency_loses_little_in_the_long_run(device: Device, raw_bytes: int) -> None:
+    """Whatever the roads take: over 1,500 stores with their loads, all that choosing costs is a few percent."""
     world = World()
-    controller = Controller("latency", clock=world.clock, allowance_seconds=0.05)
-    for _ in range(200):
-        world.move(controller, device, raw_bytes)
-    before, tail = world.spent, [world.move(controller, device, raw_bytes) for _ in range(200)]
-    spent = world.spent - before
+    controller = Controller("latency", clock=world.clock)
     totals = {choice: device.total(choice, raw_bytes) for choice in CHOICES}
-    best = min(totals.values())
-    # Noise adds its mean to either road; an explored transfer is within the budget.
-    slack = best * (1 + device.noise) * len(tail)
-    assert spent <= 1.06 * slack + 0.01 * world.spent + max(totals.values()) * FIRST_TRIES
-    if abs(math.log(totals["raw"] / totals["encoded"])) > TO_RAW + 3 * device.noise:
+    best, worst = min(totals.values()), max(totals.values())
+    for _ in range(1000):
+        world.move(controller, device, raw_bytes)
+    regret = world.spent - 1000 * best * (1 + device.noise)
+    # The first road is a guess, and held until the other was seen twice; later tries cost what they may.
+    assert regret <= 0.05 * world.spent + 0.05 + (2 * DWELL + 2 * FIRST_TRIES) * (worst - best)
+    before, tail = world.spent, [world.move(controller, device, raw_bytes) for _ in range(500)]
+    assert world.spent - before <= 1.05 * len(tail) * best * (1 + device.noise) + FIRST_TRIES * (worst - best)
+    if worst > best * 1.5:
         winner = min(totals, key=lambda choice: totals[choice])
-        assert tail.count(winner) >= len(tail) - 2 * (len(tail) // TRY_EVERY + 1)
+        assert tail.count(winner) >= len(tail) - 2 * FIRST_TRIES - len(tail) // 50
 
 
 @given(devices, devices, sizes)
 @settings(max_examples=60, deadline=None)
 def test_latency_follows_a_device_that_changes(first: Device, then: Device, raw_bytes: int) -> None:
-    """A road that has become cheaper is found again if it is not hopeless, as the budget and the optimism say."""
+    """However the roads change: a change of the one that is taken is noticed in a few observations, one of the other at
+    the next try, which comes the later the dearer it seemed."""
     world = World()
     controller = Controller("latency", clock=world.clock)
-    for device in (first, then):
-        for _ in range(300):
-            world.move(controller, device, raw_bytes)
-    calm = replace(then, noise=0.0)
-    totals = {choice: calm.total(choice, raw_bytes) for choice in CHOICES}
+    for _ in range(300):
+        chosen = world.move(controller, first, raw_bytes)
+    seemed = first.total("raw" if chosen == "encoded" else "encoded", raw_bytes) / first.total(chosen, raw_bytes)
+    assume(seemed < HOPELESS / 2)  # raw is never tried again where it seemed hopeless
+    then = replace(then, noise=0.0)
+    totals = {choice: then.total(choice, raw_bytes) for choice in CHOICES}
+    for _ in range(8 * WATCH_EVERY + int(200 * seemed)):
+        world.move(controller, then, raw_bytes)
     before = world.spent
     for _ in range(100):
-        world.move(controller, calm, raw_bytes)
-    crossing = next(c for c in controller.snapshot().crossings if c.least_bytes <= raw_bytes <= c.most_bytes)
-    if totals[crossing.choice] <= 1.06 * min(totals.values()):
-        assert world.spent - before <= 1.07 * 100 * min(totals.values()) + 2 * max(totals.values())
-    else:
-        # Not found: then its last measurement was bad enough that to look again was too dear so far.
-        other = "raw" if crossing.choice == "encoded" else "encoded"
-        stale = crossing.store_seconds[other] + crossing.load_seconds[other]
-        assert stale > totals[other]
+        world.move(controller, then, raw_bytes)
+    assert world.spent - before <= 1.05 * 100 * min(totals.values()) + FIRST_TRIES * max(totals.values())
 
 
 @given(st.floats(1.1, 6.0), devices, sizes)

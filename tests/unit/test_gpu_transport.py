@@ -250,26 +250,36 @@ def test_the_controller_beside_raw_and_encoded(results: Any, monkeypatch: pytest
     work = types.SimpleNamespace(prepare=lambda stream: lambda: (time.sleep(0.001), launched.append(0.0)))
     monkeypatch.setattr(controller, "Gemm", lambda torch, size: work)
     monkeypatch.setattr(controller, "LOADED_PROFILES", ("noise", "1e-2"))
-    monkeypatch.setattr(controller, "PROFILES", [p for p in controller.PROFILES if p.name in ("noise", "1e-2")])
+    few = [p for p in controller.PROFILES if p.name in ("noise", "1e-2")]
+    monkeypatch.setattr(controller, "PROFILES", few)
     options = types.SimpleNamespace(pages=[1, 16], loads=["idle", "gemm-8192"], quick=True)
     controller.run_device(bench, results, options)
     written = json.loads((results.folder / "h200_controller.json").read_text())
     assert written["notes"] == []
     assert launched
     rows = {(r["load"], r["profile"], r["pages"], r["way"], r["direction"]): r for r in written["rows"]}
-    assert len(rows) == len(written["rows"]) == 2 * 2 * 2 * 5 * 2
+    assert len(rows) == len(written["rows"]) == 2 * 2 * 2 * 4 * 2
     assert all(r["us_p10"] <= r["us"] <= r["us_p90"] for r in written["rows"])
     assert rows["idle", "1e-2", 16, "encoded", "out"]["ratio"] > 2
     assert rows["idle", "noise", 16, "encoded", "out"]["ratio"] <= 1
     assert {r["raw_part"] for r in written["rows"] if r["way"] == "raw"} == {1.0}
     assert {r["raw_part"] for r in written["rows"] if r["way"] == "encoded"} == {0.0}
+    cases = written["cases"]
+    assert len(cases) == 2 * 2 * 2
+    for case in cases:
+        assert case["low"] <= case["over"] <= case["high"]
+        assert case["again"]["low"] <= case["again"]["over"] <= case["again"]["high"]
+    assert {(r["pages"], r["way"]) for r in written["overhead_rows"]} == {
+        (pages, way) for pages in (1, 16) for way in ("none", "always")
+    }
+    assert {r["way"] for r in written["objective_rows"]} == {"raw", "encoded", "latency", "balanced", "capacity"}
     assert {(r["load"], r["coding"], r["checked"]) for r in written["checksum_rows"]} == {
         (load, coding, checked)
         for load in ("idle", "gemm-8192")
         for coding in ("raw", "encoded")
         for checked in (True, False)
     }
-    assert [c["controller"] for c in written["controllers"]] == ["latency", "balanced", "capacity"]
+    assert [c["controller"] for c in written["controllers"]] == ["latency"]
     assert bench.pool.stats().allocations == 0
 
 
