@@ -34,7 +34,6 @@ OBJECTIVES = ("latency", "balanced", "capacity")
 #: Why a choice was made; see `Decision`.
 CAUSES = ("asked", "objective", "hysteresis", "exploration")
 
-
 #: What is to be reported of a transfer: nothing, or that it has ended. Above 0: what it took, for so many like it.
 SKIP, NOTE = 0, -1
 
@@ -411,7 +410,7 @@ class Controller:
         """
         # The price of most stores; `_settle` counts them.
         state = self._known.get((device, profile, raw_bytes))
-        if state is not None and state.left and asked is None:
+        if state is not None and state.left > 0 and asked is None:
             state.left -= 1
             return state.standing[SKIP]
         with self._lock:
@@ -517,7 +516,10 @@ class Controller:
         """Whether a road has to be taken again to know what it takes."""
         store = self._estimates.get(_kind(device, "store", choice, profile), _NOTHING).get(cell)
         load = self._estimates.get(_kind(device, "load", choice, profile), _NOTHING).get(cell)
-        return store is None or store.doubtful or (load is not None and self._loads > 0 and load.doubtful)
+        if store is None or store.doubtful:
+            return True
+        # Loads need not follow.
+        return load is not None and load.doubtful and self._loads > 0 and store.count < 2 * FIRST_TRIES
 
     def _gain(self, times: Mapping[Choice, float], ratio: float) -> float:
         """How much raw serves the objective better than encoded, logarithm."""
@@ -589,7 +591,7 @@ class Controller:
             if len(self._loads_seen) >= MOST_STATES:
                 self._loads_seen.clear()
             seen = self._loads_seen[device, raw_bytes] = _LoadsSeen()
-        elif seen.left and seen.codec == codec:
+        elif seen.left > 0 and seen.codec == codec:
             seen.left -= 1
             return SKIP
         seen.count += 1

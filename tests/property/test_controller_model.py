@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,49 @@ def test_a_snapshot_names_what_it_saw() -> None:
     assert seen.link_bytes_per_second["cuda:0", "store"] == pytest.approx(20e9, rel=0.05)
     assert seen.link_bytes_per_second["cuda:0", "load"] == pytest.approx(20e9, rel=0.05)
     assert sum(seen.decisions.values()) == crossing.decisions == 20
+
+
+def test_a_change_is_followed_where_nothing_is_loaded() -> None:
+    """What was loaded long ago, and never again, keeps nobody from choosing the better store."""
+    world = World()
+    controller = Controller("latency", clock=world.clock)
+    before = Device(prior(50e9, 500e9), prior(50e9, 500e9), ratio=3.0)
+    for _ in range(100):
+        world.move(controller, before, 64 * MIB)
+    after = Device(prior(50e9, 500e9), prior(50e9, 5e9), ratio=3.0)
+    choices = []
+    for _ in range(200):
+        decision = controller.decide("cuda:0", PROFILE, 64 * MIB)
+        controller.catch_up(decision, 64 * MIB)
+        seconds = after.seconds("store", decision.choice, 64 * MIB)
+        world.now += seconds
+        controller.stored(decision, 64 * MIB, 64 * MIB if decision.choice == "raw" else 21 * MIB, seconds)
+        choices.append(decision.choice)
+    assert choices[-50:].count("raw") >= 48
+
+
+def test_threads_do_not_keep_it_from_looking() -> None:
+    """The look-up takes no lock: a store that was counted twice must not end the watching."""
+    world = World()
+    controller = Controller("latency", clock=world.clock)
+    device = Device(prior(50e9, 500e9), prior(50e9, 500e9), ratio=2.0)
+    for _ in range(40):
+        world.move(controller, device, MIB)
+
+    def stores() -> None:
+        for _ in range(3000):
+            controller.decide("cuda:0", PROFILE, MIB)
+
+    threads = [threading.Thread(target=stores) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    watches = [controller.decide("cuda:0", PROFILE, MIB).watch for _ in range(2 * WATCH_EVERY)]
+    assert any(watch > 0 for watch in watches)
+    for state in controller._states.values():
+        state.left = -1  # what two threads can do
+    assert controller.decide("cuda:0", PROFILE, MIB).watch != 0
 
 
 def test_memory_is_bounded() -> None:
