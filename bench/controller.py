@@ -19,8 +19,8 @@ as ``h100_controller.json``.
   where nothing differs; ``total_over`` the mean of all pairs in place of the median, with the transfers that measure
   the other road; ``first_over`` the mean of the first ten pairs after the bound, the size or the load has changed.
 * ``objective_rows``: some cases with all three objectives.
-* ``overhead_rows``: transfers of 1 and of 16 pages, all encoded: without a controller, and with one that looks and
-  never chooses otherwise.
+* ``overhead_rows``: transfers of 1 and of 16 pages: encoded without a controller (``none``) and with one that looks and
+  never chooses otherwise (``always``); raw as a caller asks for (``raw``) and with one that always says so.
 * ``load``: what the GPU does beside it: nothing, a product of matrices of 8192 x 8192, or the CUDA graph like a
   decoding step of ``gpu_transport.py``, without a pause.
 * ``host_rows``: the same for an engine on host memory, where a raw block is copied.
@@ -50,7 +50,7 @@ from gpu_transport import DecodeStep, Gemm, TransportBench, check_pages, environ
 
 from kvzip import BlockView, ErrorBound, HostPool
 from kvzip.benchmark import Results, finish, gpu_name, host_environment, quantiles
-from kvzip.controller import OBJECTIVES, Controller
+from kvzip.controller import OBJECTIVES, Controller, Prior
 from kvzip.integrity import Integrity
 
 PAGES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -145,6 +145,9 @@ class Swaps:
         self.engine = bench.engine(ErrorBound.lossless())
         self.controllers = {objective: Controller(objective) for objective in OBJECTIVES}
         self.controllers["always"] = Controller("capacity", exploration=0.0)
+        slow = Prior(1e15, 1e15, 1.0, 1.0, 0.0, overlapped=True)
+        kinds = {"cuda": slow, "cpu": slow}
+        self.controllers["always-raw"] = Controller("latency", exploration=0.0, dwell=1 << 30, priors=kinds)
         self.again = ""  # the road that is the faster one
         real = bench.pages
         bits = bench.torch.randint(-(1 << 15), 1 << 15, real.shape, dtype=bench.torch.int16, device=real.device)
@@ -228,14 +231,15 @@ def in_turn(swaps: Swaps, ways: Sequence[str], pages: int, least: int, most: int
 
 def warm_up(swaps: Swaps, ways: Sequence[str], pages: int, *, quick: bool) -> dict[str, Samples]:
     """Let the controllers see some transfers, and find out which road is the faster one."""
-    chosen = swaps.bench.selections(pages, 8)
-    found = {way: Samples() for way in ways if way != AGAIN}
-    for way, warm in found.items():
-        begin = time.perf_counter()
-        most = (4 if way in ROADS else 40) if not quick else 2
-        while len(warm.out) < most and (time.perf_counter() - begin < 0.15 or len(warm.out) < min(most, 14)):
-            swaps.move(way, pages, chosen[len(warm.out) % len(chosen)], warm)
+    found = in_turn(swaps, ROADS, pages, 2 if quick else 3, 2 if quick else 20, 0.1)
     swaps.again = min(ROADS, key=lambda road: float(np.median(found[road].pairs)))
+    chosen = swaps.bench.selections(pages, 8)
+    for way in ways:
+        if way not in (*ROADS, AGAIN):
+            warm, begin = found.setdefault(way, Samples()), time.perf_counter()
+            most = 40 if not quick else 2
+            while len(warm.out) < most and (time.perf_counter() - begin < 0.15 or len(warm.out) < min(most, 14)):
+                swaps.move(way, pages, chosen[len(warm.out) % len(chosen)], warm)
     return found
 
 
@@ -306,7 +310,7 @@ def measure(
 def overhead(swaps: Swaps, pages: int, *, quick: bool) -> list[Row]:
     """What a controller costs that never chooses otherwise."""
     swaps.choose(Profile("1e-2", 1e-2))
-    ways = ("none", "always")
+    ways = ("none", "always", "raw", "always-raw")
     in_turn(swaps, ways, pages, 4, 4 if quick else 60, 0.1)
     found = in_turn(swaps, ways, pages, 4, 4 if quick else 1500, 0.6)
     return [

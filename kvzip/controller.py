@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import MappingProxyType
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from kvzip.errors import ConfigError
 
@@ -45,12 +45,14 @@ NEAR = 2.0  # the first tries need an estimate of at most so many times the othe
 FIRST_PART = 0.01  # of the time of all transfers, that these may lose
 TRY_EVERY = 16  # choices in a size class between later tries, at least
 CHANGED = 0.82  # parts of each other from which two times differ: then what was known before is out of date
-SMALL = 8 << 20  # raw bytes: of larger transfers each is observed
+LARGE = 128 << 20  # raw bytes: of larger transfers each is observed
 YOUNG = 16  # transfers of a size that are observed, each
-WATCH_EVERY = 8  # one of so many is observed later, and the end of the one before it
+WATCH_EVERY = (
+    8  # one of so many is observed later; if it has to wait for another one, the next, and the end of this one
+)
 MOST_SAMPLES = 9
 MOST_STATES = 512
-MOST_SEEN = 64  # observations that wait for the next `catch_up`
+MOST_PENDING = 64  # transfers that are observed and wait for the next `catch_up`; older ones are forgotten
 SMALLEST_CLASS, LARGEST_CLASS = 6, 16  # 4 KiB and less, 4 GiB and more
 SEEN_RATIO = 1.5  # of data that has not been encoded yet
 
@@ -127,7 +129,7 @@ class Prior:
 #: By kind of device. The order of magnitude is enough: two observations replace them.
 PRIORS = {
     "cuda": Prior(50e9, 50e9, 1000e9, 1000e9, 30e-6, overlapped=True),
-    "cpu": Prior(1.5e9, 2e9, 4e9, 10e9, 100e-6, overlapped=False),
+    "cpu": Prior(2.4e9, 2.4e9, 6e9, 15e9, 100e-6, overlapped=True),
 }
 
 
@@ -301,26 +303,103 @@ class _State:
 
 
 @dataclass(slots=True)
-class _LoadsSeen:
-    """Loads of a size."""
+class LoadLane:
+    """What an engine looks up for a load: loads of a size.
 
-    codec: str = ""  # of the last one
-    count: int = 0  # of those that did not go by unwatched
-    left: int = 0  # that may
-    noted: bool = False  # the end of the last one is reported
+    Attributes:
+        keep: objects that the key names.
+        codec: of the last one.
+        count: of those that did not go by unwatched.
+        left: that may.
+        noted: the end of the last one is reported: the next one can be observed.
+    """
+
+    keep: tuple[object, ...] = ()
+    codec: str = ""
+    count: int = 0
+    left: int = 0
+    noted: bool = False
+
+    def watch(self, codec: str, raw_bytes: int, *, waits: bool = False) -> int:
+        """What to watch of a load that begins: `SKIP`, `NOTE`, or for how many loads it stands.
+
+        Args:
+            codec: of the first record.
+            raw_bytes: bytes of the blocks' values.
+            waits: whether a load before it is under way, whose end nobody reports.
+        """
+        if self.left > 0 and self.codec == codec:
+            self.left -= 1
+            return SKIP
+        self.count += 1
+        if self.count <= YOUNG or raw_bytes > LARGE or self.codec != codec:  # of the road that is seldom taken, all are
+            self.codec = codec
+            return 1
+        self.noted = waits and not self.noted
+        if self.noted:
+            return NOTE
+        self.left = WATCH_EVERY - 1
+        return WATCH_EVERY
 
 
-class _Seen(NamedTuple):
-    """A transfer that was observed."""
+class Outcome(Protocol):
+    """What a transfer did; `kvzip.transfer.TransferResult`."""
 
-    device: str
-    direction: Direction
-    choice: Choice
-    profile: Profile | None
+    @property
+    def raw_bytes(self) -> int: ...
+
+    @property
+    def record_bytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+class Running(Protocol):
+    """A transfer; `kvzip.transfer.Transfer`."""
+
+    _ended: bool
+    _result: Any  # an `Outcome`, or None
+
+
+class _Known(NamedTuple):
+    """The result of a transfer that has ended."""
+
     raw_bytes: int
     record_bytes: int
     seconds: float
-    decision: Decision | None = None  # of a store
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A transfer that has ended."""
+
+    _result: _Known
+    _ended: bool = True
+
+
+class _Begun(NamedTuple):
+    """A transfer that is observed."""
+
+    transfer: Running
+    started: float
+    direction: Direction
+    device: str
+    profile: Profile | None  # of a load: what its records were encoded with
+    watch: int
+    decision: Decision | None  # of a store
+
+
+class Lane(NamedTuple):
+    """What an engine looks up for a store.
+
+    Attributes:
+        state: what is known of such stores.
+        keep: objects that the key names.
+    """
+
+    state: _State
+    keep: tuple[object, ...]
 
 
 Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves (0: of raw)
@@ -361,7 +440,7 @@ class Controller:
         *,
         loads_per_store: float = 1.0,
         exploration: float = 0.01,
-        allowance_seconds: float = 0.05,
+        allowance_seconds: float = 0.25,
         dwell: int = 8,
         priors: Mapping[str, Prior] | None = None,
         clock: Callable[[], float] = perf_counter,
@@ -388,18 +467,22 @@ class Controller:
         self._known: dict[tuple[str, Profile, int], _State] = {}  # states by the very size of transfers
         self._estimates: dict[Kind, dict[Cell, _Estimate]] = {}  # seconds, over what the model says
         self._ratios: dict[Profile, _Estimate] = {}
-        self._seen: deque[_Seen] = deque()  # not taken in yet
+        self._pending: deque[_Begun] = deque(maxlen=MOST_PENDING)
         self._decisions: Counter[tuple[str, str]] = Counter()
         self._ends: dict[Way, float] = {}
         self._serials: Counter[tuple[str, int]] = Counter()  # of what was observed, by size class
-        self._loads_seen: dict[tuple[str, int], _LoadsSeen] = {}  # by their very size
+        #: For the engine's own use: what it finds by keys of its own, which name less than `decide` takes.
+        self.lanes: dict[Hashable, Lane] = {}
+        self.loads: dict[Hashable, LoadLane] = {}
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
         self._seconds = 0.0
         self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
 
     # ---- decisions
 
-    def decide(self, device: str, profile: Profile, raw_bytes: int, asked: Choice | None = None) -> Decision:
+    def decide(
+        self, device: str, profile: Profile, raw_bytes: int, asked: Choice | None = None, *, waits: bool = False
+    ) -> Decision:
         """Choose for one store.
 
         Args:
@@ -407,6 +490,7 @@ class Controller:
             profile: what the encoder would be asked for.
             raw_bytes: bytes of the blocks' values.
             asked: the caller's own choice, if there is one.
+            waits: whether a store before it is under way, whose end nobody reports.
         """
         # The price of most stores; `_settle` counts them.
         state = self._known.get((device, profile, raw_bytes))
@@ -418,8 +502,8 @@ class Controller:
                 state = self._state(device, profile, raw_bytes)
             self._settle(state)
             state.decisions += 1
-            each = state.decisions <= YOUNG or raw_bytes > SMALL
-            watch = 1 if each else WATCH_EVERY if state.noted else NOTE
+            each = state.decisions <= YOUNG or raw_bytes > LARGE
+            watch = 1 if each else WATCH_EVERY if state.noted or not waits else NOTE
             state.noted = watch == NOTE
             if not state.standing:
                 self._look(state, device, profile, raw_bytes)
@@ -433,9 +517,25 @@ class Controller:
                 decision = state.standing[watch]
             state.tried[decision.choice] = state.decisions
             if watch == WATCH_EVERY:
-                state.granted = state.left = WATCH_EVERY - 2
+                state.granted = state.left = WATCH_EVERY - 1
             self._decisions[decision.choice, decision.cause] += 1
             return decision
+
+    def lane(self, key: Hashable, device: str, profile: Profile, raw_bytes: int, *keep: object) -> None:
+        """Let the engine find what `decide` finds by a key of its own.
+
+        Args:
+            key: of `lanes`.
+            device: as for `decide`.
+            profile: as for `decide`.
+            raw_bytes: as for `decide`.
+            keep: objects that the key names.
+        """
+        state = self._known.get((device, profile, raw_bytes))
+        if state is not None:
+            if len(self.lanes) >= MOST_STATES:
+                self.lanes.clear()
+            self.lanes[key] = Lane(state, keep)
 
     def catch_up(self, decision: Decision, raw_bytes: int) -> None:
         """Take in what has been observed, and compare the roads for the stores to come, now and then.
@@ -470,7 +570,7 @@ class Controller:
 
     def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> None:
         """Compare the roads: what is chosen from now on, and whether the other one is to be measured."""
-        soon = 1 if state.decisions < YOUNG else (self._dwell + 1) // 2 if raw_bytes > SMALL else self._dwell
+        soon = 1 if state.decisions < YOUNG else (self._dwell + 1) // 2 if raw_bytes > LARGE else self._dwell
         state.next_look = state.decisions + soon
         size, ratio, prior = size_class(raw_bytes), self._ratio(profile), self._prior(device)
         cells = {RAW: (size, 0), ENCODED: (size, _octaves(ratio))}
@@ -556,6 +656,7 @@ class Controller:
                 oldest = next(iter(self._states))
                 self._settle(self._states.pop(oldest))
                 self._known.clear()
+                self.lanes.clear()
             state = self._states[key] = _State()
         if len(self._known) >= MOST_STATES:
             self._known.clear()
@@ -573,36 +674,37 @@ class Controller:
             record_bytes: bytes of its records.
             seconds: from the call to its end.
         """
-        own = self._end((decision.device, "store"), seconds, decision.watch)
-        if decision.watch > 0 and raw_bytes > 0 and record_bytes > 0:
-            device, profile, choice = decision[:3]
-            self._remember(_Seen(device, "store", choice, profile, raw_bytes, record_bytes, own, decision))
+        ended = _Ended(_Known(raw_bytes, record_bytes, seconds))
+        self.store_begun(decision, ended, self._clock() - seconds)
+
+    def store_begun(self, decision: Decision, transfer: Running, started: float) -> None:
+        """A store that is watched was queued, which will tell what it took.
+
+        Args:
+            decision: what was decided for it.
+            transfer: the store.
+            started: the clock's time of the call.
+        """
+        self._pending.append(_Begun(transfer, started, "store", decision.device, None, decision.watch, decision))
 
     def watch_load(self, device: str, codec: str, raw_bytes: int) -> int:
-        """What to watch of a load that begins: `SKIP`, `NOTE`, or for how many loads it stands.
+        """What to watch of a load that begins; see `LoadLane.watch`.
 
         Args:
             device: where the blocks lie.
             codec: of the first record.
             raw_bytes: bytes of the blocks' values.
         """
-        seen = self._loads_seen.get((device, raw_bytes))
-        if seen is None:
-            if len(self._loads_seen) >= MOST_STATES:
-                self._loads_seen.clear()
-            seen = self._loads_seen[device, raw_bytes] = _LoadsSeen()
-        elif seen.left > 0 and seen.codec == codec:
-            seen.left -= 1
-            return SKIP
-        seen.count += 1
-        if seen.count <= YOUNG or raw_bytes > SMALL or seen.codec != codec:  # of the road that is seldom taken, all are
-            seen.codec = codec
-            return 1
-        seen.noted = not seen.noted
-        if seen.noted:
-            return NOTE
-        seen.left = WATCH_EVERY - 2
-        return WATCH_EVERY
+        return self.load_lane((device, raw_bytes)).watch(codec, raw_bytes)
+
+    def load_lane(self, key: Hashable, *keep: object) -> LoadLane:
+        """Loads of a size, by a key of the engine's own, and objects that the key names."""
+        lane = self.loads.get(key)
+        if lane is None:
+            if len(self.loads) >= MOST_STATES:
+                self.loads.clear()
+            lane = self.loads[key] = LoadLane(keep)
+        return lane
 
     def loaded(
         self,
@@ -624,61 +726,73 @@ class Controller:
             seconds: from the call to its end.
             watch: what `watch_load` said.
         """
-        own = self._end((device, "load"), seconds, watch)
-        if watch > 0 and raw_bytes > 0 and record_bytes > 0:
-            choice = RAW if profile is None else ENCODED
-            self._remember(_Seen(device, "load", choice, profile, raw_bytes, record_bytes, own))
+        ended = _Ended(_Known(raw_bytes, record_bytes, seconds))
+        self.load_begun(device, profile, ended, self._clock() - seconds, watch)
 
-    def _end(self, way: Way, seconds: float, watch: int) -> float:
-        """A transfer has ended: what it took, without the time that it waited for others of its direction.
+    def load_begun(self, device: str, profile: Profile | None, transfer: Running, started: float, watch: int) -> None:
+        """A load that is watched was queued, which will tell what it took. See `loaded`, and `store_begun`."""
+        self._pending.append(_Begun(transfer, started, "load", device, profile, watch, None))
+        if len(self._pending) > MOST_PENDING // 2:  # nobody stores
+            self.take_in()
 
-        Without the lock: two that end at the same moment may count a little wrong.
-        """
-        now = self._clock()
-        own = max(now - max(now - seconds, self._ends.get(way, -math.inf)), 1e-7)
-        self._ends[way] = now
-        if watch > 0:
-            self._seconds += watch * own
-            self._waiting[way[1]] += watch * max(0.0, seconds - own)
-        return own
-
-    def _remember(self, seen: _Seen) -> None:
-        """Keep what was observed for the next look."""
-        self._seen.append(seen)
-        if len(self._seen) > MOST_SEEN and self._lock.acquire(blocking=False):  # nobody stores
+    def take_in(self) -> None:
+        """Learn from the transfers that have ended."""
+        if self._lock.acquire(blocking=False):
             try:
                 self._take_in()
             finally:
                 self._lock.release()
 
     def _take_in(self) -> None:
-        """Learn from what was observed since the last time."""
-        while self._seen:
-            device, direction, choice, profile, raw_bytes, record_bytes, seconds, decision = self._seen.popleft()
-            ratio, size = raw_bytes / record_bytes, size_class(raw_bytes)
-            explored = decision is not None and decision.cause == "exploration"
-            if decision is not None and choice == ENCODED:
-                self._learn_ratio(decision.profile, ratio)
-            if decision is not None and explored:
-                self._explored[decision.starting] += max(0.0, seconds - decision.expected_seconds)
-            cell = (size, _octaves(ratio) if choice == ENCODED else 0)
-            kind = _kind(device, direction, choice, profile)
-            estimate = self._estimates.get(kind, _NOTHING).get(cell)
-            if estimate is None:
-                cells = self._estimates.setdefault(kind, {})
-                estimate = _Estimate(self._factor(device, direction, choice, profile, cell, raw_bytes, ratio))
-                if any(at == size for at, _ in cells):  # at another ratio: much the same can be expected
-                    estimate.outdate(1.0)
-                cells[cell] = estimate
-                if len(self._estimates) > MOST_STATES:
-                    del self._estimates[next(iter(self._estimates))]
-            self._serials[device, size] += 1
-            serial = self._serials[device, size]
-            model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
-            before = estimate.serial
-            change = estimate.add(seconds / model, serial)
-            if change is not None:
-                self._outdate(device, size, before, change)
+        for _ in range(len(self._pending)):
+            try:
+                begun = self._pending.popleft()
+            except IndexError:  # pragma: no cover - the oldest were forgotten meanwhile
+                return
+            if not begun.transfer._ended:
+                self._pending.append(begun)
+                continue
+            outcome = begun.transfer._result
+            if outcome is not None:  # it did not fail
+                self._learn(begun, outcome)
+
+    def _learn(self, begun: _Begun, outcome: Outcome) -> None:
+        _, started, direction, device, profile, watch, decision = begun
+        raw_bytes, record_bytes, seconds = outcome.raw_bytes, outcome.record_bytes, outcome.seconds
+        # What it took without the time that it waited for others of its direction.
+        way, ended = (device, direction), started + seconds
+        own = max(ended - max(started, self._ends.get(way, -math.inf)), 1e-7)
+        self._ends[way] = ended
+        if watch <= 0 or raw_bytes <= 0 or record_bytes <= 0:
+            return
+        self._seconds += watch * own
+        self._waiting[direction] += watch * max(0.0, seconds - own)
+        ratio, size = raw_bytes / record_bytes, size_class(raw_bytes)
+        if decision is None:
+            choice = RAW if profile is None else ENCODED
+        else:
+            choice, profile = decision.choice, decision.profile
+            if choice == ENCODED:
+                self._learn_ratio(profile, ratio)
+            if decision.cause == "exploration":
+                self._explored[decision.starting] += max(0.0, own - decision.expected_seconds)
+        kind = _kind(device, direction, choice, profile)
+        cell = (size, _octaves(ratio) if choice == ENCODED else 0)
+        estimate = self._estimates.get(kind, _NOTHING).get(cell)
+        if estimate is None:
+            cells = self._estimates.setdefault(kind, {})
+            estimate = _Estimate(self._factor(device, direction, choice, profile, cell, raw_bytes, ratio))
+            if any(at == size for at, _ in cells):  # at another ratio: much the same can be expected
+                estimate.outdate(1.0)
+            cells[cell] = estimate
+            if len(self._estimates) > MOST_STATES:
+                del self._estimates[next(iter(self._estimates))]
+        self._serials[device, size] += 1
+        before = estimate.serial
+        model = self._prior(device).seconds(direction, choice, raw_bytes, ratio)
+        change = estimate.add(own / model, self._serials[device, size])
+        if change is not None:
+            self._outdate(device, size, before, change)
 
     def _outdate(self, device: str, size: int, serial: int, change: float) -> None:
         """What transfers of a size take has changed: who knows what those take that were observed before that."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -179,7 +180,11 @@ class SwapEngine:
         self._gauge = None if pressure is None else PressureGauge(pressure)
         self._raw = get_codec(RAW)
         self._raw_settings = {reason: Settings(self._raw, _LOSSLESS, self._raw.modes[0], reason) for reason in Reason}
-        self._profiles: dict[tuple[int, str, str], Profile] = {}  # by the identity of the bound, which they keep
+        self._last_store: ReferenceType[Transfer] | None = (
+            None  # on a GPU, with a controller: the next one may have to wait for it
+        )
+        self._last_load: ReferenceType[Transfer] | None = None
+        self._profiles: dict[tuple[str, int, str], Profile] = {}  # by the identity of the bound, which they keep
         self._threads = threads
         self._owns_pool = not isinstance(pool, HostPool)
         self.pool = pool if isinstance(pool, HostPool) else HostPool(pool)
@@ -290,19 +295,26 @@ class SwapEngine:
         self._codecs[settings.codec.name] = settings.codec
         if blocks.device != "cpu":
             self._index.check_open()
+            watched = decision is not None and decision.watch != SKIP
+            started = time.perf_counter() if watched else 0.0
             transfer = self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
-            if step is not None or (decision is not None and decision.watch):
-                transfer._observe(partial(self._stored, decision, step))
-                self._catch_up(decision, blocks)
+            if decision is not None:
+                self._last_store = ref(transfer)
+            if step is not None:
+                transfer._observe(partial(self._count_step, step))
+            if watched:
+                assert decision is not None
+                self._watch_store(decision, blocks, transfer, started)
             return transfer
         with self.counting_failures("store"), self._store_lock:
             self._index.check_open()
             result = self.store_blocks(parts, settings.codec, measure_error)
-        if step is not None or (decision is not None and decision.watch):
-            self._stored(decision, step, result)
-            self._catch_up(decision, blocks)
         transfer = Transfer()
         transfer._finish(result)
+        if step is not None:
+            self._count_step(step, result)
+        if decision is not None and decision.watch != SKIP:
+            self._watch_store(decision, blocks, transfer, time.perf_counter() - result.seconds)
         return transfer
 
     def _under_pressure(
@@ -336,47 +348,63 @@ class SwapEngine:
     def _decide(self, blocks: BlockView, settings: Settings, coding: str | None) -> Decision | None:
         if coding is not None and coding not in CHOICES:
             raise ConfigError(f"coding {coding!r}: use one of {', '.join(CHOICES)}, or None")
-        if self.controller is None or settings.codec is self._raw:
+        controller = self.controller
+        if controller is None or settings.codec is self._raw:
             return None
+        codec, bound, mode = settings.codec.name, settings.bound, settings.mode
+        key = (codec, id(bound), mode, id(blocks.layout), blocks.block_ids.size, blocks.device)
+        lane = controller.lanes.get(key)
+        if lane is not None and lane.state.left > 0 and coding is None:  # as a rule: the price of a controller
+            lane.state.left -= 1
+            return lane.state.standing[SKIP]
         nbytes = blocks.nbytes
         if not nbytes:
             return None
-        key = (id(settings.bound), settings.codec.name, settings.mode)
-        profile = self._profiles.get(key)
+        profile = self._profiles.get((codec, id(bound), mode))
         if profile is None:
             if len(self._profiles) >= _MOST_REQUESTS:
                 self._profiles.clear()
-            kinds = settings.bound.kinds if isinstance(settings.bound, BoundPolicy) else {settings.bound.kind}
+            kinds = bound.kinds if isinstance(bound, BoundPolicy) else {bound.kind}
             family = ",".join(sorted(kind.name for kind in kinds))
-            profile = self._profiles[key] = Profile(settings.codec.name, settings.mode, settings.bound, family)
-        return self.controller.decide(blocks.device, profile, nbytes, coding)
+            profile = self._profiles[codec, id(bound), mode] = Profile(codec, mode, bound, family)
+        waits = _is_under_way(self._last_store)
+        decision = controller.decide(blocks.device, profile, nbytes, coding, waits=waits)
+        if lane is None:
+            controller.lane(key, blocks.device, profile, nbytes, bound, blocks.layout)
+        return decision
 
-    def _stored(self, decision: Decision | None, step: int | None, result: TransferResult) -> None:
-        """Take in what a store did."""
-        if decision is not None and self.controller is not None:
-            self.controller.stored(decision, result.raw_bytes, result.record_bytes, result.seconds)
-        if step is not None:
-            with self._lock:
-                self._meter.pressure_blocks[step] += result.blocks
+    def _count_step(self, step: int, result: TransferResult) -> None:
+        """Count what was stored under a step of pressure."""
+        with self._lock:
+            self._meter.pressure_blocks[step] += result.blocks
 
-    def _catch_up(self, decision: Decision | None, blocks: BlockView) -> None:
-        """Let the controller think, while the device is at work."""
-        if decision is not None and self.controller is not None:
+    def _watch_store(self, decision: Decision, blocks: BlockView, transfer: Transfer, started: float) -> None:
+        """Let the controller watch a store that was queued, and think while the device is at work."""
+        if self.controller is not None:
+            self.controller.store_begun(decision, transfer, started)
             self.controller.catch_up(decision, blocks.nbytes)
 
     def _watch_load(self, out: BlockView, entries: Sequence[Entry]) -> int:
         if self.controller is None or not entries:
             return SKIP
-        return self.controller.watch_load(out.device, entries[0].contents.codec, out.nbytes)
+        key, codec = (id(out.layout), out.block_ids.size, out.device), entries[0].contents.codec
+        lane = self.controller.loads.get(key)
+        if lane is None:
+            lane = self.controller.load_lane(key, out.layout)
+        elif lane.left > 0 and lane.codec == codec:  # as a rule
+            lane.left -= 1
+            return SKIP
+        waits = _is_under_way(self._last_load)
+        return lane.watch(codec, out.nbytes, waits=waits)
 
-    def _loaded(self, device: str, entries: Sequence[Entry], watch: int, result: TransferResult) -> None:
-        """Take in what a load did; of records of several kinds it says nothing."""
-        if self.controller is None or watch == SKIP:
-            return
+    def _load_begun(
+        self, device: str, entries: Sequence[Entry], watch: int, transfer: Transfer, started: float
+    ) -> None:
+        """Let the controller watch a load that was queued; one of records of several kinds says nothing."""
         first = entries[0].contents
-        if all(entry.contents is first for entry in entries):
+        if self.controller is not None and all(entry.contents is first for entry in entries):
             profile = None if first.codec == RAW else Profile(first.codec, "rice" if first.extended else "", None)
-            self.controller.loaded(device, profile, result.raw_bytes, result.record_bytes, result.seconds, watch)
+            self.controller.load_begun(device, profile, transfer, started, watch)
 
     def _parts(
         self, names: Sequence[bytes], blocks: BlockView, sink: object, settings: Settings, calm: Settings
@@ -548,8 +576,10 @@ class SwapEngine:
                 raise
             watch = self._watch_load(out, entries)
             transfer = swap.load(names, entries, out, stream)
-            if watch:
-                transfer._observe(partial(self._loaded, out.device, entries, watch))
+            if self.controller is not None:
+                self._last_load = ref(transfer)
+            if watch != SKIP:
+                self._load_begun(out.device, entries, watch, transfer, started)
             return transfer
         try:
             with self.counting_failures("load"):
@@ -562,9 +592,11 @@ class SwapEngine:
         record_bytes = sum(entry.allocation.nbytes for entry in entries)
         result = TransferResult(len(names), out.nbytes, record_bytes, time.perf_counter() - started, 0, {})
         self.count_load(result)
-        self._loaded(out.device, entries, self._watch_load(out, entries), result)
         transfer = Transfer()
         transfer._finish(result)
+        watch = self._watch_load(out, entries)
+        if watch != SKIP:
+            self._load_begun(out.device, entries, watch, transfer, started)
         return transfer
 
     def load_blocks(self, entries: Sequence[Entry], out: BlockView) -> None:
@@ -838,6 +870,8 @@ class SwapEngine:
                 swaps, self._closing = ([] if self._closing else list(self._devices.values())), True
             for swap in swaps:
                 swap.close()
+            if self.controller is not None:
+                self.controller.take_in()  # it lets go of their transfers
             with self._store_lock, self._lock:
                 if self._index.close() and self._owns_pool:
                     self._last_pool_stats = self.pool.stats()
@@ -876,6 +910,11 @@ class SwapEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_under_way(transfer: ReferenceType[Transfer] | None) -> bool:
+    known = None if transfer is None else transfer()
+    return known is not None and not known._ended
 
 
 def _check_bound(bound: object, codec: Codec | None = None) -> None:

@@ -270,7 +270,7 @@ def test_the_controller_beside_raw_and_encoded(results: Any, monkeypatch: pytest
         assert case["low"] <= case["over"] <= case["high"]
         assert case["again"]["low"] <= case["again"]["over"] <= case["again"]["high"]
     assert {(r["pages"], r["way"]) for r in written["overhead_rows"]} == {
-        (pages, way) for pages in (1, 16) for way in ("none", "always")
+        (pages, way) for pages in (1, 16) for way in ("none", "always", "raw", "always-raw")
     }
     assert {r["way"] for r in written["objective_rows"]} == {"raw", "encoded", "latency", "balanced", "capacity"}
     assert {(r["load"], r["coding"], r["checked"]) for r in written["checksum_rows"]} == {
