@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from kvzip.adapters.shard import Shard
 from kvzip.adapters.vllm.layout import Group
-from kvzip.bounds import BoundPolicy
+from kvzip.bounds import WITHIN_PAGES, BoundPolicy
 from kvzip.types import BoundKind, ErrorBound
 
 
@@ -35,7 +35,7 @@ def group_bounds(bound: ErrorBound | BoundPolicy, group: Group, shard: Shard) ->
             key, value = pair if isinstance(pair, tuple) else (pair, pair)
             chosen = key if segment.kind == "k" else value
             if chosen.kind is BoundKind.TOKEN_RMS and segment.tokens == segment.heads == 1:
-                chosen = exact if key.kind is BoundKind.TOKEN_RMS else key
+                chosen = exact if key.kind in WITHIN_PAGES else key
             bounds[segment.kind].append(shard.bound(chosen, segment, page.layer, page.heads, group.heads))
     keys, values = bounds["k"], bounds["v"]
     # The engine counts K pages and V pages each by themselves (`BlockLayout.layers`).

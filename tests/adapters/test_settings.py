@@ -18,6 +18,7 @@ from kvzip.adapters.vllm.layout import Group, Page
 from kvzip.adapters.vllm.settings import AdapterSettings
 from kvzip.bounds import BoundPolicy
 from kvzip.errors import ConfigError
+from kvzip.types import DType, SegmentLayout
 
 REL = ErrorBound.relative
 
@@ -171,6 +172,17 @@ def test_pages_of_unknown_kind_are_exact() -> None:
     tensor = np.zeros((3, 64), np.float32)
     of = Group(BlockView([tensor], BlockLayout.opaque([tensor])), (Page(),))
     assert page_bounds(REL(1e-1), of) == (ErrorBound.lossless(),)
+
+
+def test_values_in_memory_order_get_the_bound_of_keys() -> None:
+    """There a token's rms would be that of the whole page."""
+    tensor = np.zeros((3, 2, 64), np.float32)
+    pages = tuple(SegmentLayout(0, DType.FLOAT32, 1, 1, 64, i * 256, kind=kind) for i, kind in enumerate("kv"))
+    of = Group(BlockView([tensor], BlockLayout(pages)), (Page(0, (0, 1)), Page(0, (0, 1))), 1)
+    assert page_bounds(read().bounds, of) == (REL(1e-3), REL(1e-3))
+    assert page_bounds(read().bounds, group((0,))) == (REL(1e-3), ErrorBound.token_rms(0.1))
+    assert page_bounds(ErrorBound.token_rms(0.1), of)[1] == ErrorBound.lossless()
+    assert page_bounds(moments(heads=1).policy(), of)[1] == ErrorBound.lossless()
 
 
 def moments(layers: int = 4, heads: int = 4) -> CalibrationTable:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st  # noqa: E402
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey  # noqa: E402
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj  # noqa: E402
 
-from kvzip import CalibrationTable, ErrorBound  # noqa: E402
+from kvzip import BoundPolicy, CalibrationTable, ErrorBound  # noqa: E402
 from kvzip.adapters.lmcache import register  # noqa: E402
 from kvzip.adapters.lmcache.layout import PAGE_TOKENS  # noqa: E402
 from kvzip.adapters.lmcache.serde import KvzipDeserializer, KvzipSerializer, create_processor  # noqa: E402
@@ -288,6 +288,29 @@ def test_a_verified_buffer_is_trusted_for_what_it_held_alone() -> None:
     host_bytes(into)[len(stored[1]) - 40] ^= 1
     with pytest.raises(CorruptRecordError):
         deserializer.deserialize(into, out, KEY)
+
+
+def test_the_default_speaks_of_heads_only_where_they_are_known() -> None:
+    known, unknown = SerdeSettings.read({"head_dim": 8}), SerdeSettings()
+    finer = ErrorBound.relative(1e-3)
+    assert (known.bounds, known.coding_mode) == (BoundPolicy.uncalibrated(), "rice")
+    assert (unknown.bounds, unknown.coding_mode) == (BoundPolicy(finer, finer), "fixed")
+    source, sizes = kv(layers=2, tokens=32), []
+    before = source.tensor.double()  # [K and V, layers, tokens, heads x 8]
+    page = before[:, :, PAGE_TOKENS:]
+    by_range = 1e-3 * (page.amax((2, 3), keepdim=True) - page.amin((2, 3), keepdim=True))
+    by_token = 0.1 * page[1].unflatten(-1, (-1, 8)).square().mean(-1).sqrt().repeat_interleave(8, -1)
+    for options, of_values in (({"head_dim": 8}, by_token), ({}, by_range[1])):
+        back, size = round_trip(source, **options)
+        sizes.append(size)
+        error = (back.tensor.double() - before).abs()
+        assert not error[:, :, :PAGE_TOKENS].any()  # a sequence may begin there
+        keys, values = error[:, :, PAGE_TOKENS:]
+        assert (keys <= by_range[0]).all()
+        assert (values <= of_values).all()
+        assert keys.any()
+        assert values.any()
+    assert sizes[0] < sizes[1]
 
 
 def test_several_threads_at_once_make_and_read_the_same_bytes() -> None:
