@@ -120,6 +120,14 @@ def _calibrate(commands: _Commands) -> None:
     parser.add_argument(
         "--gradients", action="store_true", help="weigh channels and layers by what they do to the output; more memory"
     )
+    parser.add_argument(
+        "--fit",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="choose t and r on these other texts, so that the output stays as close as with fp8; some minutes",
+    )
 
 
 def _verify(commands: _Commands) -> None:

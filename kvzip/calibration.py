@@ -14,7 +14,7 @@ import json
 import math
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ __all__ = ["CalibrationTable", "parse_bounds"]
 
 _FORMAT = "kvzip calibration 1"
 _FORMAT_OF_SHAPES = "kvzip calibration 2"  # of layers that differ; what reads only 1 must not take their padding
-_T, _R = 0.4, 0.17  # the defaults of a policy; bench/fidelity.py has what they do
+_T, _R = 0.4, 0.17  # where nothing was measured; bench/fidelity.py has what they do to one model
 _FLOOR = 0.01  # of the head's mean: a channel that queries never use in the text may be used in another one
 
 
@@ -44,10 +44,12 @@ class CalibrationTable:
         model: name of the model, for messages.
         tokens: tokens of the text; 0 = not known.
         value_factors: shape ``[layers]``, float32: what the bound of V is multiplied by in each layer; None = 1.
-        shapes: KV heads and head_dim of each layer, (0, 0) for a layer without attention; None given = all are alike.
+        shapes: KV heads and head_dim of each layer, (0, 0) for a layer without attention; none given = all are alike.
+        t, r: what `policy` takes when it is not told; what the model bears, where it was measured.
 
     Raises:
-        ConfigError: the moments or the factors have another shape, or one is negative or not finite.
+        ConfigError: the moments or the factors have another shape, or one is negative or not finite; or t or r is not
+            positive.
     """
 
     moments: npt.NDArray[np.float32]
@@ -55,6 +57,8 @@ class CalibrationTable:
     tokens: int = 0
     value_factors: npt.NDArray[np.float32] | None = None
     shapes: tuple[tuple[int, int], ...] = ()
+    t: float = _T
+    r: float = _R
 
     def __post_init__(self) -> None:
         moments = np.array(self.moments, np.float32)
@@ -81,6 +85,8 @@ class CalibrationTable:
                 raise ConfigError(f"value factors {factors}: give one finite, positive number for each layer")
             factors.flags.writeable = False
             object.__setattr__(self, "value_factors", factors)
+        if not (np.isfinite(self.t) and self.t > 0 and 0 < self.r <= 1):
+            raise ConfigError(f"t {self.t!r}, r {self.r!r} of a calibration table: t is positive, r in (0, 1]")
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -111,7 +117,7 @@ class CalibrationTable:
         most_heads, most_dim = (max(sizes) for sizes in zip(*shapes, strict=True))
         moments = self.moments[chosen][:, list(own)[:most_heads], :most_dim]
         factors = None if self.value_factors is None else self.value_factors[chosen]
-        return CalibrationTable(moments, self.model, self.tokens, factors, tuple(shapes))
+        return replace(self, moments=moments, value_factors=factors, shapes=tuple(shapes))
 
     def key_bounds(self, t: float) -> npt.NDArray[np.float64]:
         """Absolute bounds of K: ``t / sqrt(moment)``, the moments floored at 1 % of the mean of their head.
@@ -132,14 +138,20 @@ class CalibrationTable:
                 bound[:heads, :dim] = t / np.sqrt(np.maximum(moments, floor))
         return bounds
 
-    def policy(self, t: float = _T, r: float = _R, *, sink: ErrorBound | None = None) -> BoundPolicy:
+    def policy(self, t: float | None = None, r: float | None = None, *, sink: ErrorBound | None = None) -> BoundPolicy:
         """Bounds for this model: K by channel, V by token, the block of position 0 exact.
 
         Args:
-            t: how much of an error attention logits may get through one channel of K.
-            r: error of V relative to the rms of its token's vector, times the factor of its layer.
+            t: how much of an error attention logits may get through one channel of K; by default the table's.
+            r: error of V relative to the rms of its token's vector, times the factor of its layer; by default as much
+                larger or smaller than the table's as t is.
             sink: bound of blocks that begin a sequence; by default lossless.
+
+        Raises:
+            ConfigError: t is not finite and positive, or r is not in (0, 1].
         """
+        t = self.t if t is None else t
+        r = min(1.0, self.r * t / self.t) if r is None else r
         return self._policy(t, ErrorBound.token_rms(r), ErrorBound.lossless() if sink is None else sink)
 
     def _policy(
@@ -172,6 +184,7 @@ class CalibrationTable:
         if not self.is_uniform:
             about |= {"format": _FORMAT_OF_SHAPES, "shapes": [list(shape) for shape in self.shapes]}
         about["value_factors"] = None if self.value_factors is None else self.value_factors.tolist()
+        about |= {"t": self.t, "r": self.r}
         if target.suffix == ".json":
             target.write_text(json.dumps({**about, "moments": self.moments.tolist()}), encoding="utf-8")
             return
@@ -202,7 +215,9 @@ class CalibrationTable:
             if about["format"] != known or list(moments.shape) != about["geometry"]:
                 raise ConfigError(f"format {about['format']!r}, geometry {about['geometry']}, shape {moments.shape}")
             shapes = tuple((h, d) for h, d in about.get("shapes", ()))
-            return cls(moments, str(about["model"]), int(about["tokens"]), about.get("value_factors"), shapes)
+            given = {name: float(about[name]) for name in ("t", "r") if name in about}  # older tables have none
+            factors = about.get("value_factors")
+            return cls(moments, str(about["model"]), int(about["tokens"]), factors, shapes, **given)
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise FormatError(f"{source} is no calibration table ({error}): make one with `kvzip calibrate`") from error
 
@@ -211,7 +226,7 @@ def parse_bounds(text: str) -> ErrorBound | BoundPolicy:
     """Read the command line's form of error bounds.
 
     Either one bound as `ErrorBound.parse` takes it; or ``table:FILE``, the policy of a calibration table, with another
-    t than 0.4 behind it as ``table:FILE:0.6``; or parts such as
+    t than the table's behind it as ``table:FILE:0.6`` (r grows with it); or parts such as
     ``k=table:FILE,v=rms:0.17,sink=lossless,other=1e-3`` (``k`` and ``v`` are required, ``sink=none`` treats the first
     block of a sequence as the others).
 
@@ -245,13 +260,15 @@ def parse_bounds(text: str) -> ErrorBound | BoundPolicy:
 def _table(text: str) -> tuple[CalibrationTable, float]:
     whole = text.removeprefix("table:")
     path, _, number = whole.rpartition(":")
+    t: float | None
     try:
         t = float(number)
     except ValueError:  # no number: all of it is the file's name
-        path, t = whole, _T if Path(whole).is_file() else math.nan
-    if not (path and math.isfinite(t)):
+        path, t = whole if Path(whole).is_file() else "", None
+    if not path or (t is not None and not math.isfinite(t)):
         raise ConfigError(
             f"bound {text!r} names no calibration table: use table:FILE or table:FILE:T, such as "
             "table:calibration.npz:0.4"
         )
-    return CalibrationTable.load(path), t
+    table = CalibrationTable.load(path)
+    return table, table.t if t is None else t

@@ -187,6 +187,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from kvzip.adapters.transformers.moments import calibrate
 
     texts = list(_texts(arguments.text).values())
+    fit_texts = _texts(arguments.fit)
     _check_files(arguments.out)
     model = load_model(arguments.model, device=arguments.device)
     progress = _progress("texts")
@@ -195,6 +196,13 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         from kvzip.adapters.transformers.gradients import weigh
 
         table = weigh(model, table, texts, max_tokens=arguments.tokens, progress=progress)
+    measured: dict[str, float] = {}
+    if fit_texts:
+        from kvzip.adapters.transformers.fit import fit
+
+        fitted = fit(model, table, fit_texts, max_tokens=arguments.tokens, progress=_progress("rounds"))
+        table = fitted.table
+        measured = {"kl": fitted.kl, "kl_limit": fitted.limit, "ratio": fitted.ratio}
     table.save(arguments.out)
     layers, heads, head_dim = table.geometry
     found = {
@@ -203,6 +211,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "kv_heads": heads if table.is_uniform else [h for h, _ in table.shapes],
         "head_dim": head_dim if table.is_uniform else [d for _, d in table.shapes],
         "tokens": table.tokens,
+        "t": table.t,
+        "r": table.r,
+        **measured,
         "table": str(arguments.out),
     }
     print(to_json(found) if arguments.json else columns([(name, str(value)) for name, value in found.items()]))

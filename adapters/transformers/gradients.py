@@ -16,6 +16,7 @@ whole way, and no bound changes by more than a factor of two.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def weigh(
         weighed[layer, : m.shape[0], : m.shape[1]] = m / part.reshape(m.shape) ** 2
     value_factors = np.ones(len(weighed), np.float32)
     value_factors[own] = _factors(layers, 1.0)
-    return CalibrationTable(weighed, table.model, table.tokens, value_factors, table.shapes)
+    return replace(table, moments=weighed, value_factors=value_factors)
 
 
 def squared_gradients(

@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 from hf_models import MIXED, MODELS, OLDER, REFUSED, SIZES, TEXT, byte_tokenizer, make  # noqa: E402
 
-from kvzip.adapters.transformers import fidelity, gradients, moments, schemes  # noqa: E402
+from kvzip.adapters.transformers import fidelity, fit, gradients, moments, schemes  # noqa: E402
 from kvzip.adapters.transformers.models import LanguageModel, load_model  # noqa: E402
 
 
@@ -251,6 +251,49 @@ def test_gradients_refuse_short_texts_and_other_tables(llama: LanguageModel) -> 
         gradients.weigh(llama, table.select(layers=[0]), [TEXT])
 
 
+# ---- t and r of a model
+
+
+def test_a_fit_keeps_its_limit_with_bounds_as_large_as_that_allows(llama: LanguageModel) -> None:
+    table = moments.calibrate(llama, [TEXT])
+    texts = {"one": TEXT * 2, "two": TEXT[::-1] * 2}
+    steps: list[tuple[str, int, int]] = []
+    found = fit.fit(llama, table, texts, limit=2e-2, progress=lambda *step: steps.append(step))
+    assert found.limit == 2e-2
+    assert 0.25 * found.limit < found.kl <= found.limit
+    assert found.table.r / found.table.t == pytest.approx(table.r / table.t)
+    np.testing.assert_array_equal(found.table.moments, table.moments)
+    again = measure(llama, [schemes.engine_scheme("fitted", found.table.policy(), mode="rice")], prefix=160)
+    assert again.rows[0].ratio == pytest.approx(found.ratio, rel=0.05)
+    assert [done for _, done, _ in steps] == list(range(1, len(steps) + 1))
+    finer = fit.fit(llama, table, texts, limit=4e-3)
+    assert finer.table.t < found.table.t
+    assert finer.ratio < found.ratio
+
+
+def test_a_fit_aims_below_fp8_by_default(llama: LanguageModel) -> None:
+    table = moments.calibrate(llama, [TEXT])
+    texts = {"one": TEXT * 2}
+    found = fit.fit(llama, table, texts)
+    fp8 = measure(llama, schemes.peers(), prefix=160, continuation=64, needle_depths=()).limit()
+    assert found.limit == pytest.approx(0.8 * fp8, rel=0.5), "of another text less"
+    assert found.kl <= found.limit
+
+
+@pytest.mark.parametrize(
+    ("texts", "limit", "message"),
+    [
+        ({}, None, "0 texts"),
+        ({"short": TEXT[:50]}, None, "1 texts of 50 tokens"),
+        ({"one": TEXT * 2}, 0.0, "not positive"),
+        ({"one": TEXT * 2}, 1e-12, "no t and r down to"),
+    ],
+)
+def test_a_fit_refuses(llama: LanguageModel, texts: dict[str, str], limit: float | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit.fit(llama, moments.calibrate(llama, [TEXT]), texts, limit=limit)
+
+
 # ---- the model behind a swapped cache
 
 
@@ -450,6 +493,8 @@ def test_calibrate_and_verify(folder: Path, tmp_path: Path, run: Callable[..., t
         "kv_heads": 2,
         "head_dim": 16,
         "tokens": 64,
+        "t": 0.4,
+        "r": 0.17,
         "table": str(table),
     }
     assert CalibrationTable.load(table).geometry == (3, 2, 16)
@@ -465,8 +510,14 @@ def test_calibrate_and_verify(folder: Path, tmp_path: Path, run: Callable[..., t
     assert result["worse"] == []
 
     weighed = tmp_path / "weighed.json"
-    assert run("calibrate", "--out", str(weighed), "--gradients")[0] == 0
-    assert CalibrationTable.load(weighed).value_factors is not None
+    status, out, _ = run("calibrate", "--out", str(weighed), "--gradients", "--fit", str(folder / "text.txt"), "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert 0 < found["kl"] <= found["kl_limit"]
+    loaded = CalibrationTable.load(weighed)
+    assert loaded.value_factors is not None
+    assert (loaded.t, loaded.r) == (found["t"], found["r"])
+    assert found["t"] != 0.4
 
     status, out, err = run("verify", *small, "--bound", "0.5")
     assert status == 1

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,36 @@ def test_a_table_is_saved_and_loaded(tmp_path: Path, name: str) -> None:
     loaded = CalibrationTable.load(tmp_path / name)
     np.testing.assert_array_equal(loaded.moments, table().moments)
     assert (loaded.model, loaded.tokens, loaded.geometry) == ("a model", 2000, (LAYERS, HEADS, DIM))
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t.json"])
+def test_a_table_knows_what_its_model_bears(tmp_path: Path, name: str) -> None:
+    assert (table().t, table().r) == (0.4, 0.17)
+    own = CalibrationTable(table().moments, t=0.3, r=0.1)
+    own.save(tmp_path / name)
+    loaded = CalibrationTable.load(tmp_path / name)
+    for chosen in (own, loaded, loaded.select(layers=range(LAYERS))):
+        assert (chosen.t, chosen.r) == (0.3, 0.1)
+        assert chosen.policy() == own.policy(0.3, 0.1)
+        assert chosen.policy(0.6) == own.policy(0.6, 0.2), "as much larger"
+        assert chosen.policy(6.0).value == ErrorBound.token_rms(1.0)
+        assert chosen.policy(r=0.2) == own.policy(0.3, 0.2)
+    for bad in ({"t": 0.0}, {"t": np.inf}, {"r": 0.0}, {"r": 1.5}, {"r": np.nan}):
+        with pytest.raises(ConfigError, match="calibration table"):
+            CalibrationTable(table().moments, **bad)
+
+
+def test_a_table_of_a_file_without_strengths_has_the_usual_ones(tmp_path: Path) -> None:
+    table().save(tmp_path / "t.json")
+    about = json.loads((tmp_path / "t.json").read_text())
+    del about["t"], about["r"]
+    (tmp_path / "t.json").write_text(json.dumps(about))
+    loaded = CalibrationTable.load(tmp_path / "t.json")
+    assert (loaded.t, loaded.r) == (0.4, 0.17)
+    about["t"] = "much"
+    (tmp_path / "t.json").write_text(json.dumps(about))
+    with pytest.raises(FormatError, match="no calibration table"):
+        CalibrationTable.load(tmp_path / "t.json")
 
 
 @pytest.mark.parametrize("name", ["t.npz", "t.json"])
