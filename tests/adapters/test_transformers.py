@@ -529,7 +529,7 @@ def test_the_code_of_the_guide_runs(folder: Path, tmp_path: Path, monkeypatch: p
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "calibrate.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(folder)
-    for name in ("sample.txt", "a.txt", "b.txt"):
+    for name in ("sample.txt", "a.txt", "b.txt", "c.txt", "d.txt"):
         (tmp_path / name).write_text(TEXT * 20, encoding="utf-8")
     namespace: dict[str, Any] = {}
     ran = []
@@ -541,7 +541,7 @@ def test_the_code_of_the_guide_runs(folder: Path, tmp_path: Path, monkeypatch: p
             if command == "kvzip":
                 ran.append(arguments[0])
                 assert cli.main([*arguments, "--device", "cpu"]) in (0, 1), "random weights bear less than a model's"
-    assert ran == ["calibrate", "verify"]
+    assert ran == ["calibrate", "calibrate", "verify"]
     engine = namespace["engine"]
     assert engine.settings.bound.num_layers == SIZES["num_hidden_layers"]
     engine.close()
