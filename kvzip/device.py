@@ -45,7 +45,17 @@ from kvzip.record import (
 )
 from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
 from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult
-from kvzip.transport import RECORD_ALIGNMENT, CudaTransport, Driver, EncodedChunk, Records, Run, Staging
+from kvzip.transport import (
+    BLOCKS,
+    RECORD_ALIGNMENT,
+    CudaTransport,
+    Driver,
+    EncodedChunk,
+    Records,
+    Run,
+    Staging,
+    Steps,
+)
 from kvzip.types import BlockLayout, BlockView, ErrorBound, empty_view
 from kvzip.worker import Job, Reaper, Worker
 
@@ -155,8 +165,8 @@ class DeviceSwap:
         self._host = host
         self._closed = False
         self.lost: CudaError | None = None  # the error after which this GPU does nothing any more
-        self._out = Worker(f"kvzip-out-{device}")
-        self._into = Worker(f"kvzip-in-{device}")
+        self._out = Worker(f"kvzip-out-{device}", self._driver, device)
+        self._into = Worker(f"kvzip-in-{device}", self._driver, device)
         # Small transfers need a pool that kernels can address, in extents that match the arena's.
         self._small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
         self._packed = pool.extent_bytes == RECORD_ALIGNMENT
@@ -204,33 +214,64 @@ class DeviceSwap:
                 return small
         after = self._mark(stream)
         transfer = Transfer(self._driver, self._device)
+        steps = self._store_steps(parts, codec, measure_error, after, transfer, started)
+        self._submit(self._out, Job(steps, partial(self._give_mark, after), transfer, "store"))
+        return transfer
 
-        def run() -> TransferResult:
-            with self._failures("store"), self._store_lock:
-                self._driver.set_device(self._device)
-                self._small_out.drain()
+    @staticmethod
+    def _submit(worker: Worker, job: Job) -> None:
+        try:
+            worker.submit(job)
+        except BaseException:
+            job.clean_up()
+            raise
+
+    def _store_steps(
+        self,
+        parts: Sequence[Part],
+        codec: Codec,
+        measure_error: bool,
+        after: int,
+        transfer: Transfer,
+        started: float,
+    ) -> Steps[TransferResult]:
+        lock = self._store_lock
+        with self._failures("store"):
+            self._driver.set_device(self._device)
+            if not lock.acquire(blocking=False):
+                yield BLOCKS
+                lock.acquire()
+            try:
+                if len(self._small_out):
+                    yield BLOCKS
+                    self._small_out.drain()
                 self._index.check_open()
                 native = codec.name in _NATIVE
                 plans = [self._plan(part, codec) for part in parts] if native else []
                 if not native or not all(plan.on_gpu for plan in plans):
-                    self._driver.event_synchronize(after)
-                    if native:
-                        self._count_host_coding(parts)
-                    if "cuda" not in codec.devices:
-                        here = [part._replace(blocks=self._to_host(part.blocks, after)) for part in parts]
-                        return self._host.store_blocks(here, codec, measure_error)
-                    return self._host.store_blocks(parts, codec, measure_error)
-                result = self._store(parts, plans, codec, measure_error, after, transfer)
-            result = result._replace(seconds=time.perf_counter() - started)
-            self._host.count_store(result)
-            return result
+                    return (yield from self._store_by_host(parts, codec, measure_error, after))
+                result = yield from self._store(parts, plans, codec, measure_error, after, transfer)
+            finally:
+                lock.release()
+        result = result._replace(seconds=time.perf_counter() - started)
+        self._host.count_store(result)
+        return result
 
-        try:
-            self._out.submit(Job(run, partial(self._give_mark, after), transfer, "store"))
-        except BaseException:
-            self._give_mark(after)
-            raise
-        return transfer
+    def _store_by_host(
+        self, parts: Sequence[Part], codec: Codec, measure_error: bool, after: int
+    ) -> Steps[TransferResult]:
+        """Store by the codec's own functions."""
+        yield BLOCKS
+        self._driver.event_synchronize(after)
+        if codec.name in _NATIVE:
+            self._count_host_coding(parts)
+        if "cuda" not in codec.devices:
+            here = []
+            for part in parts:
+                copy = yield from self._to_host(part.blocks, after)
+                here.append(part._replace(blocks=copy))
+            parts = here
+        return self._host.store_blocks(parts, codec, measure_error)
 
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
@@ -250,23 +291,29 @@ class DeviceSwap:
             self._index.end_load(entries)
             self._give_mark(after)
 
-        def run() -> TransferResult:
-            with self._failures("load"):
-                self._driver.set_device(self._device)
-                self._small_into.drain()
-                self._load(keys, entries, out, after, transfer)
-            result = TransferResult(
-                len(keys), out.nbytes, sum(e.allocation.nbytes for e in entries), time.perf_counter() - started, 0, {}
-            )
-            self._host.count_load(result)
-            return result
-
-        try:
-            self._into.submit(Job(run, clean_up, transfer, "load"))
-        except BaseException:
-            clean_up()
-            raise
+        steps = self._load_steps(keys, entries, out, after, transfer, started)
+        self._submit(self._into, Job(steps, clean_up, transfer, "load"))
         return transfer
+
+    def _load_steps(
+        self,
+        keys: Sequence[bytes],
+        entries: Sequence[Entry],
+        out: BlockView,
+        after: int,
+        transfer: Transfer,
+        started: float,
+    ) -> Steps[TransferResult]:
+        with self._failures("load"):
+            self._driver.set_device(self._device)
+            if len(self._small_into):
+                yield BLOCKS
+                self._small_into.drain()
+            yield from self._load(keys, entries, out, after, transfer)
+        record_bytes = sum([entry.allocation.nbytes for entry in entries])
+        result = TransferResult(len(keys), out.nbytes, record_bytes, time.perf_counter() - started, 0, {})
+        self._host.count_load(result)
+        return result
 
     def close(self) -> None:
         """Let everything that was queued end, and free the device's memory. Blocks the host. May be called twice.
@@ -610,9 +657,9 @@ class DeviceSwap:
         measure_error: bool,
         after: int,
         transfer: Transfer,
-    ) -> TransferResult:
+    ) -> Steps[TransferResult]:
         try:
-            return self._encode(parts, plans, codec, measure_error, after, transfer)
+            return (yield from self._encode(parts, plans, codec, measure_error, after, transfer))
         except CudaError:
             raise  # the device is at fault: another encoder would fail as well
         except NativeError as error:
@@ -620,7 +667,7 @@ class DeviceSwap:
                 raise  # the caller's stream was let go: the pages may hold other values by now
             _log.warning("encoding on the GPU failed, blocks are stored raw: %s", str(error))
             raw = [self._plan(part, codec, raw=True) for part in parts]
-            return self._encode(parts, raw, codec, measure_error, after, transfer)
+            return (yield from self._encode(parts, raw, codec, measure_error, after, transfer))
 
     def _encode(
         self,
@@ -630,7 +677,7 @@ class DeviceSwap:
         measure_error: bool,
         after: int,
         transfer: Transfer,
-    ) -> TransferResult:
+    ) -> Steps[TransferResult]:
         index, pool = self._index, self._pool
         keys = parts[0].keys if len(parts) == 1 else [key for part in parts for key in part.keys]
         header = plans[0].contents.header_bytes
@@ -639,7 +686,7 @@ class DeviceSwap:
             # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
             needed = 0
             for part, plan in zip(parts, plans, strict=True):
-                sizes = self._transport.out.sizes(part.blocks, part.request.bound, plan.coding, after)
+                sizes = yield from self._transport.out.sizes(part.blocks, part.request.bound, plan.coding, after)
                 needed += sum(pool.round_up(int(n)) for n in sizes)
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys, replacing=False)
@@ -702,8 +749,8 @@ class DeviceSwap:
 
         try:
             for number, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-                original = self._to_host(part.blocks, after) if measure_error else None
-                self._transport.out.run(
+                original = (yield from self._to_host(part.blocks, after)) if measure_error else None
+                yield from self._transport.out.run(
                     part.blocks,
                     part.request.bound,
                     plan.coding,
@@ -739,7 +786,7 @@ class DeviceSwap:
                 at += nbytes
         return runs
 
-    def _to_host(self, blocks: BlockView, after: int) -> BlockView:
+    def _to_host(self, blocks: BlockView, after: int) -> Steps[BlockView]:
         """A copy of blocks in host memory, through the same pipeline."""
         copy = empty_view(blocks.layout, len(blocks))
         header = header_nbytes(blocks.layout)
@@ -759,19 +806,19 @@ class DeviceSwap:
                 chunk.tables,
             )
 
-        self._transport.out.run(blocks, _LOSSLESS, Coding.RAW, after, place, landed)
+        yield from self._transport.out.run(blocks, _LOSSLESS, Coding.RAW, after, place, landed)
         return copy
 
     # ---- loads, in the worker
 
     def _load(
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
-    ) -> None:
+    ) -> Steps[None]:
         first = entries[0].contents if entries else None
         if first is not None and first.codec in _NATIVE and all(e.contents is first for e in entries):
             # As a rule all are alike: the link has work before the records are looked at one by one.
             layout = check_geometry(first.geometry, out.layout)
-            statuses = self._transport.into.run(
+            statuses = yield from self._transport.into.run(
                 _with_tables(out.with_groups(layout), first.tables),
                 partial(self._records, entries),
                 after,
@@ -796,16 +843,16 @@ class DeviceSwap:
         bad: list[int] = []
         for name, layout, members in others:
             try:
-                self._load_by_host(name, layout, entries, members, out, after)
+                yield from self._load_by_host(name, layout, entries, members, out, after)
             except CorruptRecordError:  # nothing of them was written: load the good ones
                 for i in members:
                     try:
-                        self._load_by_host(name, layout, entries, [i], out, after)
+                        yield from self._load_by_host(name, layout, entries, [i], out, after)
                     except CorruptRecordError:
                         bad.append(i)
         for number, ((_, layout, tables, extended), members) in enumerate(native):
             view = _with_tables(out[out.block_ids[members]].with_groups(layout), tables)
-            statuses = self._transport.into.run(
+            statuses = yield from self._transport.into.run(
                 view,
                 partial(self._records, [entries[i] for i in members]),
                 after,
@@ -825,8 +872,9 @@ class DeviceSwap:
         members: Sequence[int],
         out: BlockView,
         after: int,
-    ) -> None:
+    ) -> Steps[None]:
         """Load records that the kernels cannot decode; of several, all or none."""
+        yield BLOCKS
         self._driver.event_synchronize(after)
         view = out[out.block_ids[list(members)]].with_groups(layout)
         records = [entries[i] for i in members]
@@ -835,9 +883,9 @@ class DeviceSwap:
         else:
             pages = empty_view(layout, len(members))
             self._host.load_blocks(records, pages)
-            self._from_host(pages, view, after)
+            yield from self._from_host(pages, view, after)
 
-    def _from_host(self, pages: BlockView, out: BlockView, after: int) -> None:
+    def _from_host(self, pages: BlockView, out: BlockView, after: int) -> Steps[None]:
         """Copy host blocks into device blocks, through the same pipeline."""
         segments = _native.segments_array(pages, _LOSSLESS, Coding.RAW)
         payloads = np.empty((len(pages), _native.max_payload_bytes(segments)), np.uint8)
@@ -855,7 +903,7 @@ class DeviceSwap:
                 runs, at, 0, [run[0] for run in runs], lengths, crcs[first:last], tables[first:last].tobytes()
             )
 
-        self._transport.into.run(out, records, after, lambda stream: None)
+        yield from self._transport.into.run(out, records, after, lambda stream: None)
 
 
 def _release(

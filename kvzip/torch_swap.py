@@ -27,7 +27,7 @@ from kvzip.interop.torch import Lane, record_event
 from kvzip.transfer import Transfer, TransferResult
 from kvzip.transport import Staging
 from kvzip.types import BlockView
-from kvzip.worker import Job, Worker
+from kvzip.worker import Job, Worker, in_one_step
 
 
 class Streams(Protocol):
@@ -102,7 +102,7 @@ class TorchSwap:
                 return self._host.store_blocks(parts, self.codec_for(codec), measure_error)
 
         transfer = Transfer()
-        self._out.submit(Job(run, lambda: None, transfer, "store"))
+        self._out.submit(Job(in_one_step(run), lambda: None, transfer, "store"))
         return transfer
 
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
@@ -124,10 +124,11 @@ class TorchSwap:
             return result
 
         transfer = Transfer()
+        job = Job(in_one_step(run), partial(self._index.end_load, entries), transfer, "load")
         try:
-            self._into.submit(Job(run, partial(self._index.end_load, entries), transfer, "load"))
+            self._into.submit(job)
         except BaseException:
-            self._index.end_load(entries)
+            job.clean_up()
             raise
         return transfer
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -75,8 +76,10 @@ class Transfer:
         self._event = 0  # behind the last kernel; 0 until that is queued
         self._recalled = 0  # an event to use again
         self._released = False  # somebody may go on behind the event
-        self._begun = False  # or cancelled
+        self._begun = False
+        self._cancelled = False
         self._clean_up: Callable[[], None] | None = None  # set while it waits for a worker
+        self._help: Callable[[float | None], None] | None = None  # until it has ended
 
     def done(self) -> bool:
         """Whether the transfer has ended, well or not. Never blocks."""
@@ -94,9 +97,14 @@ class Transfer:
         Raises:
             TransferError: it failed; the pool and the pages are as they were.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._ended, timeout_seconds):
-                return False
+        started, help_it = time.monotonic(), self._help
+        if help_it is not None:
+            help_it(timeout_seconds)
+        if not self._ended:
+            left = None if timeout_seconds is None else max(0.0, started + timeout_seconds - time.monotonic())
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._ended, left):
+                    return False
         if self._error is not None:
             raise self._error
         return True
@@ -123,16 +131,26 @@ class Transfer:
             if self._begun or self._clean_up is None:
                 return False
             clean_up, self._clean_up = self._clean_up, None
-            self._begun = True  # so that the worker passes it over
+            self._cancelled = self._begun = True  # so that the worker passes it over
         clean_up()
         self._fail(TransferError("the transfer was cancelled before it began: nothing was changed"))
         return True
 
+    def _accept(self, clean_up: Callable[[], None], help_it: Callable[[float | None], None]) -> None:
+        """It stands in a queue.
+
+        Args:
+            clean_up: called when it is cancelled there.
+            help_it: takes its steps in the thread that waits for it, at most for so many seconds.
+        """
+        self._clean_up, self._help = clean_up, help_it
+
     def _begin(self) -> bool:
-        """The worker has come to it. False when it was cancelled."""
-        with self._changed:
-            begins, self._begun, self._clean_up = not self._begun, True, None
-            return begins
+        """It is its turn, or still is. False when it was cancelled."""
+        if not self._begun:
+            with self._changed:
+                self._begun, self._clean_up = True, None
+        return not self._cancelled
 
     def wait_stream(self, stream: object = None) -> None:
         """Make a CUDA stream wait for the transfer's work on the pages: what is queued there next comes after it.
@@ -201,6 +219,7 @@ class Transfer:
             self._result = result
             self._ended = True
             self._changed.notify_all()
+        self._help = None
         self._tell()
 
     def _observe(self, observer: Callable[[TransferResult], None]) -> None:
@@ -222,6 +241,7 @@ class Transfer:
             self._error = error
             self._ended = True
             self._changed.notify_all()
+        self._help = None
 
     def _abandon(self, error: KvzipError) -> None:
         """In a forked child, where nobody completes it, and a thread of the parent may hold the locks."""

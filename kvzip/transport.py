@@ -10,19 +10,20 @@ in use holds the next chunk back: staging memory is bounded.
 Tables go to mapped host memory, and block numbers come from there, by small kernels: a copy would queue behind the
 chunk before, or behind what the other direction moves.
 
-Everything here runs in the thread that calls it, blocks that thread where the docstring says so, and touches no state
-of the caller's streams: ordering against them is by events.
+The pipelines are generators: they yield what must be waited for (`Wait`), and never block between two yields, so that
+the thread that took one step need not take the next. They touch no state of the caller's streams: ordering against them
+is by events.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +41,32 @@ Words = npt.NDArray[np.uint64]
 Run = tuple[int, int, int]  # (place in the arena, host address, bytes)
 Copy = tuple[int, int, int]  # (to, from, bytes)
 
+T = TypeVar("T")
+
+
+class Wait(NamedTuple):
+    """What a step waits for.
+
+    Attributes:
+        event: an event; 0 = for nothing.
+        spin_us: how long a wait for the event spins, before it only looks now and then.
+        blocks: the next step may block for long, as for memory: it is not for a thread of the caller.
+    """
+
+    event: int = 0
+    spin_us: int = 0
+    blocks: bool = False
+
+
+Steps: TypeAlias = Generator[Wait, None, T]
+HAND_OVER = Wait()  # the device has work: whoever comes first goes on
+BLOCKS = Wait(blocks=True)
+
 MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
 MOST_TABLES = 1024  # channel tables of a direction on a device, unless one request has more
-SPIN_US = 50  # that a wait for the device spins, before it only looks now and then
-_EDGE_SPIN_US = 400  # the same at a transfer's ends, where the link is idle until the wait is over
-_PATIENCE_US = 1_000_000  # between looks at the interpreter's signals
+_RAMP = 8  # the first chunk is so much shorter than the largest
+SPIN_US = 50
+_EDGE_SPIN_US = 400  # at a transfer's ends, where the link is idle until the wait is over
 
 
 class Driver(Protocol):
@@ -53,6 +75,7 @@ class Driver(Protocol):
     Handles and addresses are integers. Freeing address 0 does nothing.
     """
 
+    def get_device(self) -> int: ...  # noqa: D102
     def set_device(self, device: int) -> None: ...  # noqa: D102
     def malloc(self, nbytes: int) -> int: ...  # noqa: D102
     def free(self, address: int) -> None: ...  # noqa: D102
@@ -469,23 +492,24 @@ class Staging:
 
 @lru_cache(maxsize=64)
 def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[tuple[int, int]]:
-    """Cut a batch into chunks: a short one first, so that the link need not wait, then longer ones.
+    """Cut a batch into chunks: a short one first, so that the link need not wait, then each twice as long.
 
     Args:
         blocks: blocks of the batch.
         largest: most blocks of a chunk.
-        short_end: also end with a short one: what follows its copy is not hidden behind another.
+        short_end: also end with short ones: what follows their copy is not hidden behind another.
     """
-    sizes: list[int] = []
-    step, left = max(1, largest // 4), blocks
-    while left:
-        sizes.append(min(step, left))
-        left -= sizes[-1]
-        step = min(largest, step * 2)
-    short = max(1, largest // 8)
-    if short_end and sizes and sizes[-1] > short:
-        sizes[-1:] = [sizes[-1] - short, short]
-    ends = list(accumulate(sizes))
+    ramp = [min(largest, max(1, largest * step // _RAMP)) for step in (1, 2, 4) if step < _RAMP]
+    up: list[int] = []
+    down: list[int] = []
+    left = blocks
+    for size in ramp:
+        for part in (up, down)[: 1 + short_end]:
+            if left:
+                part.append(min(size, left))
+                left -= part[-1]
+    middle = [largest] * (left // largest) + [left % largest] * (left % largest > 0)
+    ends = list(accumulate(up + middle + down[::-1]))
     return list(zip([0, *ends], ends, strict=False))
 
 
@@ -553,8 +577,7 @@ class _Pipeline:
 
     def _segments(self, blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]) -> npt.NDArray[Any]:
         """Descriptors of the pages; kept, as a swap asks for the same ones again and again."""
-        keep = (blocks.addresses, blocks.layout, blocks.bounds, bound)
-        key = (*map(id, keep), str(coding))
+        keep, key = self._key(blocks, bound, coding)
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
@@ -568,12 +591,16 @@ class _Pipeline:
             self._known[key] = (keep, segments)
         return self._known[key][1]
 
+    @staticmethod
+    def _key(
+        blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]
+    ) -> tuple[tuple[object, ...], tuple[int, ...]]:
+        """What descriptors of pages are kept by: objects, and their identities."""
+        keep = (blocks.addresses, blocks.layout, blocks.bounds, bound, coding)
+        return keep, tuple(map(id, keep))
+
     def _chunks(self, blocks: int, layout: BlockLayout, *, short_end: bool = False) -> list[tuple[int, int]]:
         return chunk_bounds(blocks, max(1, self._staging.chunk_bytes // layout.nbytes), short_end=short_end)
-
-    def _wait(self, event: int, *, edge: bool = False) -> None:
-        while not self._driver.event_wait(event, _EDGE_SPIN_US if edge else SPIN_US, _PATIENCE_US):
-            pass
 
     def _next_slot(self) -> _Slot:
         slot = self._slots[self._turn]
@@ -605,10 +632,10 @@ class _Pipeline:
 
 
 class EncodePipeline(_Pipeline):
-    """The way out. One thread at a time."""
+    """The way out. One transfer at a time."""
 
-    def sizes(self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int) -> Words:
-        """Bytes of every block's record; nothing leaves the device. Blocks the host.
+    def sizes(self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int) -> Steps[Words]:
+        """Steps that find the bytes of every block's record; nothing leaves the device.
 
         Args:
             blocks: what would be stored.
@@ -620,21 +647,22 @@ class EncodePipeline(_Pipeline):
         ahead: deque[tuple[_Slot, _EncodeCall]] = deque()
         found = [np.zeros(0, np.uint64)]
 
-        def collect() -> None:
+        def collect() -> Steps[None]:
             slot, call = ahead.popleft()
-            self._wait(slot.kernel_done)
+            yield Wait(slot.kernel_done, SPIN_US)
             slot.busy = False
             found.append(call.payload_bytes + header)
 
+        yield BLOCKS
         try:
             launch = self._launcher(blocks, bound, coding, after)
             for first, last in self._chunks(len(blocks), blocks.layout):
                 slot = self._next_slot()
                 while slot.busy:
-                    collect()
+                    yield from collect()
                 ahead.append((slot, launch(slot, first, last)))
             while ahead:
-                collect()
+                yield from collect()
         finally:
             self.drain()
         return np.concatenate(found)
@@ -649,8 +677,8 @@ class EncodePipeline(_Pipeline):
         landed: Callable[[EncodedChunk], None],
         copying: Callable[[EncodedChunk], None] = lambda chunk: None,
         queued: Callable[[int], None] = lambda stream: None,
-    ) -> None:
-        """Encode blocks and copy their records to host memory. Blocks the host.
+    ) -> Steps[None]:
+        """Steps that encode blocks and copy their records to host memory; the first one launches the first encoder.
 
         Args:
             blocks: what to store.
@@ -672,20 +700,20 @@ class EncodePipeline(_Pipeline):
         moving: deque[tuple[_Slot, EncodedChunk]] = deque()  # their copies are queued
         noted: deque[EncodedChunk] = deque()  # of these, what `copying` was not called with yet
 
-        def copy() -> None:
+        def copy() -> Steps[None]:
             slot, call, first = ahead.popleft()
-            self._wait(slot.kernel_done, edge=first == 0)
+            yield Wait(slot.kernel_done, SPIN_US if len(moving) > 1 else _EDGE_SPIN_US)
             chunk, arena = call.chunk(first), slot.arena
             pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
             self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
             moving.append((slot, chunk))
             noted.append(chunk)
 
-        def land() -> None:
+        def land() -> Steps[None]:
             slot, chunk = moving.popleft()
             if len(noted) > len(moving):
                 copying(noted.popleft())
-            self._wait(slot.copy_done, edge=not moving)
+            yield Wait(slot.copy_done, SPIN_US if moving else _EDGE_SPIN_US)
             slot.busy = False
             landed(chunk)
 
@@ -694,27 +722,35 @@ class EncodePipeline(_Pipeline):
             moved = bool(moving) and moving[0][0] is slot and self._driver.event_wait(slot.copy_done, 0, 0)
             return moved or not slot.busy
 
+        chunks = self._chunks(len(blocks), blocks.layout)
+        pages, header, worst = len(blocks.layout.segments), header_nbytes(blocks.layout), blocks.layout.padded_nbytes
+        if self._key(blocks, bound, coding)[1] not in self._known:
+            yield BLOCKS
         try:
             launch = self._launcher(blocks, bound, coding, after)
-            for first, last in self._chunks(len(blocks), blocks.layout):
+            for first, last in chunks:
                 slot = self._next_slot()
                 while slot.busy:
-                    land() if moving and moving[0][0] is slot else copy()
+                    yield from land() if moving and moving[0][0] is slot else copy()
+                if (pages, last - first, header, worst) not in slot.bound:
+                    yield BLOCKS
                 ahead.append((slot, launch(slot, first, last), first))
                 if last == len(blocks):
                     queued(self._kernels)
+                if first == 0:
+                    yield HAND_OVER
                 # What the host notes of a chunk has time while later ones move.
                 if len(noted) > 1:
                     copying(noted.popleft())
                 # Where the encoder is slower than the link, beside a busy model, it has the next chunk at once.
                 while len(ahead) > next_is_free():
-                    copy()
+                    yield from copy()
             while ahead:
-                copy()
+                yield from copy()
             while noted:
                 copying(noted.popleft())
             while moving:
-                land()
+                yield from land()
         finally:
             self.drain()
 
@@ -777,7 +813,7 @@ class EncodePipeline(_Pipeline):
 
 
 class DecodePipeline(_Pipeline):
-    """The way in. One thread at a time."""
+    """The way in. One transfer at a time."""
 
     def run(
         self,
@@ -788,8 +824,8 @@ class DecodePipeline(_Pipeline):
         *,
         extended: int = 0,
         checked: bool = True,
-    ) -> npt.NDArray[np.uint32]:
-        """Copy records to the device and decode them into blocks. Blocks the host until the device has finished.
+    ) -> Steps[npt.NDArray[np.uint32]]:
+        """Steps that copy records to the device and decode them into blocks; the first one begins the first copy.
 
         Args:
             blocks: where the values go.
@@ -809,26 +845,33 @@ class DecodePipeline(_Pipeline):
         statuses = np.zeros(len(blocks), np.uint32)
         pending: deque[tuple[_Slot, _DecodeCall, int, int]] = deque()
 
-        def collect() -> None:
+        def collect() -> Steps[None]:
             slot, call, first, last = pending.popleft()
-            self._wait(slot.kernel_done, edge=not pending)
+            yield Wait(slot.kernel_done, SPIN_US if len(pending) > 1 else _EDGE_SPIN_US)
             slot.busy = False
             statuses[first:last] = call.block_status
 
+        if self._key(blocks, None, Coding.RAW)[1] not in self._known:
+            yield BLOCKS
         try:
             segments = self._segments(blocks, None, Coding.RAW)
             pages = len(segments)
-            self._driver.stream_wait_event(self._kernels, after)
             for first, last in self._chunks(len(blocks), blocks.layout, short_end=True):
                 chunk = records(first, last)
                 slot, count = self._next_slot(), last - first
                 while slot.busy and pending:
-                    collect()
-                call = self._call(slot, pages, count, chunk.arena_bytes, extended, checked)
+                    yield from collect()
+                key = (pages, count, extended, checked)
+                call = slot.bound.get(key)
+                if call is None or chunk.arena_bytes > slot.memory.size("arena"):
+                    yield BLOCKS
+                    call = self._bind(slot, key, chunk.arena_bytes)
                 arena = slot.arena
                 slot.busy = True
                 pieces = [(arena + at, address, nbytes) for at, address, nbytes in chunk.runs]
                 self._driver.copy_between(pieces, 0, slot.copy_done, self._copies)  # the link has work from here on
+                if first == 0:
+                    self._driver.stream_wait_event(self._kernels, after)
                 slot.give_segments(call.segments, segments)
                 words, base = call.words, arena + chunk.header_bytes
                 words[:count] = blocks.block_ids[first:last]
@@ -837,18 +880,18 @@ class DecodePipeline(_Pipeline):
                 call.table.data[:] = chunk.tables
                 call.launch()
                 pending.append((slot, call, first, last))
+                if first == 0:
+                    yield HAND_OVER
             queued(self._kernels)
             while pending:
-                collect()
+                yield from collect()
         finally:
             self.drain()
         return statuses
 
-    def _call(self, slot: _Slot, pages: int, count: int, arena_bytes: int, extended: int, checked: bool) -> _DecodeCall:
-        key = (pages, count, extended, checked)
-        found: _DecodeCall | None = slot.bound.get(key)
-        if found is not None and arena_bytes <= slot.memory.size("arena"):
-            return found
+    def _bind(self, slot: _Slot, key: tuple[int, int, int, bool], arena_bytes: int) -> _DecodeCall:
+        """The launch for a chunk: pages of a block, blocks, what pages may have, whether checksums are verified."""
+        pages, count, extended, checked = key
         fields = _decode_fields(pages, count)
         slot.fit(arena_bytes, fields.nbytes, pages, count)
         host, host_at, device_at = slot.host_meta, slot.host_meta_address, slot.device_meta

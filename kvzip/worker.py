@@ -1,69 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""The threads behind transfers: a `Worker` runs jobs in order, a `Reaper` completes what nobody waits for.
+"""Who takes the steps of transfers: a `Worker` runs jobs in order, a `Reaper` completes what nobody waits for.
 
-Neither dies of an error: a job that fails, in whatever way, is the end of its transfer alone.
+A job is a generator of steps, with what has to be waited for between them. The thread that submits a job takes the
+first step, if it is the job's turn, so that the device has work at once; the others are taken by the worker's thread,
+or by the thread that waits for the transfer, whoever comes first: who waits anyway need not be woken.
+
+No thread dies of an error: a job that fails, in whatever way, is the end of its transfer alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kvzip.errors import ConfigError, KvzipError, TransferError
 from kvzip.transfer import Transfer, TransferQueue, TransferResult, transfer_error
+from kvzip.transport import BLOCKS, Driver, Steps, Wait
 
 _log = logging.getLogger("kvzip")
 
+_PATIENCE_SECONDS = 1.0  # between looks at the interpreter's signals
+_abandoned: list[object] = []  # steps of a parent's jobs in a forked child: to end them would touch its GPU
 
-@dataclass(frozen=True)
+
+def in_one_step(run: Callable[[], TransferResult]) -> Steps[TransferResult]:
+    """Steps of work that does not wait for events, for a worker's own thread."""
+    yield BLOCKS
+    return run()
+
+
 class Job:
-    """What a worker does for a transfer.
+    """What is done for a transfer.
 
-    Attributes:
-        run: does it.
-        cleanup: called once, whatever happens, before the transfer ends: also for a job that is never run.
+    Args:
+        steps: do it; they return the result.
+        clean_up: called once, whatever happens, before the transfer ends: also for a job that never began.
         transfer: gets the result, or the error.
         what: ``"store"`` or ``"load"``.
     """
 
-    run: Callable[[], TransferResult]
-    cleanup: Callable[[], None]
-    transfer: Transfer
-    what: str
+    def __init__(
+        self, steps: Steps[TransferResult], clean_up: Callable[[], None], transfer: Transfer, what: str
+    ) -> None:
+        self.steps = steps
+        self.transfer = transfer
+        self.what = what
+        self.lock = threading.Lock()  # held by the thread that takes steps
+        self.due: Wait | None = None  # before the next step; None before the first one
+        self._clean_up: Callable[[], None] | None = clean_up
+
+    def clean_up(self) -> None:
+        """Clean up, unless that was done."""
+        clean_up, self._clean_up = self._clean_up, None
+        if clean_up is not None:
+            clean_up()
 
 
 class Worker:
-    """A thread that runs jobs in order; started with the first one."""
+    """Has jobs done in order, by a thread that is started with the first one, and by threads that wait for them.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the thread.
+        driver: device functions; None where no job waits for events.
+        device: index of the GPU.
+    """
+
+    def __init__(self, name: str, driver: Driver | None = None, device: int = 0) -> None:
         self._name = name
+        self._driver = driver
+        self._device = device
         self._open: deque[Job] = deque()  # not ended, the one that runs first
-        self._running: Job | None = None
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # something was submitted, or it was closed
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def submit(self, job: Job) -> None:
-        """Queue a job.
+        """Queue a job, and take its first step if no other is before it. Its device is the thread's current one.
 
         Raises:
             ConfigError: the worker is closed.
-            TransferError: the system gives no thread. In both cases the job was not queued, nor cleaned up.
+            TransferError: the system gives no thread. In both cases the job was not queued.
         """
         with self._lock:  # one thread, whoever comes first: a pipeline is not for two
             if self._closed:
                 raise ConfigError("the engine is closed: make a new one")
             if self._thread is None or not self._thread.is_alive():
                 self._thread = self._start_thread(job.what)
-            job.transfer._clean_up = job.cleanup
+            job.transfer._accept(job.clean_up, lambda seconds: self._help(job, seconds))
+            at_once = not self._open and job.lock.acquire(blocking=False)
             self._open.append(job)
+        try:
+            if at_once:
+                try:
+                    self._step(job)
+                finally:
+                    job.lock.release()
+        finally:
             self._wake.put(None)
 
     def _start_thread(self, what: str) -> threading.Thread:
@@ -81,34 +120,99 @@ class Worker:
         while True:
             try:
                 while self._open:
-                    self._do(self._open[0])
-                if self._closed:
+                    job = self._open[0]
+                    with job.lock:
+                        if self._is_first(job):
+                            self._drive(job)
+                if self._closed and not self._open:
                     return
                 self._wake.get()
             except BaseException as error:  # raised into the thread from outside
                 _log.error("%s goes on after %s: %s", self._name, type(error).__name__, str(error))
 
-    def _do(self, job: Job) -> None:
-        transfer = job.transfer
-        begins, cut_off, self._running = transfer._begin(), self._running is job, job
+    def _is_first(self, job: Job) -> bool:
+        """Whether it is this job's turn; while its lock is held that stays so."""
         try:
-            if begins:
+            return self._open[0] is job
+        except IndexError:
+            return False
+
+    def _help(self, job: Job, timeout_seconds: float | None) -> None:
+        """Take the steps of a job in the thread that waits for it, if it is the job's turn and nobody does."""
+        driver = self._driver
+        if driver is None or not self._is_first(job) or not job.lock.acquire(blocking=False):
+            return
+        try:
+            with contextlib.suppress(Exception):  # of a device that fails: the worker finds out
+                before = driver.get_device()
                 try:
-                    result = job.run()
+                    end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+                    self._drive(job, end, helps=True)
                 finally:
-                    self._clean_up(job)
-                transfer._finish(result)
-        except BaseException as error:
-            transfer._fail(transfer_error(job.what, error))
+                    driver.set_device(before)
         finally:
-            if (begins or cut_off) and not transfer.done():
-                transfer._fail(TransferError(f"a {job.what} failed: its thread was stopped"))
-            self._running = None
+            job.lock.release()
+
+    def _drive(self, job: Job, end: float | None = None, *, helps: bool = False) -> None:
+        """Take steps until a job has ended, or until a time; none that may block if it `helps`. Its lock is held."""
+        if self._driver is not None and job.due is not None:  # the first step does it itself
+            try:
+                self._driver.set_device(self._device)
+            except Exception as error:
+                self._step(job, error)
+        while self._is_first(job):
+            due = job.due
+            if helps and due is not None and due.blocks:
+                return
+            try:
+                if due is not None and due.event and not self._wait(due, end):
+                    return
+            except Exception as error:  # of the device: the steps clean up
+                self._step(job, error)
+            else:
+                self._step(job)
+
+    def _wait(self, due: Wait, end: float | None) -> bool:
+        """Wait for an event, at most until a time."""
+        assert self._driver is not None
+        while True:
+            left = _PATIENCE_SECONDS if end is None else min(_PATIENCE_SECONDS, max(0.0, end - time.monotonic()))
+            if self._driver.event_wait(due.event, due.spin_us, int(left * 1e6)):
+                return True
+            if end is not None and time.monotonic() >= end:
+                return False
+
+    def _step(self, job: Job, fault: Exception | None = None) -> None:
+        """Take one step, which may be the last; or let a fault end the job. The job's lock is held."""
+        result: TransferResult | None = None
+        error: BaseException | None = None
+        try:
+            if not job.transfer._begin():  # it was cancelled
+                self._open.popleft()
+                return
+            job.due = next(job.steps) if fault is None else job.steps.throw(fault)
+            return
+        except StopIteration as stop:
+            result = stop.value
+            if result is None:  # an exception that was raised into a thread took it away
+                error = TransferError(f"a {job.what} failed: its thread was stopped")
+        except BaseException as caught:
+            error = caught
+        try:
+            self._clean_up(job)
+        finally:
             self._open.popleft()
+            if error is None:
+                assert result is not None
+                job.transfer._finish(result)
+            else:
+                job.transfer._fail(transfer_error(job.what, error))
+        if error is not None and not isinstance(error, Exception):
+            raise error  # Ctrl-C, in a thread of the caller
 
     def _clean_up(self, job: Job) -> None:
         try:
-            job.cleanup()
+            job.clean_up()
         except KvzipError as error:  # of a GPU that is lost: what was done is done
             _log.warning("cleaning up after a %s failed: %s", job.what, str(error))
 
@@ -140,6 +244,7 @@ class Worker:
         self._lock = threading.Lock()
         self._closed, self._thread = True, None
         for job in list(self._open):
+            _abandoned.append(job.steps)
             job.transfer._abandon(error)
         self._open.clear()
 

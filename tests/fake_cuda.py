@@ -74,6 +74,10 @@ class FakeDriver:
         if error is not None:
             raise error
 
+    def get_device(self) -> int:
+        self._called("get_device", held=False)
+        return 0
+
     def set_device(self, device: int) -> None:
         self._called("set_device", held=False)
         assert device >= 0
