@@ -7,7 +7,8 @@ Run ``python bench/gpu_transport.py --data CACHE.npy --out FOLDER`` on a machine
 ``--quick`` a smoke run). Data, pages and peers are those of ``gpu_peers.py``. Sections, each with a file in FOLDER
 that is named after the GPU, such as ``h200_transport.json``, and written as the rows come; what fails leaves a note:
 
-* ``transport``: 1 to 16,384 pages of 64 KiB out and in, by every way. kvzip's blocks have min(64, pages) pages. The
+* ``transport``: 1 to 16,384 pages of 64 KiB out and in, by every way (those at the settings of a fidelity, see
+  gpu_ways.py, from a block of 64 pages on). kvzip's blocks have min(64, pages) pages. The
   time is a caller's: from the call of ``store`` or ``load`` until ``wait`` returns. Loads are compared with what they
   have to give. ``link_gb_per_s`` is what one plain copy of as many bytes reached in this run, ``efficiency`` the rate
   over ratio x link; ``cpu_s_per_gib`` is the time that all threads of the process computed.
@@ -35,20 +36,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gpu_peers as peers
 import numpy as np
-import numpy.typing as npt
 from gpu_peers import MIB, PAGE_BYTES, TO_DEVICE, TO_HOST, Ints, Row, Unavailable, Way
+from gpu_ways import (
+    MOST_PAGES_OF_BLOCK,
+    WAYS,
+    Kvzip,
+    Kvzip1e2,
+    Kvzip1e3,
+    KvzipLossless,
+    TransportBench,
+    check_pages,
+)
 
-from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, _native
+from kvzip import ErrorBound, _native
 from kvzip.backends.base import EncodeRequest
 from kvzip.backends.cuszp import coding_of
 from kvzip.benchmark import (
     GIB,
     PATIENCE_SECONDS,
-    EngineWay,
     Results,
     add_link,
     finish,
@@ -65,121 +74,7 @@ from kvzip.record import header_nbytes
 from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
 SECTIONS = ("pool", "transport", "timeline", "both", "codec", "interference")
-MOST_PAGES_OF_BLOCK = 64
 MAX_CTAS = (0, 32, 64, 96)
-
-
-# ---- kvzip's ways
-
-
-class TransportBench(peers.Bench):
-    """What the sections share: the peers' memory, and a pool of pinned memory for kvzip, made at its first use."""
-
-    def __init__(self, torch: Any, cache: npt.NDArray[Any], count: int) -> None:
-        super().__init__(torch, cache, count)
-        self._pool: HostPool | None = None
-        self._views: dict[tuple[int, bool], BlockView] = {}
-
-    @property
-    def pool(self) -> HostPool:
-        """Room for two and a half times the pages: nothing is evicted."""
-        if self._pool is None:
-            self._pool = HostPool(self.count * PAGE_BYTES * 5 // 2 + 64 * MIB, resource=PinnedMemory())
-        return self._pool
-
-    def engine(self, bound: ErrorBound, staging: Staging | None = None, **settings: Any) -> SwapEngine:
-        """A new engine over the pool."""
-        return SwapEngine(self.pool, bound=bound, staging=staging, **settings)
-
-    def tensors(self, pages_per_block: int, targets: bool) -> list[Any]:
-        """The pages (or the targets), cut: tensor l holds page l of every block."""
-        blocks = self.count // pages_per_block
-        tensor = self.targets if targets else self.pages
-        return [tensor[part * blocks : (part + 1) * blocks] for part in range(pages_per_block)]
-
-    def view(self, pages: int, *, targets: bool = False) -> BlockView:
-        """All blocks of the size that a transfer of so many pages has."""
-        key = (min(MOST_PAGES_OF_BLOCK, pages), targets)
-        if key not in self._views:
-            self._views[key] = BlockView(self.tensors(*key), "NHD")
-        return self._views[key]
-
-    def selections(self, pages: int, most: int) -> list[Ints]:
-        """Numbers of blocks with so many pages in all: disjoint sets, in random order."""
-        each = max(1, pages // MOST_PAGES_OF_BLOCK)
-        order: Ints = np.random.default_rng(1).permutation(self.count // min(MOST_PAGES_OF_BLOCK, pages))
-        return [order[k * each : (k + 1) * each] for k in range(min(most, len(order) // each))]
-
-    def page_numbers(self, pages: int, blocks: Ints) -> Ints:
-        """Numbers of the pages of these blocks."""
-        per_block = min(MOST_PAGES_OF_BLOCK, pages)
-        return (np.arange(per_block)[:, None] * (self.count // per_block) + blocks).ravel()
-
-
-def check_pages(bench: peers.Bench, numbers: Ints, bound: float, name: str) -> None:
-    """Assert that targets are the pages within `bound` x the page's range; 0: every bit."""
-    torch = bench.torch
-    for first in range(0, len(numbers), 512):
-        part = torch.from_numpy(numbers[first : first + 512]).to(bench.device)
-        want, got = bench.pages[part].flatten(1), bench.targets[part].flatten(1)
-        if bound == 0:
-            assert torch.equal(want.view(torch.int16), got.view(torch.int16)), f"{name}: other bits came back"
-            continue
-        want, got = want.double(), got.double()
-        limit = bound * (want.amax(1) - want.amin(1)) * (1 + 1e-6)
-        error = (want - got).abs().amax(1)
-        assert bool((error <= limit).all()), f"{name}: a page is further off than {bound} x its range"
-
-
-class Kvzip(EngineWay, Way):
-    """An engine with its default settings. `store` and `load` take numbers of blocks; `pages` says of which size."""
-
-    name: ClassVar[str]  # type: ignore[misc]  # of the class here
-    relative: ClassVar[float] = 0.0  # 0: lossless
-
-    def __init__(self, bench: TransportBench, staging: Staging | None = None) -> None:
-        Way.__init__(self, bench)
-        self.kvzip_bench = bench
-        self.pages = 1
-        bound = ErrorBound.relative(self.relative) if self.relative else ErrorBound.lossless()
-        try:
-            engine = bench.engine(bound, staging)
-        except KvzipError as error:
-            raise Unavailable(str(error)) from error
-        EngineWay.__init__(self, self.name, engine, self._pages, int(bench.kernels.cuda_stream))
-
-    def _pages(self) -> tuple[BlockView, BlockView]:
-        return self.kvzip_bench.view(self.pages), self.kvzip_bench.view(self.pages, targets=True)
-
-    def note(self) -> str:
-        stats = self.engine.stats()
-        return f"pages not coded as asked: {dict(stats.fallbacks)} of {stats.stored_raw_bytes // PAGE_BYTES}"
-
-    def check(self, ids: Ints) -> None:
-        check_pages(self.bench, self.kvzip_bench.page_numbers(self.pages, ids), self.relative, self.name)
-
-
-class Kvzip1e3(Kvzip):
-    """Within 1e-3 of a page's range."""
-
-    name = "kvzip-1e-3"
-    relative = 1e-3
-
-
-class Kvzip1e2(Kvzip):
-    """Within 1e-2 of a page's range."""
-
-    name = "kvzip-1e-2"
-    relative = 1e-2
-
-
-class KvzipLossless(Kvzip):
-    """Every bit."""
-
-    name = "kvzip-lossless"
-
-
-WAYS: tuple[type[Way], ...] = (*peers.WAYS, Kvzip1e3, Kvzip1e2, KvzipLossless)
 
 
 def environment(torch: Any, data: str, commit: str) -> Row:
@@ -251,7 +146,7 @@ def section_transport(bench: TransportBench, results: Results, options: argparse
                 results.note("transport", f"{kind.name} skipped: {reason}")
     results.note("transport", "a page has neighbouring heads of several layers: see real_pages of gpu_peers.py")
     for pages in options.pages:
-        for way in ways:
+        for way in [w for w in ways if pages >= getattr(w, "least_pages", 1)]:
             with results.attempt("transport", f"{way.name}, {pages} pages"):
                 rows = measure(bench, way, pages, quick=options.quick)
                 for row in rows:
@@ -353,8 +248,13 @@ def timeline_rows(bench: TransportBench, way: Kvzip, pages: int, repetitions: in
 
 
 def section_timeline(bench: TransportBench, results: Results, options: argparse.Namespace) -> None:
-    for kind in (Kvzip1e3, Kvzip1e2, KvzipLossless):
-        way = kind(bench)
+    chosen = [way for way in WAYS if issubclass(way, Kvzip) and way.name in options.ways]
+    for kind in chosen or [Kvzip1e3, Kvzip1e2, KvzipLossless]:
+        try:
+            way = kind(bench)
+        except Unavailable as reason:
+            results.note("timeline", f"{kind.name} skipped: {reason}")
+            continue
         try:
             for pages in [n for n in options.pages if n * PAGE_BYTES > Staging().small_bytes]:
                 with results.attempt("timeline", f"{way.name}, {pages} pages"):
@@ -1205,7 +1105,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few repetitions, less memory: a smoke run")
     parser.add_argument("--sections", type=names_of(SECTIONS), default=list(SECTIONS), help=f"of {','.join(SECTIONS)}")
     parser.add_argument("--pages", type=page_counts, help="numbers of pages (default: 1 to 16384, quick: to 1024)")
-    parser.add_argument("--ways", type=names_of([w.name for w in WAYS]), default=[], help="of section transport; all")
+    parser.add_argument(
+        "--ways",
+        type=names_of([w.name for w in WAYS]),
+        default=[],
+        help="of sections transport (default: all) and timeline",
+    )
+    parser.add_argument("--moments", type=Path, help="query moments of the cache's model, [layers, kv_heads, head_dim]")
     parser.add_argument("--plain", action="store_true", help="do not compile the torch functions of fp8 and int8")
     parser.add_argument("--batch", type=int, default=8, help="sequences of the decode-like graph (default: 8)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of each (default: 2048)")
@@ -1269,7 +1175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watchdog.daemon = True
     watchdog.start()
     faulthandler.dump_traceback_later(options.limit + 15, exit=True)
-    bench = TransportBench(torch, np.load(options.data), max(512, *options.pages))
+    bench = TransportBench(torch, np.load(options.data), max(512, *options.pages), options.moments)
     run(bench, results, options)
     watchdog.cancel()
     faulthandler.cancel_dump_traceback_later()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeDriver, FakeTensor
 
-from kvzip import ErrorBound, HostPool, SwapEngine, _cuda
+from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, _cuda
 from kvzip.device import DeviceSwap
 from kvzip.memory import PageableMemory
 from kvzip.transport import CudaTransport, Staging
@@ -118,11 +118,18 @@ def bench_of(module: Any, count: int = PAGES) -> Any:
             )
             self._pool = HostPool(count * module.PAGE_BYTES * 5 // 2 + (1 << 20))
             self._views: dict[Any, Any] = {}
+            self._cache, self._layers = cache, None
+            self._moments = self.moments
             self.driver = Driver()
+
+        moments: Any = None
 
         def tensors(self, pages_per_block: int, targets: bool) -> list[Any]:
             parts = super().tensors(pages_per_block, targets)
             return [FakeTensor(p.view(torch.int16).numpy().view(np.uint16)) for p in parts]
+
+        def layer_view(self, tensors: list[Any]) -> BlockView:
+            return BlockView([FakeTensor(t.view(torch.int16).numpy().view(np.uint16)) for t in tensors], "2NHD")
 
         def engine(self, bound: ErrorBound, staging: Staging | None = None, **settings: Any) -> SwapEngine:
             engine = SwapEngine(self.pool, bound=bound, **settings)
@@ -166,6 +173,42 @@ def test_ways_are_measured_checked_and_written(module: Any, results: Any, tmp_pa
     }
     assert both["notes"] == []
     assert bench.pool.stats().allocations == 0
+
+
+def test_ways_at_the_settings_of_a_fidelity(
+    module: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = importlib.import_module("gpu_ways")
+    monkeypatch.setattr(
+        ways,
+        "on_host",
+        lambda view: BlockView([t.array for t in view.tensors], "2NHD", dtype="bfloat16")[view.block_ids],
+    )
+    names = [way.name for way in ways.FIDELITY_WAYS]
+    options = options_of(module, tmp_path, "--pages", "8,128", "--ways", ",".join(names), "--sections", "transport")
+    without = bench_of(module)
+    module.run(without, results, options)
+    written = json.loads((tmp_path / "h200_transport.json").read_text())
+    assert len([n for n in written["notes"] if "skipped: needs the model's query moments" in n]) == 2
+    assert {r["way"] for r in written["rows"]} == {"kvzip-uncalibrated", "kvzip-uncalibrated-rice"}
+    bench = bench_of(module)
+    layers, _, _, heads, dim = bench._cache.shape
+    bench._moments = tmp_path / "moments.npy"
+    np.save(bench._moments, np.random.default_rng(0).lognormal(0, 1, (layers, heads, dim)).astype(np.float32))
+    results.parts.clear()
+    module.run(bench, results, options)
+    written = json.loads((tmp_path / "h200_transport.json").read_text())
+    assert not [n for n in written["notes"] if "failed" in n or "skipped" in n]
+    ratio = {r["way"]: r["ratio"] for r in written["rows"]}
+    assert set(ratio) == set(names)
+    assert {r["pages"] for r in written["rows"]} == {128}
+    assert ratio["kvzip-uncalibrated-rice"] > ratio["kvzip-uncalibrated"] > 1.5
+    target = bench.layers[1]
+    target.tensors[3].array[:] = 0x7F00  # far off
+    way = ways.Uncalibrated(bench)
+    with pytest.raises(AssertionError, match="further off"):
+        way.check(np.arange(2))
+    way.close()
 
 
 def test_where_the_time_of_a_transfer_goes(module: Any, results: Any, tmp_path: Path) -> None:
