@@ -38,6 +38,10 @@ WAYS = {
     "kvzip-lossless": "kvzip, lossless",
     "kvzip-1e-3": "kvzip, 1e-3 of each page's range",
     "kvzip-1e-2": "kvzip, 1e-2 of each page's range",
+    "kvzip-uncalibrated": "kvzip, `BoundPolicy.uncalibrated()`",
+    "kvzip-uncalibrated-rice": "kvzip, `BoundPolicy.uncalibrated()`, mode `rice`",
+    "kvzip-calibrated": "kvzip, calibrated",
+    "kvzip-calibrated-rice": "kvzip, calibrated, mode `rice`",
 }
 SHOWN = {
     "fp8": "fp8 e4m3",
@@ -319,6 +323,30 @@ def policy_section() -> list[str]:
     return [*parts, table(["trace", "policy", *(f"{f:.0%}" for f in fractions), "all"], lines)]
 
 
+def share_section(rows: list[dict[str, Any]]) -> list[str]:
+    """How close large transfers come to what the link and the ratio allow."""
+    sizes = sorted({r["raw_bytes"] for r in rows if r["raw_bytes"] >= 64 << 20})
+    cells = {(r["way"], r["raw_bytes"], r["direction"]): r.get("efficiency") for r in rows}
+    lines = [
+        [
+            WAYS[way],
+            *(f"{share:.2f}" if (share := cells.get((way, n, d))) else "" for n in sizes for d in ("out", "in")),
+        ]
+        for way in WAYS
+        if way != "raw-link" and any((way, n, "out") in cells for n in sizes)
+    ]
+    if not lines:
+        return []
+    return [
+        "### Share of ratio x link, from 64 MiB on\n",
+        paragraph(
+            "A transfer's rate over the ratio times the rate of one plain copy of as many raw bytes in the same run; "
+            "1 would be a link that is never idle. The aim is 0.95."
+        ),
+        table(["way", *(f"{n >> 20:,} MiB {d}" for n in sizes for d in ("out", "in"))], lines),
+    ]
+
+
 def transport_section() -> list[str]:
     """Stores and loads of pages on a GPU, beside other ways."""
     found = load("*_transport.json")
@@ -334,6 +362,7 @@ def transport_section() -> list[str]:
         "### GB/s, largest transfer\n",
         table(["way", "ratio", "out", "in"], link_rows(rows, WAYS)),
         *_missing_ways({r["way"] for r in rows}),
+        *share_section(rows),
     ]
     for direction in ("out", "in"):
         cells = {(r["way"], r["pages"]): f"{r['us']:,.0f}" for r in rows if r["direction"] == direction}
