@@ -40,7 +40,7 @@ import numpy.typing as npt
 MIB = 1 << 20
 TOKENS, HEADS, HEAD_DIM = 16, 32, 64
 PAGE_BYTES = TOKENS * HEADS * HEAD_DIM * 2
-PAGES = (1, 8, 64, 512, 4096, 16384)  # the last two are 256 MiB and 1 GiB
+PAGES = (1, 8, 64, 512, 1024, 4096, 16384)  # the last three are 64 MiB, 256 MiB and 1 GiB
 TO_HOST, TO_DEVICE = 2, 1  # numbers of cudaMemcpyKind
 
 Ints = npt.NDArray[np.int64]

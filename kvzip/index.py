@@ -311,21 +311,19 @@ class RecordIndex:
                             self._pinned += 1
                             self._leavable -= entry.allocation.extent_nbytes
             held.update(fresh)
-            raw_bytes = record_bytes = leavable = 0
+            allocations = [entry.allocation for entry in fresh.values()]
+            sizes = [allocation.nbytes for allocation in allocations]
+            raw_bytes = sum([entry.contents.raw_bytes for entry in fresh.values()])
+            leavable = sum([allocation.extent_nbytes for allocation in allocations])
             key = b""
             try:
-                for key, entry in fresh.items():
-                    allocation = entry.allocation
-                    raw_bytes += entry.contents.raw_bytes
-                    nbytes = allocation.nbytes
-                    record_bytes += nbytes
-                    leavable += allocation.extent_nbytes
+                for key, nbytes in zip(fresh, sizes, strict=True):
                     insert(key, nbytes)
             except BaseException:  # a policy that fails, or Ctrl-C: whoever asked frees what it brought
                 self._retract(fresh, key)
                 raise
             self._raw_bytes += raw_bytes
-            self._record_bytes += record_bytes
+            self._record_bytes += sum(sizes)
             self._leavable += leavable
 
     def _retract(self, fresh: Mapping[bytes, Entry], failed: bytes) -> None:

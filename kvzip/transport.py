@@ -482,12 +482,15 @@ class Staging:
             model.
         small_bytes: most raw bytes of a transfer that is queued whole in the caller's thread, without a worker and
             without the copy engine; 0 = none.
+        priority: CUDA priority of the codec kernels' streams in large transfers: -1 goes before 0, where a model
+            usually runs. Then swaps keep their rate beside kernels that fill the GPU, and these take longer.
     """
 
     chunk_bytes: int = 64 << 20
     slots: int = 3
     max_ctas: int = 0
     small_bytes: int = 8 << 20
+    priority: int = 0
 
 
 @lru_cache(maxsize=64)
@@ -563,7 +566,7 @@ class _Pipeline:
         self._staging = staging
         self._slots: list[_Slot] = []
         with ExitStack() as undo:  # a GPU that is full must not get fuller at every try
-            self._kernels = driver.stream_create()
+            self._kernels = driver.stream_create(staging.priority)
             undo.callback(driver.stream_destroy, self._kernels)
             self._copies = driver.stream_create()
             undo.callback(driver.stream_destroy, self._copies)
