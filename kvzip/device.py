@@ -236,7 +236,7 @@ class DeviceSwap:
         started: float,
     ) -> Steps[TransferResult]:
         lock = self._store_lock
-        with self._failures("store"):
+        try:
             self._driver.set_device(self._device)
             if not lock.acquire(blocking=False):
                 yield BLOCKS
@@ -253,6 +253,9 @@ class DeviceSwap:
                 result = yield from self._store(parts, plans, codec, measure_error, after, transfer)
             finally:
                 lock.release()
+        except BaseException:
+            with self._failures("store"):
+                raise
         result = result._replace(seconds=time.perf_counter() - started)
         self._host.count_store(result)
         return result
@@ -304,12 +307,15 @@ class DeviceSwap:
         transfer: Transfer,
         started: float,
     ) -> Steps[TransferResult]:
-        with self._failures("load"):
+        try:
             self._driver.set_device(self._device)
             if len(self._small_into):
                 yield BLOCKS
                 self._small_into.drain()
             yield from self._load(keys, entries, out, after, transfer)
+        except BaseException:
+            with self._failures("load"):
+                raise
         record_bytes = sum([entry.allocation.nbytes for entry in entries])
         result = TransferResult(len(keys), out.nbytes, record_bytes, time.perf_counter() - started, 0, {})
         self._host.count_load(result)
@@ -433,7 +439,7 @@ class DeviceSwap:
                 room = index.take_ahead(count * plan.record_bytes, keys)
                 if room is None:
                     return None
-                ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
+                ticket = small.store(plan, blocks.block_ids, self._room_runs(room, room.nbytes), after)
                 if ticket is not None:
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
                     evicted = index.report_evicted()
@@ -505,15 +511,17 @@ class DeviceSwap:
         self._host.count_store(result)
         return result
 
-    def _room_runs(self, room: Room) -> list[Run]:
-        """Runs of a room, by their place in an arena that is copied there."""
+    def _room_runs(self, room: Room, nbytes: int) -> list[Run]:
+        """Runs of a room's first bytes, by their place in an arena that is copied there."""
         base, at, runs = self._pool.address, 0, []
         if len(room.runs) == 1:
-            offset, nbytes = room.runs[0]
-            return [(0, base + offset, nbytes)]
-        for offset, nbytes in room.runs:
-            runs.append((at, base + offset, nbytes))
-            at += nbytes
+            return [(0, base + room.runs[0][0], nbytes)]
+        for offset, length in room.runs:
+            length = min(length, nbytes - at)
+            if length == 0:
+                break
+            runs.append((at, base + offset, length))
+            at += length
         return runs
 
     def _load_small(
@@ -691,11 +699,20 @@ class DeviceSwap:
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys, replacing=False)
         fresh: list[Entry] = []
+        ready: dict[bytes, Entry] = {}  # all of them, before the last ones have landed
+        raw_bytes = sum([part.blocks.nbytes for part in parts])
         fallbacks: Counter[str] = Counter()
         record_bytes = violations = 0
         max_error = 0.0
 
         rooms: deque[Room] = deque()  # of chunks that were not entered yet
+        free = self._packed and worst <= pool.free_bytes  # nothing need leave, whatever the sizes will be
+
+        def begun(blocks: int) -> None:
+            if free:  # the rest returns when the chunk is entered
+                room = pool.try_take(blocks * pool.round_up(plans[0].most_bytes))
+                if room is not None:
+                    rooms.append(room)
 
         def enter(plan: _StorePlan, chunk: EncodedChunk) -> list[Entry]:
             count, joined = len(chunk.tables), chunk.tables.tobytes()
@@ -713,9 +730,11 @@ class DeviceSwap:
 
         def place(plan: _StorePlan, chunk: EncodedChunk) -> list[Run]:
             if self._packed:  # as the arena: the records are copied before anything is known of them
-                last = header + int(chunk.payload_bytes[-1])
-                rooms.append(index.take(int(chunk.offsets[-1]) + pool.round_up(last), keys))
-                return self._room_runs(rooms[-1])
+                nbytes = chunk.arena_bytes
+                if not (chunk.first == 0 and rooms):
+                    rooms.append(index.take(nbytes, keys))
+                return self._room_runs(rooms[-1], nbytes)
+            chunk.verify()
             extent = pool.extent_bytes
             extents = (chunk.payload_bytes.astype(np.int64) + (header + extent - 1)) // extent
             rooms.append(index.take(int(extents.sum()) * extent, keys))
@@ -728,6 +747,8 @@ class DeviceSwap:
             if plan.reason or chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0"):
                 fallbacks.update(fallback_reasons(chunk.tables, plan.reason))
             record_bytes += int(chunk.payload_bytes.sum()) + len(chunk.tables) * header
+            if len(fresh) == len(keys):
+                ready.update(zip(keys, fresh, strict=True))
 
         def landed(part: Part, plan: _StorePlan, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
             nonlocal violations, max_error
@@ -759,8 +780,9 @@ class DeviceSwap:
                     partial(landed, part, plan, original, len(fresh)),
                     partial(copying, plan),
                     transfer._mark_queued if number == len(parts) - 1 else (lambda stream: None),
+                    begun if number == 0 else (lambda blocks: None),
                 )
-            index.publish(dict(zip(keys, fresh, strict=True)))
+            index.publish(ready)
         except BaseException:
             for room in rooms:
                 room.close()
@@ -768,7 +790,7 @@ class DeviceSwap:
             raise
         return TransferResult(
             blocks=len(keys),
-            raw_bytes=sum(part.blocks.nbytes for part in parts),
+            raw_bytes=raw_bytes,
             record_bytes=record_bytes,
             seconds=0.0,
             evicted=index.report_evicted(),

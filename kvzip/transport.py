@@ -64,7 +64,6 @@ BLOCKS = Wait(blocks=True)
 
 MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
 MOST_TABLES = 1024  # channel tables of a direction on a device, unless one request has more
-_RAMP = 8  # the first chunk is so much shorter than the largest
 SPIN_US = 50
 _EDGE_SPIN_US = 400  # at a transfer's ends, where the link is idle until the wait is over
 
@@ -217,6 +216,8 @@ class EncodedChunk:
         tables: segment tables, shape ``[blocks, pages]``.
         payload_bytes: sizes of the payloads, shape ``[blocks]``.
         payload_crc32c: their checksums, shape ``[blocks]``.
+        header_bytes: bytes of the arena before each payload.
+        most_bytes: that a payload can have.
     """
 
     first: int
@@ -224,6 +225,41 @@ class EncodedChunk:
     tables: npt.NDArray[Any]
     payload_bytes: Words
     payload_crc32c: npt.NDArray[np.uint32]
+    header_bytes: int
+    most_bytes: int
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena that the records take.
+
+        Raises:
+            NativeError: that cannot be.
+        """
+        nbytes = _aligned(int(self.offsets[-1]) + self.header_bytes + int(self.payload_bytes[-1]))
+        if nbytes > len(self.offsets) * _aligned(self.header_bytes + self.most_bytes):
+            raise self._contradicts_itself()
+        return nbytes
+
+    def verify(self) -> None:
+        """Copies are made by these numbers, so they must not lead out of the arena, or records into one another.
+
+        Raises:
+            NativeError: they do.
+        """
+        offsets, sizes = self.offsets, self.payload_bytes
+        wrong = bool((sizes > self.most_bytes).any()) or bool(offsets[0])
+        if not wrong and len(sizes) > 1:
+            rounded = (sizes[:-1] + (self.header_bytes + RECORD_ALIGNMENT - 1)) // RECORD_ALIGNMENT * RECORD_ALIGNMENT
+            wrong = bool((offsets[1:] - offsets[:-1] != rounded).any())
+        if wrong:
+            raise self._contradicts_itself()
+
+    def _contradicts_itself(self) -> NativeError:
+        return NativeError(f"the table of sizes of {len(self.offsets)} blocks encoded on the GPU contradicts itself")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -444,19 +480,19 @@ class _EncodeCall:
         """What the encoder said.
 
         Raises:
-            NativeError: it failed, or what it said cannot be.
+            NativeError: it failed.
         """
         if self.status[0]:
             _native.check(int(self.status[0]), "encoding on the GPU")
-        # Copies are made by these numbers, so they must not lead out of the arena, or records into one another.
-        offsets, sizes = self.record_offsets, self.payload_bytes
-        wrong = bool((sizes > self.most_bytes).any()) or bool(offsets[0])
-        if not wrong and len(sizes) > 1:
-            rounded = (sizes[:-1] + (self.header_bytes + RECORD_ALIGNMENT - 1)) // RECORD_ALIGNMENT * RECORD_ALIGNMENT
-            wrong = bool((offsets[1:] - offsets[:-1] != rounded).any())
-        if wrong:
-            raise NativeError(f"the table of sizes of {len(sizes)} blocks encoded on the GPU contradicts itself")
-        return EncodedChunk(first, self.record_offsets, self.table, self.payload_bytes, self.payload_crc32c)
+        return EncodedChunk(
+            first,
+            self.record_offsets,
+            self.table,
+            self.payload_bytes,
+            self.payload_crc32c,
+            self.header_bytes,
+            self.most_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -502,17 +538,20 @@ def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[
         largest: most blocks of a chunk.
         short_end: also end with short ones: what follows their copy is not hidden behind another.
     """
-    ramp = [min(largest, max(1, largest * step // _RAMP)) for step in (1, 2, 4) if step < _RAMP]
-    up: list[int] = []
-    down: list[int] = []
-    left = blocks
-    for size in ramp:
-        for part in (up, down)[: 1 + short_end]:
-            if left:
-                part.append(min(size, left))
-                left -= part[-1]
+    eighth, quarter, half = (max(1, largest // n) for n in (8, 4, 2))
+    up, down = [quarter, half], [eighth, quarter, half] if short_end else []
+    left = blocks - sum(up) - sum(down)
     middle = [largest] * (left // largest) + [left % largest] * (left % largest > 0)
-    ends = list(accumulate(up + middle + down[::-1]))
+    sizes = up + middle + down[::-1]
+    if left < 0:  # few: halves of what is left
+        sizes, left = [], blocks
+        while left > eighth:
+            sizes.append(left // 2)
+            left -= sizes[-1]
+        sizes += [left] * (left > 0)
+        if not short_end:
+            sizes.reverse()
+    ends = list(accumulate(sizes))
     return list(zip([0, *ends], ends, strict=False))
 
 
@@ -680,6 +719,7 @@ class EncodePipeline(_Pipeline):
         landed: Callable[[EncodedChunk], None],
         copying: Callable[[EncodedChunk], None] = lambda chunk: None,
         queued: Callable[[int], None] = lambda stream: None,
+        begun: Callable[[int], None] = lambda blocks: None,
     ) -> Steps[None]:
         """Steps that encode blocks and copy their records to host memory; the first one launches the first encoder.
 
@@ -689,13 +729,15 @@ class EncodePipeline(_Pipeline):
             coding: coding wanted, or one a page.
             after: event that the pages are ready at.
             place: called once a chunk is encoded; says which bytes of the arena go where. The link may be idle until it
-                returns. The header of a record is undefined there.
+                returns. The chunk is not verified yet. The header of a record is undefined there.
             landed: called once a chunk's records are in host memory, in the order of the chunks.
             copying: called while a chunk's copy is under way.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last page was read.
+            begun: called with the blocks of the first chunk while that is encoded.
 
         Raises:
+            NativeError: what the encoder said cannot be.
             CudaError: the device failed; chunks that had landed did.
             Exception: what the callbacks raise; the device is idle then.
         """
@@ -709,6 +751,7 @@ class EncodePipeline(_Pipeline):
             chunk, arena = call.chunk(first), slot.arena
             pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
             self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
+            chunk.verify()
             moving.append((slot, chunk))
             noted.append(chunk)
 
@@ -742,6 +785,9 @@ class EncodePipeline(_Pipeline):
                     queued(self._kernels)
                 if first == 0:
                     yield HAND_OVER
+                    begun(last)
+                    yield from copy()  # before the next launch, which takes as long
+                    continue
                 # What the host notes of a chunk has time while later ones move.
                 if len(noted) > 1:
                     copying(noted.popleft())

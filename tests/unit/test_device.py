@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import queue
 import threading
 import time
 import zlib
@@ -286,15 +287,15 @@ def test_measured_error_is_within_the_bound() -> None:
 @pytest.mark.parametrize(
     ("link_is_slow", "wanted"),
     [
-        (True, "encode encode copy encode copy copy note encode note copy encode note copy note note"),
-        (False, "encode encode copy encode copy note encode copy note encode copy copy note note note"),
+        (True, "encode copy encode encode copy copy note encode note copy encode note copy note note"),
+        (False, "encode copy encode encode copy note encode copy note encode copy copy note note note"),
     ],
 )
 def test_the_link_gets_its_chunks_before_the_host_notes_them(
     monkeypatch: pytest.MonkeyPatch, link_is_slow: bool, wanted: str
 ) -> None:
-    """Out: what the host notes of a chunk waits while it has a chunk to copy, or a free slot to encode one ahead. In:
-    a chunk's copy is queued before its decoder."""
+    """Out: the first chunk is copied before the next is encoded; what the host notes of a chunk waits while it has a
+    chunk to copy, or a free slot to encode one ahead. In: a chunk's copy is queued before its decoder."""
     rig = Rig(bound=ErrorBound.lossless(), chunk_blocks=4)
     steps: list[str] = []
     called, enter, event_wait = rig.driver._called, RecordIndex.enter, rig.driver.event_wait
@@ -339,6 +340,42 @@ def test_store_returns_before_the_device_has_worked(rig: Rig) -> None:
     transfer.wait_stream(7)
     assert transfer.cuda_event in rig.driver.events
     del transfer
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_takes_the_steps(waits: bool, timeout: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the memory is there, the thread that stores takes the first step, and those that wait take the others."""
+    rig = Rig(bound=ErrorBound.lossless())
+    for _ in range(6):  # every slot has had chunks of every size
+        rig.engine.store(rig.keys, rig.view).wait()
+        rig.engine.load(rig.keys, rig.view).wait()
+    called, by = rig.driver._called, list[str]()
+
+    def note(name: str, *, held: bool = True) -> None:
+        if name in ("encode_call", "copy_between", "decode_call"):
+            by.append(threading.current_thread().name)
+        called(name, held=held)
+
+    monkeypatch.setattr(rig.driver, "_called", note)
+    here = threading.current_thread().name
+    for move, worker in ((rig.engine.store, rig.swap._out), (rig.engine.load, rig.swap._into)):
+        by.clear()
+        asleep, worker._wake = worker._wake, queue.SimpleQueue()  # it is not woken
+        transfer = move(rig.keys, rig.view)
+        assert set(by) == {here}
+        if waits:
+            assert transfer.wait(timeout)
+            assert set(by) == {here}
+        asleep.put(None)
+        deadline = time.monotonic() + 10
+        while not transfer.done() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert transfer.result(0).blocks == BLOCKS
+        assert set(by) == ({here} if waits else {here, f"kvzip-{'out' if worker is rig.swap._out else 'in'}-0"})
+        asleep.put(None)  # for the next turn of its loop
+    del transfer
+    rig.close()
 
 
 def test_eviction_counts_encoded_bytes() -> None:
