@@ -124,6 +124,7 @@ class Worker:
                     with job.lock:
                         if self._is_first(job):
                             self._drive(job)
+                    del job  # an idle thread keeps nobody's transfer
                 if self._closed and not self._open:
                     return
                 self._wake.get()
