@@ -44,7 +44,7 @@ from kvzip.record import (
     pack_headers,
 )
 from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
-from kvzip.transfer import QueuedTransfer, Transfer, TransferQueue, TransferResult
+from kvzip.transfer import OnDevice, QueuedTransfer, Transfer, TransferQueue, TransferResult
 from kvzip.transport import (
     BLOCKS,
     RECORD_ALIGNMENT,
@@ -212,19 +212,17 @@ class DeviceSwap:
             small = self._store_small(parts[0], codec, stream, started)
             if small is not None:
                 return small
-        after = self._mark(stream)
-        transfer = Transfer(self._driver, self._device)
-        steps = self._store_steps(parts, codec, measure_error, after, transfer, started)
-        self._submit(self._out, Job(steps, partial(self._give_mark, after), transfer, "store"))
+        with OnDevice(self._driver, self._device):
+            after = self._mark(stream)
+            transfer = Transfer(self._driver, self._device)
+            steps = self._store_steps(parts, codec, measure_error, after, transfer, started)
+            job = Job(steps, partial(self._give_mark, after), transfer, "store")
+            try:
+                self._out.submit(job)
+            except BaseException:
+                job.clean_up()
+                raise
         return transfer
-
-    @staticmethod
-    def _submit(worker: Worker, job: Job) -> None:
-        try:
-            worker.submit(job)
-        except BaseException:
-            job.clean_up()
-            raise
 
     def _store_steps(
         self,
@@ -279,23 +277,28 @@ class DeviceSwap:
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
         started = time.perf_counter()
+        job: Job | None = None
         try:
             self._check_lost()
             if out.nbytes <= self._small_bytes and (small := self._load_small(keys, entries, out, stream, started)):
                 return small
             transfer = Transfer(self._driver, self._device)
-            after = self._mark(stream)
+            with OnDevice(self._driver, self._device):
+                after = self._mark(stream)
+
+                def clean_up() -> None:
+                    self._index.end_load(entries)
+                    self._give_mark(after)
+
+                job = Job(self._load_steps(keys, entries, out, after, transfer, started), clean_up, transfer, "load")
+                self._into.submit(job)
         except BaseException as error:
-            self._index.end_load(entries)
+            if job is None:
+                self._index.end_load(entries)
+            else:
+                job.clean_up()
             self._notice(error)
             raise
-
-        def clean_up() -> None:
-            self._index.end_load(entries)
-            self._give_mark(after)
-
-        steps = self._load_steps(keys, entries, out, after, transfer, started)
-        self._submit(self._into, Job(steps, clean_up, transfer, "load"))
         return transfer
 
     def _load_steps(
@@ -379,8 +382,7 @@ class DeviceSwap:
             _log.error("GPU %d is lost to this process: %s", self._device, str(error))
 
     def _mark(self, stream: object) -> int:
-        """An event at the end of the caller's stream."""
-        self._driver.set_device(self._device)
+        """An event at the end of the caller's stream; the GPU is the thread's current one."""
         handle = stream_handle(stream, self._device)
         try:
             event = self._marks.pop()

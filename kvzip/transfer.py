@@ -26,12 +26,36 @@ _PATIENCE_US = int(_PATIENCE_SECONDS * 1e6)
 class StreamDriver(Protocol):
     """The device functions that a transfer needs (see `kvzip.transport.Driver`)."""
 
+    def get_device(self) -> int: ...  # noqa: D102
     def set_device(self, device: int) -> None: ...  # noqa: D102
     def stream_wait_event(self, stream: int, event: int) -> None: ...  # noqa: D102
     def event_create(self, *, timing: bool = False) -> int: ...  # noqa: D102
     def event_destroy(self, event: int) -> None: ...  # noqa: D102
     def event_record(self, event: int, stream: int) -> None: ...  # noqa: D102
     def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool: ...  # noqa: D102
+
+
+class OnDevice:
+    """A context in which a GPU is the thread's current one; afterwards it is the one before, unless that fails.
+
+    Args:
+        driver: device functions.
+        device: index of the GPU.
+    """
+
+    def __init__(self, driver: StreamDriver, device: int) -> None:
+        self._driver = driver
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._before = self._driver.get_device()
+        if self._before != self._device:
+            self._driver.set_device(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._device:
+            with contextlib.suppress(Exception):  # whoever uses that GPU next is told; what was done here is done
+                self._driver.set_device(self._before)
 
 
 class TransferResult(NamedTuple):
@@ -177,8 +201,8 @@ class Transfer:
         if not self._released:
             self.wait()
             return
-        self._driver.set_device(self._device)
-        self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
+        with OnDevice(self._driver, self._device):
+            self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
 
     @property
     def cuda_event(self) -> int:
@@ -302,8 +326,8 @@ class QueuedTransfer(Transfer):
     def wait_stream(self, stream: object = None) -> None:
         """See `Transfer.wait_stream`. Does not block the host."""
         assert self._driver is not None
-        self._driver.set_device(self._device)
-        self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
+        with OnDevice(self._driver, self._device):
+            self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
 
     def _release(self) -> bool:
         return self._event != 0  # queued whole, and never again

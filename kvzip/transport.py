@@ -539,14 +539,14 @@ def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[
         short_end: also end with short ones: what follows their copy is not hidden behind another.
     """
     eighth, quarter, half = (max(1, largest // n) for n in (8, 4, 2))
-    up, down = [quarter, half], [eighth, quarter, half] if short_end else []
+    up, down = [quarter, quarter, half], [eighth, quarter, half] if short_end else []
     left = blocks - sum(up) - sum(down)
     middle = [largest] * (left // largest) + [left % largest] * (left % largest > 0)
     sizes = up + middle + down[::-1]
     if left < 0:  # few: halves of what is left
         sizes, left = [], blocks
         while left > eighth:
-            sizes.append(left // 2)
+            sizes.append(max(1, min(largest, left // 2)))
             left -= sizes[-1]
         sizes += [left] * (left > 0)
         if not short_end:
@@ -747,6 +747,8 @@ class EncodePipeline(_Pipeline):
 
         def copy() -> Steps[None]:
             slot, call, first = ahead.popleft()
+            if first == 0:
+                begun(len(call.payload_bytes))
             yield Wait(slot.kernel_done, SPIN_US if len(moving) > 1 else _EDGE_SPIN_US)
             chunk, arena = call.chunk(first), slot.arena
             pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
@@ -785,9 +787,6 @@ class EncodePipeline(_Pipeline):
                     queued(self._kernels)
                 if first == 0:
                     yield HAND_OVER
-                    begun(last)
-                    yield from copy()  # before the next launch, which takes as long
-                    continue
                 # What the host notes of a chunk has time while later ones move.
                 if len(noted) > 1:
                     copying(noted.popleft())

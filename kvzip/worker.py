@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvzip.errors import ConfigError, KvzipError, TransferError
-from kvzip.transfer import Transfer, TransferQueue, TransferResult, transfer_error
+from kvzip.transfer import OnDevice, Transfer, TransferQueue, TransferResult, transfer_error
 from kvzip.transport import BLOCKS, Driver, Steps, Wait
 
 _log = logging.getLogger("kvzip")
@@ -144,19 +144,15 @@ class Worker:
         if driver is None or not self._is_first(job) or not job.lock.acquire(blocking=False):
             return
         try:
-            with contextlib.suppress(Exception):  # of a device that fails: the worker finds out
-                before = driver.get_device()
-                try:
-                    end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-                    self._drive(job, end, helps=True)
-                finally:
-                    driver.set_device(before)
+            end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+            with contextlib.suppress(Exception), OnDevice(driver, self._device):  # one that fails the worker finds out
+                self._drive(job, end, helps=True)
         finally:
             job.lock.release()
 
     def _drive(self, job: Job, end: float | None = None, *, helps: bool = False) -> None:
         """Take steps until a job has ended, or until a time; none that may block if it `helps`. Its lock is held."""
-        if self._driver is not None and job.due is not None:  # the first step does it itself
+        if self._driver is not None and not helps and job.due is not None:  # the first step does it itself
             try:
                 self._driver.set_device(self._device)
             except Exception as error:

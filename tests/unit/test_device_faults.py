@@ -39,7 +39,7 @@ from kvzip.policy import LRU
 from kvzip.small import Ticket
 from kvzip.transfer import TransferResult
 from kvzip.transport import Staging
-from kvzip.worker import Job
+from kvzip.worker import Job, in_one_step
 
 WAYS = pytest.mark.parametrize("small", [False, True], ids=["worker", "small"])
 FATAL = ("cudaErrorIllegalAddress", 700)
@@ -389,7 +389,7 @@ def test_an_engine_may_be_collected_in_its_own_thread() -> None:
     gc.disable()
     try:
         del rig.engine, rig.swap
-        worker.submit(Job(collect, lambda: None, collected, "store"))
+        worker.submit(Job(in_one_step(collect), lambda: None, collected, "store"))
         with pytest.warns(ResourceWarning):
             collected.result(10)
     finally:
