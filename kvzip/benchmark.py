@@ -420,6 +420,8 @@ class _Case:
 
 
 def _name(bound: ErrorBound | BoundPolicy) -> str:
+    if bound == BoundPolicy.uncalibrated():
+        return "kvzip-default"
     if isinstance(bound, BoundPolicy) or bound.kind not in (BoundKind.LOSSLESS, BoundKind.ABSOLUTE, BoundKind.RELATIVE):
         return f"kvzip-{bound}"
     number = np.format_float_scientific(bound.value, trim="-", exp_digits=1)

@@ -16,6 +16,7 @@ Row = dict[str, Any]
 COLOURS = {
     "kvzip-1e-2": "#b2182b",
     "kvzip-1e-3": "#ef6548",
+    "kvzip-default": "#7f0000",
     "kvzip-lossless": "#fdae61",
     "raw-link": "#000000",
     "raw-batch": "#525252",
