@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """The break-even controller beside raw and encoded: the same stores and loads, in turn, in one run.
 
-Run ``python bench/controller.py --data CACHE.npy --out FOLDER`` on a machine with a GPU (about two minutes; with
+Run ``python bench/controller.py --data CACHE.npy --out FOLDER`` on a machine with a GPU (under two minutes; with
 ``--quick`` a smoke run, with ``--device cpu`` host memory alone). Data and pages are those of ``gpu_peers.py``, at
 several bounds, and pages of random bits, which nothing makes smaller. The file in FOLDER is named after the GPU, such
 as ``h100_controller.json``.
@@ -18,6 +18,8 @@ as ``h100_controller.json``.
   interval from 1,000 resamples of the rounds; ``again`` the same of the way ``again``, which is what the method shows
   where nothing differs; ``total_over`` the mean of all pairs in place of the median, with the transfers that measure
   the other road; ``first_over`` the mean of the first ten pairs after the bound, the size or the load has changed.
+  ``verdict``: ``within`` 5 %; ``unsure`` where the interval is not all above that; else ``choice`` where the stores
+  that took the slower road explain most of it, and ``bookkeeping`` where they do not.
 * ``objective_rows``: some cases with all three objectives.
 * ``overhead_rows``: transfers of 1 and of 16 pages: encoded without a controller (``none``) and with one that looks and
   never chooses otherwise (``always``); raw as a caller asks for (``raw``) and with one that always says so.
@@ -55,12 +57,14 @@ from kvzip.integrity import Integrity
 
 PAGES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 HOST_PAGES = (1, 16, 256, 1024)
+LOADS = "idle,gemm-8192,decode-b8,host"
 OBJECTIVE_PAGES = (1, 256, 4096)
 ROADS = ("raw", "encoded")
 AGAIN = "again"
 WAYS = (*ROADS, "latency", AGAIN)
 FIRST = 10  # pairs that count as the first ones
 RESAMPLES = 1000
+WITHIN = 1.05  # of the better road
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,17 @@ def quotient(found: dict[str, Samples], way: str) -> Row:
     return {"over": float(over(pairs)), "low": float(low), "high": float(high)}
 
 
+def verdict(case: Row) -> str:
+    """Whether a case is within 5 % of the better road, and if it surely is not, what most of it comes from."""
+    if case["over"] <= WITHIN:
+        return "within"
+    if case["low"] <= WITHIN:
+        return "unsure"
+    raw, encoded = case["raw_us"], case["encoded_us"]
+    wrong = case["raw_part"] if encoded < raw else 1 - case["raw_part"]
+    return "choice" if wrong * (max(raw, encoded) / min(raw, encoded) - 1) > (case["over"] - 1) / 2 else "bookkeeping"
+
+
 def measure(
     swaps: Swaps, profile: Profile, pages: int, ways: Sequence[str] = WAYS, *, quick: bool
 ) -> tuple[list[Row], Row]:
@@ -267,7 +282,7 @@ def measure(
     swaps.choose(profile)
     bench = swaps.bench
     first = warm_up(swaps, ways, pages, quick=quick)
-    least, most, seconds = (2, 2, 0.0) if quick else (15 if bench.device.type == "cuda" else 9, 200, 0.5)
+    least, most, seconds = (2, 2, 0.0) if quick else (15 if bench.device.type == "cuda" else 9, 200, 0.4)
     found = in_turn(swaps, ways, pages, least, most, seconds)
     chosen = bench.selections(pages, 8)
     for number, way in enumerate(ways):
@@ -302,6 +317,7 @@ def measure(
         "first_over": float(np.mean(first["latency"].pairs[:FIRST])) / best,
         "raw_part": found["latency"].raw / len(found["latency"].out),
     }
+    case["verdict"] = verdict(case)
     if AGAIN in found:
         case["again"] = quotient(found, AGAIN)
     return rows, case
@@ -330,7 +346,7 @@ def show(load: str, rows: Sequence[Row], case: Row) -> None:
     print(
         f"{load:9s} {case['profile']:8s} {case['pages']:6d} x {case['over']:.3f} [{case['low']:.3f} {case['high']:.3f}]"
         f" again {again.get('over', 0):.3f} total {case['total_over']:.3f} first {case['first_over']:.3f}"
-        f" raw {case['raw_part']:.2f} n {case['n']} us: {'; '.join(times)}",
+        f" {case['verdict']} raw {case['raw_part']:.2f} n {case['n']} us: {'; '.join(times)}",
         flush=True,
     )
 
@@ -347,20 +363,21 @@ def run_device(bench: TransportBench, results: Results, options: argparse.Namesp
     torch = bench.torch
     swaps = Swaps(bench, int(bench.kernels.cuda_stream))
     stream = torch.cuda.Stream()
-    for load in options.loads:
+    for load in [load for load in options.loads if load != "host"]:
         with results.attempt("controller", load):
             work: Gemm | DecodeStep | None = None
             if load != "idle":
                 work = Gemm(torch, 8192) if load == "gemm-8192" else DecodeStep(torch, 32, 8, 2048)
             launch = None if work is None else work.prepare(stream)
             with computing(torch, launch, stream):
-                for profile in PROFILES:
-                    if load != "idle" and profile.name not in LOADED_PROFILES:
-                        continue
-                    for pages in options.pages if load == "idle" else options.pages[::2] + options.pages[-1:]:
+                idle = load == "idle"
+                counts = options.pages if idle else dict.fromkeys(options.pages[::2] + options.pages[-1:])
+                bounds = options.profiles or ([profile.name for profile in PROFILES] if idle else LOADED_PROFILES)
+                for profile in [profile for profile in PROFILES if profile.name in bounds]:
+                    for pages in counts:
                         with results.attempt("controller", f"{load}, {profile.name}, {pages} pages"):
                             keep(results, load, "", *measure(swaps, profile, pages, quick=options.quick))
-                for pages in options.pages[-1:] if load != "idle" else options.pages[-4::3]:
+                for pages in options.pages[-4::3] if idle else options.pages[-1:]:
                     with results.attempt("controller", f"{load}, checksums of {pages} pages"):
                         checksums(swaps, results, load, pages)
             del launch, work
@@ -416,9 +433,8 @@ def run_host(torch: Any, results: Results, cache: npt.NDArray[Any], options: arg
     counts = [pages for pages in HOST_PAGES if pages <= max(options.pages)]
     bench = HostBench(torch, cache, max(counts))
     swaps = Swaps(bench, None)
-    for profile in PROFILES:
-        if profile.name not in ("noise", "lossless", "1e-3", "1e-2"):
-            continue
+    bounds = options.profiles or ("noise", "lossless", "1e-3", "1e-2")
+    for profile in [profile for profile in PROFILES if profile.name in bounds]:
         for pages in counts:
             with results.attempt("controller", f"host, {profile.name}, {pages} pages"):
                 keep(results, "host", "host_", *measure(swaps, profile, pages, quick=options.quick))
@@ -448,11 +464,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
     parser.add_argument("--quick", action="store_true", help="few repetitions, few pages: a smoke run")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the pages are")
-    parser.add_argument("--loads", default="idle,gemm-8192,decode-b8", help="of idle,gemm-8192,decode-b8")
+    parser.add_argument("--loads", default=LOADS, help=f"of {LOADS}")
+    parser.add_argument("--pages", type=int, nargs="+", help="how many, in place of all")
+    parser.add_argument("--profiles", nargs="+", help="bounds, in place of all", choices=[p.name for p in PROFILES])
     parser.add_argument("--commit", default="", help="what the results say of the source")
     options = parser.parse_args(argv)
     options.loads = options.loads.split(",")
-    options.pages = list(PAGES) if not options.quick else [1, 16, 64]
+    options.pages = options.pages or (list(PAGES) if not options.quick else [1, 16, 64])
     try:
         import torch
     except ImportError:
@@ -466,7 +484,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = environment(torch, options.data.name, options.commit)
         results = Results(options.out, gpu_name(found["gpu"]), found)
         run_device(TransportBench(torch, cache, max(512, *options.pages)), results, options)
-    run_host(torch, results, cache, options)
+    if "host" in options.loads:
+        run_host(torch, results, cache, options)
     return 0
 
 

@@ -601,6 +601,9 @@ def controller_section() -> list[str]:
     return [*parts, *_controller_objectives(data), *_checksums(data)]
 
 
+VERDICTS = ("within", "unsure", "choice", "bookkeeping")  # of bench/controller.py
+
+
 def _controller_summary(data: dict[str, Any]) -> list[str]:
     """How many cases are within 5 % of the better road."""
     sizes = {
@@ -614,19 +617,19 @@ def _controller_summary(data: dict[str, Any]) -> list[str]:
         if not cases:
             continue
         row = [name, str(len(cases))]
+        row += [str(sum(case["verdict"] == verdict for case in cases)) for verdict in VERDICTS]
         for each in (cases, [case["again"] for case in cases]):
             over = sorted(case["over"] for case in each)
-            within = sum(value <= 1.05 for value in over)
-            beyond = sum(case["low"] > 1.05 for case in each)
-            row += [str(within), str(beyond), f"{over[len(over) // 2]:.2f}", f"{over[-1]:.2f}"]
+            row += [f"{over[len(over) // 2]:.2f}", f"{over[-1]:.2f}"]
+        row.insert(-2, str(sum(case["again"]["over"] <= 1.05 for case in cases)))
         rows.append(row)
-    head = ["transfers", "cases", "within 5 %", "surely not", "median over", "worst over"]
-    again = ["again: within", "surely not", "median", "worst"]
+    head = ["transfers", "cases", "within 5 %", "unsure", "by choice", "by bookkeeping", "median over", "worst over"]
     text = (
-        "Of all cases below, those whose `over` is at most 1.05, and those whose whole interval is above it; beside "
-        "that the same of `again`:"
+        "Of all cases below, those whose `over` is at most 1.05; those where it is more, but not the whole interval; "
+        "and those that surely are not within 5 %: by the choice, where the stores that took the slower road explain "
+        "most of it, or by bookkeeping. Beside that, what `again` shows:"
     )
-    return [paragraph(text), table([*head, *again], rows)]
+    return [paragraph(text), table([*head, "again: within 5 %", "median", "worst"], rows)]
 
 
 def _controller_objectives(data: dict[str, Any]) -> list[str]:

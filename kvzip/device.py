@@ -506,7 +506,7 @@ class DeviceSwap:
             sum(payload_bytes) + count * contents.header_bytes,
             time.perf_counter() - started,
             evicted,
-            fallback_reasons(np.frombuffer(joined, ENTRY_DTYPE), reason)
+            fallback_reasons(joined, reason)
             if reason or joined[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0")
             else {},
         )

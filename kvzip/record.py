@@ -107,6 +107,9 @@ MAX_HEADER_BYTES = _FIXED.size + MAX_GEOMETRIES * GEOMETRY_BYTES + MAX_SEGMENTS 
 assert (_FIXED.size, _GEOMETRY.size, ENTRY_DTYPE.itemsize) == (96, 24, 16)
 
 
+_FEW_PAGES = 256  # of a transfer whose counts of reasons are kept
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Logical shape of the pages of a run of segments."""
@@ -518,18 +521,28 @@ def _check_table(table: npt.NDArray[Any], payload_bytes: int) -> None:
 
 
 def fallback_reasons(
-    tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any], whole: Reason = Reason.AS_ASKED
+    tables: Sequence[npt.NDArray[Any]] | npt.NDArray[Any] | bytes, whole: Reason = Reason.AS_ASKED
 ) -> dict[str, int]:
     """Count the pages that were not coded as asked, by the name of their reason in lower case.
 
     Args:
-        tables: segment tables.
+        tables: segment tables, or the bytes of them all.
         whole: reason of the records; it is that of pages without a reason of their own.
     """
-    joined = tables.tobytes() if isinstance(tables, np.ndarray) else b"".join(table.tobytes() for table in tables)
-    reasons = joined[ENTRY_DTYPE.itemsize - 1 :: ENTRY_DTYPE.itemsize]  # the last byte of each
+    if not isinstance(tables, bytes):
+        tables = tables.tobytes() if isinstance(tables, np.ndarray) else b"".join(table.tobytes() for table in tables)
+    reasons = tables[ENTRY_DTYPE.itemsize - 1 :: ENTRY_DTYPE.itemsize]  # the last byte of each
+    if len(reasons) <= _FEW_PAGES:
+        return dict(_count_few_reasons(reasons, whole))  # small transfers ask for the same again and again
+    return _count_reasons(reasons, whole)
+
+
+def _count_reasons(reasons: bytes, whole: Reason) -> dict[str, int]:
     if not reasons.strip(b"\0"):  # as a rule
         return {whole.name.lower(): len(reasons)} if whole and reasons else {}
     counts = Counter(reasons)
     counts[whole] += counts.pop(Reason.AS_ASKED, 0)
     return {r.name.lower(): counts[r] for r in Reason if r and counts[r]}
+
+
+_count_few_reasons = lru_cache(maxsize=256)(_count_reasons)

@@ -296,7 +296,7 @@ def test_the_controller_beside_raw_and_encoded(results: Any, monkeypatch: pytest
     monkeypatch.setattr(controller, "LOADED_PROFILES", ("noise", "1e-2"))
     few = [p for p in controller.PROFILES if p.name in ("noise", "1e-2")]
     monkeypatch.setattr(controller, "PROFILES", few)
-    options = types.SimpleNamespace(pages=[1, 16], loads=["idle", "gemm-8192"], quick=True)
+    options = types.SimpleNamespace(pages=[1, 16], loads=["idle", "gemm-8192", "host"], profiles=None, quick=True)
     controller.run_device(bench, results, options)
     written = json.loads((results.folder / "h200_controller.json").read_text())
     assert written["notes"] == []
@@ -313,6 +313,7 @@ def test_the_controller_beside_raw_and_encoded(results: Any, monkeypatch: pytest
     for case in cases:
         assert case["low"] <= case["over"] <= case["high"]
         assert case["again"]["low"] <= case["again"]["over"] <= case["again"]["high"]
+        assert (case["verdict"] == "within") == (case["over"] <= 1.05)
     assert {(r["pages"], r["way"]) for r in written["overhead_rows"]} == {
         (pages, way) for pages in (1, 16) for way in ("none", "always", "raw", "always-raw")
     }
