@@ -169,8 +169,15 @@ class SwapEngine:
         controller: str | Controller | None = None,
         pressure: BoundPressure | None = None,
     ) -> None:
-        if threads < 0:
-            raise ConfigError(f"threads {threads} is negative: use 0 for all cores, or a number of threads")
+        if not isinstance(threads, (int, np.integer)) or threads < 0:
+            raise ConfigError(f"threads {threads!r} is negative or no integer: use 0 for all cores, or how many")
+        for name, given, kind in (
+            ("staging", staging, Staging),
+            ("integrity", integrity, Integrity),
+            ("pressure", pressure, BoundPressure),
+        ):
+            if given is not None and not isinstance(given, kind):
+                raise ConfigError(f"{name} {given!r}: give {kind.__name__}(...), or None")
         self._settings = _settings(codec, bound, mode)
         self._bound_given, self._mode_given = bound is not None, mode
         self.controller = make_controller(controller)
@@ -558,7 +565,10 @@ class SwapEngine:
         started = time.perf_counter()
         names = _check_keys(keys, out, repeats=True)
         if not out.writable:
-            raise LayoutError("the blocks to load into are read-only: pass writable tensors")
+            raise LayoutError(
+                "the blocks to load into are read-only, or share memory among themselves: pass writable tensors whose "
+                "values do not overlap"
+            )
         if len(out) > 1 and len(set(out.block_ids.tolist())) != len(out):
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         try:

@@ -216,7 +216,7 @@ class ErrorBound:
         """
         if text == "lossless":
             return cls.lossless()
-        prefix, colon, number = text.rpartition(":")
+        prefix, colon, number = str(text).rpartition(":")
         kinds = {"": cls.relative, "rel": cls.relative, "abs": cls.absolute, "rms": cls.token_rms}
         try:
             if prefix not in kinds or (colon and not prefix):
@@ -458,6 +458,16 @@ class TensorMemory:
     device: str  # "cpu" or "cuda:N"
     writable: bool
 
+    @property
+    def is_distinct(self) -> bool:
+        """Whether no two elements share their memory, as in what slices and permutes a contiguous tensor."""
+        extent = self.dtype.itemsize
+        for stride, size in sorted(zip(self.strides_bytes, self.shape, strict=True)):
+            if size > 1 and stride < extent:
+                return False
+            extent += max(0, size - 1) * stride
+        return True
+
     @classmethod
     def of(cls, tensor: Any, dtype: str | DType | None = None) -> TensorMemory:
         """Describe a tensor without copying it.
@@ -475,7 +485,13 @@ class TensorMemory:
                 raise LayoutError(f"elements of type {tensor.dtype} are in foreign byte order: use astype to change it")
             own, itemsize, device, writable = tensor.dtype.name, tensor.itemsize, "cpu", bool(tensor.flags.writeable)
         elif hasattr(tensor, "data_ptr") and hasattr(tensor, "stride"):
-            address, shape, itemsize = int(tensor.data_ptr()), tuple(tensor.shape), int(tensor.element_size())
+            if getattr(tensor, "is_neg", bool)():  # torch negates some views when they are read, not before
+                raise LayoutError("the tensor is a negated view, its memory holds other values: use resolve_neg()")
+            try:
+                address = int(tensor.data_ptr())
+            except RuntimeError as error:
+                raise LayoutError(f"a tensor without memory of its own ({error}): pass a dense tensor") from error
+            shape, itemsize = tuple(tensor.shape), int(tensor.element_size())
             strides = tuple(int(s) * itemsize for s in tensor.stride())
             own, writable = str(tensor.dtype).removeprefix("torch."), True
             device = "cpu" if tensor.device.type == "cpu" else f"{tensor.device.type}:{tensor.device.index or 0}"
@@ -541,6 +557,8 @@ class BlockView:
         self.tensors = tuple(tensors)
         if isinstance(layout, str):
             layout = BlockLayout.from_tensors(self.tensors, layout, dtype=dtype)
+        if not isinstance(layout, BlockLayout):
+            raise LayoutError(f"layout {layout!r}: give a BlockLayout, or the order of the axes such as '2NHD'")
         self.layout = layout
         #: error bound of each page, where a codec needs them to decode into these blocks; see `with_bounds`
         self.bounds: tuple[ErrorBound, ...] = ()
@@ -566,16 +584,18 @@ class BlockView:
             np.array([m.strides_bytes[0] for m in self._memory], np.int64),
         )
         #: Whether every tensor may be written to, and no two values share their memory.
-        self.writable = all(
-            m.writable and all(stride or size == 1 for size, stride in zip(m.shape, m.strides_bytes, strict=True))
-            for m in self._memory
-        )
+        self.writable = all(m.writable and m.is_distinct for m in self._memory) and len(
+            {self._memory[s.tensor].address + s.offset_bytes for s in layout.segments}
+        ) == len(layout.segments)
         if block_ids is None:
             block_ids = np.arange(self.num_blocks, dtype=np.int64)
         self.block_ids = self._check_ids(block_ids)
 
     def _check_ids(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        given = np.asarray(block_ids if isinstance(block_ids, np.ndarray) else list(block_ids))
+        try:
+            given = np.asarray(block_ids if isinstance(block_ids, np.ndarray) else list(block_ids))
+        except TypeError:
+            raise LayoutError(f"block numbers {block_ids!r}: give several, such as [3, 1] or range(2, 5)") from None
         if given.size and given.dtype.kind not in "iu":  # a mask or fractions would select other blocks than meant
             raise LayoutError(f"block numbers of type {given.dtype}: give integers")
         if given.ndim != 1:

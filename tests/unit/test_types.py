@@ -386,3 +386,36 @@ def test_tensors_on_two_devices() -> None:
         BlockView(tensors, "NHD")
     with pytest.raises(LayoutError, match=r"pages on meta.* cannot be read from the host"):
         BlockView(tensors[1:], "NHD").page(0, 0)
+
+
+def test_pages_that_overlap_are_not_writable() -> None:
+    """What is loaded into them would depend on the order in which they are written."""
+    x = np.zeros((4, 2, 16, 2, 8), np.float32)
+    assert BlockView([x, x + 1], "2NHD").writable
+    assert not BlockView([x, x], "2NHD").writable
+    assert BlockView([x[:, 0], x[:, 1]], "NHD").writable  # K and V of one tensor
+    assert BlockView([x[..., :1, :], x[..., 1:, :]], "2NHD").writable  # heads of one tensor
+    assert BlockView([x.transpose(0, 2, 1, 3, 4)], "N2HD").writable
+    tight = np.lib.stride_tricks.as_strided(x, (3, 16, 2, 8), (512, 64, 32, 4))  # a block begins within the one before
+    assert not BlockView([tight], "NHD").writable
+
+
+def test_torch_tensors_whose_memory_is_not_their_values() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    with pytest.raises(LayoutError, match="resolve_neg"):
+        BlockView([torch._neg_view(torch.ones(2, 16, 2, 8))], "NHD")
+    with pytest.raises(LayoutError, match="without memory of its own"):
+        BlockView([torch.ones(2, 16, 2, 8).to_sparse()], "NHD")
+
+
+@pytest.mark.parametrize("ids", [3, slice(1, 2)])
+def test_block_numbers_are_several(ids: Any) -> None:
+    view = BlockView([np.zeros((4, 16, 2, 8), np.float32)], "NHD")
+    with pytest.raises(LayoutError, match=r"give several, such as \[3, 1\] or range"):
+        view[ids]
+
+
+@pytest.mark.parametrize("layout", [None, 3, ["NHD"]])
+def test_a_layout_is_a_layout(layout: Any) -> None:
+    with pytest.raises(LayoutError, match="give a BlockLayout, or the order of the axes"):
+        BlockView([np.zeros((4, 16, 2, 8), np.float32)], layout)
