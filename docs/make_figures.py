@@ -1030,6 +1030,12 @@ def faults() -> str:
             f"{data['environment']['gpu']}; the verdicts ({data['refused']:,} refused) and the values were those of "
             f"the CPU decoder, and no byte beside the pages changed ([all of it](../../bench/results/{name}))."
         )
+    if (found := load("memcheck_*.json")) is not None:
+        name, data = found
+        lines.append(
+            f"**The same under compute-sanitizer's memcheck**: {data['cases']:,} in {data['launches']:,} launches, "
+            f"{data['refused']:,} refused, no error ([all of it](../../bench/results/{name}))."
+        )
     items = [
         textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for line in lines
     ]

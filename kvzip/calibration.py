@@ -218,7 +218,7 @@ class CalibrationTable:
             given = {name: float(about[name]) for name in ("t", "r") if name in about}  # older tables have none
             factors = about.get("value_factors")
             return cls(moments, str(about["model"]), int(about["tokens"]), factors, shapes, **given)
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, EOFError, RecursionError, zipfile.BadZipFile) as error:
             raise FormatError(f"{source} is no calibration table ({error}): make one with `kvzip calibrate`") from error
 
 

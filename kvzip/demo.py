@@ -26,6 +26,7 @@ from kvzip.pool import HostPool
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
 _BATCH = 64  # blocks of one store
+_MOST_BLOCK_TOKENS = 1 << 20
 _POISON = 37  # not a value of any cache, and no fill that memory comes with
 
 
@@ -91,7 +92,12 @@ def paged(cache: npt.NDArray[Any], block_tokens: int) -> list[npt.NDArray[Any]]:
 
     Returns:
         Tensors of shape ``[blocks, 2, block_tokens, kv_heads, head_dim]``.
+
+    Raises:
+        ConfigError: no block can have so many tokens.
     """
+    if not 1 <= block_tokens <= _MOST_BLOCK_TOKENS:
+        raise ConfigError(f"block of {block_tokens} tokens: use 1 to {_MOST_BLOCK_TOKENS}, 16 is usual")
     layers, two, tokens, heads, head_dim = cache.shape
     blocks = -(-tokens // block_tokens)
     padded = np.zeros((layers, two, blocks * block_tokens, heads, head_dim), cache.dtype)
@@ -174,8 +180,6 @@ def run(
         BackendUnavailableError: there is no such device, or nothing runs on it.
         PoolExhaustedError: the budget cannot hold even one batch of a single block.
     """
-    if block_tokens < 1:
-        raise ConfigError(f"block of {block_tokens} tokens: use at least 1, 16 is usual")
     device = choose_device(device)
     cache, dtype = read_input(path)
     before = paged(cache, block_tokens)

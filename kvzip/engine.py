@@ -894,8 +894,10 @@ class SwapEngine:
             if part is not None:
                 part._lock = threading.Lock()  # a thread of the parent may hold the old one for ever
         self._close_lock = threading.Lock()
-        idle = not self._store_lock.locked() and self._index.idle_after_fork()
+        # Not locked(): a thread that was given the lock while another had the interpreter is not in there yet.
+        idle = self._store_lock.acquire(blocking=False) and self._index.idle_after_fork()
         if idle and not self._devices and not self.pool.closed:
+            self._store_lock.release()
             return
         why = (
             "this process was forked from one whose engine had a GPU, pinned memory or a transfer under way: make a "

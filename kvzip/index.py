@@ -177,10 +177,13 @@ class RecordIndex:
             room = self.pool.try_take(nbytes)
             while room is None:
                 if nbytes > self.pool.free_bytes:
-                    # Nothing leaves before it is certain that enough may.
-                    if not self._freed.wait_for(
-                        lambda: nbytes <= self.room(keys, replacing=replacing), timeout=_LOADS_TIMEOUT_SECONDS
-                    ):
+                    # Nothing leaves before it is certain that enough may. Loads that end give bytes back; what others
+                    # on this pool hold, nobody says.
+                    self._freed.wait_for(
+                        lambda: nbytes <= self.room(keys, replacing=replacing) or self._loads == 0,
+                        timeout=_LOADS_TIMEOUT_SECONDS,
+                    )
+                    if nbytes > self.room(keys, replacing=replacing):
                         raise self.refuse(nbytes, len(keys), keys, replacing=replacing)
                     self._make_room(nbytes, keys, replacing)
                 try:

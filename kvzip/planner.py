@@ -10,6 +10,7 @@ constants. docs/explanation/break-even.md has the model, and what it leaves out.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -83,7 +84,7 @@ class Model:
         path = path / "config.json" if path.is_dir() else path
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read {path}: {error}; give a config.json of a model, or its numbers") from error
         if not isinstance(config, dict):
             raise ConfigError(f"{path} holds no object: give a config.json of a model, or its numbers")
@@ -181,7 +182,7 @@ class Rates:
         Raises:
             ConfigError: the rate is not positive.
         """
-        if not gb_per_s > 0:
+        if not 1e-6 <= gb_per_s < math.inf:
             raise ConfigError(f"link of {gb_per_s} GB/s: use a positive rate, 55 is what PCIe 5.0 x16 reaches")
 
         def behind(direction: str, line: Line) -> Line:
@@ -233,7 +234,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.budget_bytes < 1:
             raise ConfigError(f"budget of {self.budget_bytes} bytes: use at least one")
-        if not self.ratio > 0:
+        if not 0 < self.ratio < math.inf:
             raise ConfigError(f"ratio {self.ratio}: use a positive number, 1.9 is usual for the default bound")
         if self.prefill_tokens_per_s is not None and not self.prefill_tokens_per_s > 0:
             raise ConfigError(f"a prefill of {self.prefill_tokens_per_s} tokens/s: use a positive rate")
@@ -282,8 +283,8 @@ class Plan:
 
     def row(self, tokens: int) -> dict[str, Any]:
         """What a sequence of so many tokens takes, in bytes and seconds."""
-        if tokens < 1:
-            raise ConfigError(f"{tokens} tokens: use at least 1")
+        if not 1 <= tokens < 2**53:
+            raise ConfigError(f"{tokens} tokens: use at least 1, and fewer than 2^53")
         return {
             "tokens": tokens,
             "raw_bytes": tokens * self.model.bytes_per_token,

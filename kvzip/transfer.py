@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from kvzip.errors import KvzipError, TransferError
+from kvzip._log import log_once
+from kvzip.errors import KvzipError, PoolExhaustedError, TransferError
 from kvzip.interop.torch import stream_handle
 
 _log = logging.getLogger("kvzip")
@@ -448,7 +449,10 @@ class TransferQueue:
 
 def transfer_error(what: str, error: BaseException) -> KvzipError:
     """What a transfer raises for an error, which is logged."""
-    _log.warning("a %s failed: %s", what, str(error))
+    if isinstance(error, PoolExhaustedError):  # a pool that is full is full for every store that comes
+        log_once(f"a {what} failed", "the pool could not hold its blocks")
+    else:
+        _log.warning("a %s failed: %s", what, str(error))
     if isinstance(error, KvzipError):
         return error
     wrapped = TransferError(f"a {what} failed: {type(error).__name__}: {error}")

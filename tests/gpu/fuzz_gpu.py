@@ -3,6 +3,7 @@
 """Hostile records against the CUDA decoder, thousands in a launch, held against the CPU decoder.
 
     python tests/gpu/fuzz_gpu.py --cases 100000 --seed 1 --json fuzz_gpu.json
+    compute-sanitizer python tests/gpu/fuzz_gpu.py --cases 4000 --blocks 96 --seed 7 --json memcheck.json
 
 A case is one block of several pages: bytes of its payload are damaged, cut or taken from another block, or entries of
 its segment table are forged; a quarter of the launches have the checksums of the undamaged payloads. What must hold:
@@ -301,21 +302,23 @@ def check_launch(batch: Batch, good: Encoded, rng: Rng, counts: Counter[str], *,
     return len(kinds)
 
 
-def launches(torch: Any, driver: Any, seed: int) -> Iterator[tuple[Batch, Encoded, bool]]:
+def launches(torch: Any, driver: Any, seed: int, blocks: int) -> Iterator[tuple[Batch, Encoded, bool]]:
     """Batches without end; each with its records and whether its kernels know the Rice codings."""
     number = 0
     made: dict[int, tuple[Batch, Encoded]] = {}
     while True:
         for i, specs in enumerate(specs_of(seed)):
             if i not in made:
-                batch = Batch.random(torch, driver, specs, BLOCKS, seed=seed * 100 + i)
+                batch = Batch.random(torch, driver, specs, blocks, seed=seed * 100 + i)
                 made[i] = batch, bridge.encode_cpu(batch)
             plain = all(s.extended == 0 for s in specs) and bool(number % 2)
             yield (*made[i], not plain)
         number += 1
 
 
-def run(torch: Any, driver: Any, cases: int, seed: int, most_seconds: float = float("inf")) -> dict[str, Any]:
+def run(
+    torch: Any, driver: Any, cases: int, seed: int, most_seconds: float = float("inf"), blocks: int = BLOCKS
+) -> dict[str, Any]:
     """Launch until there were so many cases, or so much time has gone.
 
     Raises:
@@ -324,7 +327,7 @@ def run(torch: Any, driver: Any, cases: int, seed: int, most_seconds: float = fl
     counts: Counter[str] = Counter()
     done = launched = 0
     started = time.perf_counter()
-    for batch, good, extended in launches(torch, driver, seed):
+    for batch, good, extended in launches(torch, driver, seed, blocks):
         try:
             done += check_launch(batch, good, np.random.default_rng([seed, launched]), counts, extended=extended)
         except Fault as fault:
@@ -340,7 +343,7 @@ def run(torch: Any, driver: Any, cases: int, seed: int, most_seconds: float = fl
     return {
         "what": "hostile records against the CUDA decoder, held against the CPU decoder",
         "environment": host_environment() | gpu,
-        "settings": {"cases": cases, "seed": seed, "blocks_of_a_launch": BLOCKS, "launches_of_each": 2},
+        "settings": {"cases": cases, "seed": seed, "blocks_of_a_launch": blocks, "launches_of_each": 2},
         "cases": done,
         "launches": 2 * launched,
         "seconds": round(time.perf_counter() - started, 1),
@@ -357,9 +360,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="cases of a launch")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
-    result = run(*bridge.load(), options.cases, options.seed, options.seconds)
+    result = run(*bridge.load(), options.cases, options.seed, options.seconds, options.blocks)
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

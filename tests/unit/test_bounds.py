@@ -246,7 +246,9 @@ def test_tables_of_layers_that_differ_are_of_another_format(tmp_path: Path) -> N
     assert '"kvzip calibration 1"' in (tmp_path / "u.json").read_text()
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"PK\x03\x04nothing", b'{"format": "other"}', b"\x93NUMPY"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"PK\x03\x04nothing", b'{"format": "other"}', b"\x93NUMPY", b"[" * 10**5]
+)
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".npy"])
 def test_other_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"t{suffix}"

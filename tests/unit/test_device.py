@@ -407,6 +407,21 @@ def test_a_batch_that_fits_by_its_real_size_is_accepted() -> None:
     small.close()
 
 
+def test_a_full_pool_does_not_fill_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvzip._log._logged", set())
+    rig = Rig(capacity=4096)
+    for _ in range(5):
+        with pytest.raises(PoolExhaustedError):
+            rig.engine.store(rig.keys, rig.view).wait()
+    assert [r.getMessage() for r in caplog.records] == [
+        "a store failed: the pool could not hold its blocks (logged once; the counters have the rest)"
+    ]
+    assert (
+        rig.engine.metrics().value("kvzip_failed_transfers_total", operation="store", error="PoolExhaustedError") == 5
+    )
+    rig.close()
+
+
 def test_fragmented_pool() -> None:
     rig = Rig(capacity=80_000, bound=ErrorBound.lossless(), extent_bytes=64)
     for i in range(BLOCKS):

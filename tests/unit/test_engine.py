@@ -29,6 +29,7 @@ from kvzip.errors import (
     PoolExhaustedError,
     TransferError,
 )
+from kvzip.index import RecordIndex
 from kvzip.policy import LRU
 from kvzip.record import Reason
 from kvzip.types import BlockView, ErrorBound
@@ -975,6 +976,23 @@ def test_a_record_that_is_being_loaded_is_neither_evicted_nor_freed() -> None:
         assert np.array_equal(y[:2], x[:2])
         assert engine.stats().pool.allocations == engine.stats().records == 3
         engine.pool.check()
+
+
+def test_a_store_does_not_wait_for_what_others_hold() -> None:
+    """On a shared pool only loads of its own engine can give bytes back that it hears of."""
+    with kvzip.HostPool(1 << 16) as pool, kvzip.SwapEngine(pool, codec="raw") as other:
+        other.store([b"%d" % i for i in range(60)], view(pages(60)))
+        index, ended = RecordIndex(pool, LRU()), []
+
+        def take() -> None:
+            with pytest.raises(PoolExhaustedError, match="the pool can give"):
+                index.take(1 << 16, [b"key"])
+            ended.append(True)
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        thread.join(20)  # it would wait a minute for loads
+        assert ended
 
 
 def test_a_store_waits_for_the_bytes_of_a_load() -> None:

@@ -55,6 +55,40 @@ print("parent")
     assert run(code) == "child parent\n"
 
 
+def test_forks_beside_stores() -> None:
+    """Whatever moment a child is born in, its engine works or says that it does not: no call waits for ever."""
+    code = """
+import signal, threading, time
+from kvzip import KvzipError
+small = SwapEngine(1 << 20, bound=ErrorBound.lossless(), threads=1)
+one, ended = BlockView([pages[:1]], "2NHD"), threading.Event()
+def stores(key):
+    while not ended.is_set():
+        small.store([key], one)
+threads = [threading.Thread(target=stores, args=(b"%d" % i,)) for i in range(4)]
+for thread in threads:
+    thread.start()
+states = []
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            small.store([b"child"], one)
+        except KvzipError:
+            os._exit(0 if not small.usable else 1)
+        os._exit(0)
+    states.append(os.waitpid(child, 0)[1])
+    time.sleep(0.001)
+ended.set()
+for thread in threads:
+    thread.join()
+assert states == [0] * 40, states
+print("end")
+"""
+    assert run(code) == "end\n"
+
+
 def test_a_process_may_end_with_an_open_engine() -> None:
     assert run('print("end")\n') == "end\n"
     assert run('kept = engine.load(keys, out)\nwith engine.pin(keys):\n    print("end")\n    sys.exit(0)\n') == "end\n"

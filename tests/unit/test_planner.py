@@ -224,7 +224,10 @@ def test_plan_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ([*NUMBERS, "--layers", "0"], "layers is 0: use at least 1"),
         ([*NUMBERS, "--dtype", "int8"], "opaque caches"),
         ([*NUMBERS, "--ratio", "0"], "ratio 0.0: use a positive number"),
+        ([*NUMBERS, "--ratio", "inf"], "ratio inf: use a positive number"),
         ([*NUMBERS, "--link-gb-per-s", "-1"], "use a positive rate"),
+        ([*NUMBERS, "--link-gb-per-s", "1e-320"], "use a positive rate"),
+        ([*NUMBERS, "--tokens", "9" * 400], "tokens: use at least 1, and fewer than"),
         ([*NUMBERS, "--tokens", "0"], "0 tokens: use at least 1"),
         ([*NUMBERS, "--parameters", "0"], "parameters is 0.0"),
         ([*NUMBERS, "--prefill-tokens-per-s", "nan"], "use a positive rate"),
@@ -237,3 +240,10 @@ def test_plan_refuses(arguments: list[str], why: str, capsys: pytest.CaptureFixt
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
     assert why in err
+
+
+def test_a_configuration_that_is_nested_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    status, out, err = run(capsys, str(tmp_path))
+    assert (status, out) == (2, "")
+    assert "give a config.json of a model" in err
