@@ -148,8 +148,8 @@ def headlines() -> str:
             ratio = {way: f"{pair[0]['ratio']:.1f}" for way, pair in speeds.items()}
             lines.append(
                 f"**{out[near]} GB/s of raw data out of an H100 and {into[near]} into it** at a ratio of "
-                f"{ratio[near]}, {out[best]} and {into[best]} at {ratio[best]}, over a link that copies {out['raw-link']} and "
-                f"{into['raw-link']}."
+                f"{ratio[near]}, {out[best]} and {into[best]} at {ratio[best]}, over a link that copies "
+                f"{out['raw-link']} and {into['raw-link']}."
             )
     if (found := load("*_vllm_sessions.json")) is not None:
         rows = {(r["load"], r["tier"], r["budget"], r["tokens"]): r for r in found[1]["rows"]}
