@@ -23,7 +23,7 @@ from kvzip._process import watch
 from kvzip.errors import BackendUnavailableError, CudaError
 
 if TYPE_CHECKING:
-    from kvzip.transport import Copy, CrcArgs, DecodeArgs, EncodeArgs, MoveArgs
+    from kvzip.transport import Copy, CrcArgs, DecodeArgs, EncodeArgs, FewArgs, MoveArgs
 
 Words = npt.NDArray[np.uint64]
 
@@ -38,6 +38,9 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "kvz_cuda_crc32c": (_I32, [_P, _P]),
     "kvz_cuda_store": (_I32, [_P, _P]),
     "kvz_cuda_load": (_I32, [_P, _P]),
+    "kvz_cuda_store_wait": (_I32, [_P, _U64, _U64, _PI32]),
+    "kvz_cuda_load_wait": (_I32, [_P, _U64, _U64, _PI32]),
+    "kvz_cuda_few_bytes": (_U64, []),
     "kvz_cuda_encode_chunk": (_I32, [_P, _P]),
     "kvz_cuda_decode_chunk": (_I32, [_P, _P]),
     "kvz_cuda_copy_between": (_I32, [_P, _P, _P, _U64, _P, _P, _P]),
@@ -168,12 +171,28 @@ class _MoveArgs(ctypes.Structure):
     )
 
 
+class _FewArgs(ctypes.Structure):
+    """``kvz_cuda_few``."""
+
+    _fields_ = (
+        ("memory", _P),
+        ("ends", _P),
+        ("table", _P),
+        ("block_ids", _P),
+        ("payload_bytes", _P),
+        ("status", _P),
+        ("launch", _U32),
+        ("reserved", _U32),
+    )
+
+
 class _StoreArgs(ctypes.Structure):
     """``kvz_cuda_store_args``."""
 
     _fields_ = (
         ("encode", _EncodeArgs),
         ("move", _MoveArgs),
+        ("few", _FewArgs),
         ("after", _P),
         ("order", _P),
         ("done", _P),
@@ -616,15 +635,30 @@ class CudaDriver:
 
     # ---- whole transfers
 
-    def store_call(self, encode: EncodeArgs, move: MoveArgs, order: int, device: int, stream: int) -> _SwapCall:
-        """Bind a store (``kvz_cuda_store``); see `kvzip.transport.SwapCall`."""
-        native = _StoreArgs(encode=_encode_args(encode), move=_move_args(move), order=order, device=device)
-        return _SwapCall(self, self._library.kvz_cuda_store, native, stream, "storing from the GPU", encode)
+    def few_bytes(self) -> int:
+        """Device memory of the kernels for few pages (``kvz_cuda_few_bytes``)."""
+        return int(self._library.kvz_cuda_few_bytes())
 
-    def load_call(self, decode: DecodeArgs, move: MoveArgs, order: int, device: int, stream: int) -> _SwapCall:
+    def store_call(
+        self, encode: EncodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
+    ) -> _SwapCall:
+        """Bind a store (``kvz_cuda_store``); see `kvzip.transport.SwapCall`."""
+        native = _StoreArgs(encode=_encode_args(encode), move=_move_args(move), few=_few_args(few))
+        native.order, native.device = order, device
+        library = self._library
+        what = "storing from the GPU"
+        return _SwapCall(self, library.kvz_cuda_store, library.kvz_cuda_store_wait, native, stream, what, encode)
+
+    def load_call(
+        self, decode: DecodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
+    ) -> _SwapCall:
         """Bind a load (``kvz_cuda_load``); see `kvzip.transport.SwapCall`."""
-        native = _LoadArgs(decode=_decode_args(decode), move=_move_args(move), order=order, device=device)
-        return _SwapCall(self, self._library.kvz_cuda_load, native, stream, "loading to the GPU", decode)
+        native = _LoadArgs(decode=_decode_args(decode), move=_move_args(move), few=_few_args(few))
+        native.order, native.device = order, device
+        library = self._library
+        return _SwapCall(
+            self, library.kvz_cuda_load, library.kvz_cuda_load_wait, native, stream, "loading to the GPU", decode
+        )
 
 
 class _Forked:
@@ -645,10 +679,18 @@ class _SwapCall:
     """`kvzip.transport.SwapCall`: the native arguments are made once."""
 
     def __init__(
-        self, driver: CudaDriver, function: Any, native: _StoreArgs | _LoadArgs, stream: int, what: str, keep: object
+        self,
+        driver: CudaDriver,
+        function: Any,
+        wait: Any,
+        native: _StoreArgs | _LoadArgs,
+        stream: int,
+        what: str,
+        keep: object,
     ) -> None:
         self._driver = driver
         self._function = function
+        self._wait = wait
         self._native = native
         self._move = native.move
         self._run = self._move.run
@@ -664,6 +706,24 @@ class _SwapCall:
         status = self._function(self._reference, self._stream)
         if status:
             self._driver._check(status, self._what)
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        done = ctypes.c_int32()  # several threads may wait
+        status = self._wait(self._reference, spin_us, timeout_us, ctypes.byref(done))
+        if status:
+            self._driver._check(status, self._what)
+        return bool(done.value)
+
+
+def _few_args(args: FewArgs) -> _FewArgs:
+    return _FewArgs(
+        memory=args.memory,
+        ends=args.ends,
+        table=args.table,
+        block_ids=args.block_ids,
+        payload_bytes=args.payload_bytes,
+        status=args.status,
+    )
 
 
 def _encode_args(args: EncodeArgs, *, record_stride: int = 0, strips_per_warp: int = 0) -> _EncodeArgs:

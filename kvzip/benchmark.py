@@ -138,9 +138,7 @@ def add_link(rows: Iterable[Row]) -> None:
 
 def finish(transfer: Transfer) -> int:
     """Wait for a transfer; returns the bytes of its records."""
-    if not transfer.wait(PATIENCE_SECONDS):
-        raise TimeoutError(f"a transfer has not ended within {PATIENCE_SECONDS} s")
-    return transfer.result().record_bytes
+    return transfer.result(PATIENCE_SECONDS).record_bytes
 
 
 class EngineWay:

@@ -199,19 +199,22 @@ class DeviceSwap:
 
     def store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
         """Queue a store. The pages must stay as they are until the transfer is done."""
-        self._check_lost()
+        started = time.perf_counter()
+        if self.lost is not None:
+            self._check_lost()
         try:
-            return self._queue_store(parts, codec, measure_error, stream)
+            if len(parts) == 1 and not measure_error and self._packed and parts[0].blocks.nbytes <= self._small_bytes:
+                small = self._store_small(parts[0], codec, stream, started)
+                if small is not None:
+                    return small
+            return self._queue_store(parts, codec, measure_error, stream, started)
         except CudaError as error:
             self._notice(error)
             raise
 
-    def _queue_store(self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object) -> Transfer:
-        started = time.perf_counter()
-        if len(parts) == 1 and not measure_error and parts[0].blocks.nbytes <= self._small_bytes and self._packed:
-            small = self._store_small(parts[0], codec, stream, started)
-            if small is not None:
-                return small
+    def _queue_store(
+        self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object, started: float
+    ) -> Transfer:
         with OnDevice(self._driver, self._device):
             after = self._mark(stream)
             transfer = Transfer(self._driver, self._device)
@@ -279,7 +282,8 @@ class DeviceSwap:
         started = time.perf_counter()
         job: Job | None = None
         try:
-            self._check_lost()
+            if self.lost is not None:
+                self._check_lost()
             if out.nbytes <= self._small_bytes and (small := self._load_small(keys, entries, out, stream, started)):
                 return small
             transfer = Transfer(self._driver, self._device)
@@ -420,10 +424,11 @@ class DeviceSwap:
 
     def _store_small(self, part: Part, codec: Codec, stream: object, started: float) -> Transfer | None:
         """Queue a small store; None where a worker must do it: to wait, to keep the order, or to find out sizes."""
-        queue, index, keys, blocks, count = self._small_out, self._index, part.keys, part.blocks, len(part.keys)
+        keys, blocks, request = part
+        queue, index, count = self._small_out, self._index, len(keys)
         if self._out.busy or not count or codec.name not in _NATIVE:
             return None
-        after = stream_handle(stream, self._device)
+        after = stream if type(stream) is int else stream_handle(stream, self._device)
         if not self._store_lock.acquire(blocking=False):
             return None
         room: Room | None = None
@@ -432,8 +437,8 @@ class DeviceSwap:
             with queue.lock:
                 if self._closed:
                     return None
-                small = self._small_stores()
-                plan = small.plan_for(blocks, codec, part.request)
+                small = self._stores or self._small_stores()
+                plan = small.plan_for(blocks, codec, request)
                 if plan is None:
                     plan = self._new_plan(part, codec)
                 if plan is None:
@@ -443,7 +448,9 @@ class DeviceSwap:
                     return None
                 ticket = small.store(plan, blocks.block_ids, self._room_runs(room, room.nbytes), after)
                 if ticket is not None:
-                    transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
+                    transfer = QueuedTransfer(
+                        queue, self._driver, self._device, ticket.event, ticket.wait, small.give_event
+                    )
                     evicted = index.report_evicted()
                     land = partial(self._land_store, keys, blocks.nbytes, plan, room, ticket, evicted, started)
                     queue.add(transfer, land)
@@ -485,7 +492,7 @@ class DeviceSwap:
                 raise error
             status, sizes, crcs, rows = ticket.arrays
             if status[0]:
-                _native.check(int(status[0]), "encoding on the GPU")
+                _native.check(status[0], "encoding on the GPU")
             contents, header_of, reason = plan.context
             payload_bytes, joined = sizes.tolist(), rows.tobytes()
             if max(payload_bytes) > plan.record_bytes - contents.header_bytes:
@@ -534,15 +541,17 @@ class DeviceSwap:
         if self._into.busy or not count:
             return None
         contents = entries[0].contents
-        if contents.codec not in _NATIVE or any(entry.contents is not contents for entry in entries):
+        if contents.codec not in _NATIVE or (count > 1 and any(entry.contents is not contents for entry in entries)):
             return None
-        after = stream_handle(stream, self._device)
-        records = self._records(entries)
+        after = stream if type(stream) is int else stream_handle(stream, self._device)
+        records = self._one_record(entries[0], contents) if count == 1 and self._packed else None
+        if records is None:
+            records = self._records(entries)
         try:
             with queue.lock:
                 if self._closed:
                     return None
-                small = self._small_loads()
+                small = self._loads or self._small_loads()
                 plan = small.plan_for(out, contents)
                 if plan is None:
                     view = out.with_groups(check_geometry(contents.geometry, out.layout))
@@ -551,13 +560,26 @@ class DeviceSwap:
                     return None
                 ticket = small.load(plan, out.block_ids, records, after)
                 if ticket is not None:
-                    transfer = QueuedTransfer(queue, self._driver, self._device, ticket.event, small.give_event)
+                    transfer = QueuedTransfer(
+                        queue, self._driver, self._device, ticket.event, ticket.wait, small.give_event
+                    )
                     queue.add(transfer, partial(self._land_load, keys, entries, out.nbytes, ticket, started))
                     self._reaper.notice()
                     return transfer
         except NativeError as error:
             _log.info("a small load goes the long way: %s", str(error))
         return None
+
+    def _one_record(self, entry: Entry, contents: Contents) -> Records | None:
+        """`_records` of one block in one run, which is most of them where blocks come one by one; else None."""
+        allocation = entry.allocation
+        if len(allocation.runs) != 1:
+            return None
+        nbytes, header = allocation.nbytes, contents.header_bytes
+        run = (0, self._pool.address + allocation.runs[0][0], allocation.extent_nbytes)
+        return Records(
+            [run], allocation.extent_nbytes, header, [0], [nbytes - header], [entry.payload_crc32c], entry.table
+        )
 
     def _records(self, entries: Sequence[Entry], first: int = 0, last: int | None = None) -> Records:
         """Records of blocks first to last - 1: where they lie and where they go in an arena."""

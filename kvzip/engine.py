@@ -204,6 +204,7 @@ class SwapEngine:
         self._ended: deque[tuple[str, TransferResult]] = deque()  # not counted yet
         self._seconds = {"store": 0.0, "load": 0.0}
         self._requests: dict[tuple[Any, ...], tuple[ErrorBound | BoundPolicy, BlockLayout, EncodeRequest]] = {}
+        self._last_request: tuple[Settings, BlockLayout, bool, EncodeRequest] | None = None
         self._staging = staging or Staging()
         integrity = integrity or Integrity()
         self._verify_store, self._check_load = Sampler(integrity.bound), Sampler(integrity.checksum)
@@ -293,11 +294,14 @@ class SwapEngine:
         """
         names = _check_keys(keys, blocks)
         settings, calm, step = self._under_pressure(bound)
-        decision = self._decide(blocks, settings, coding)
+        decision = None if self.controller is None and coding is None else self._decide(blocks, settings, coding)
         if coding == RAW or (decision is not None and decision.choice == RAW):
             reason = Reason.BREAK_EVEN if coding is None and settings.codec is not self._raw else settings.reason
             settings = calm = self._raw_settings[reason]
-        parts = self._parts(names, blocks, sink, settings, calm)
+        if sink is None:
+            parts = [Part(names, blocks, self._request(settings, blocks.layout, False))]
+        else:
+            parts = self._parts(names, blocks, sink, settings, calm)
         measure_error = self._verify_store() or measure_error
         self._codecs[settings.codec.name] = settings.codec
         if blocks.device != "cpu":
@@ -417,8 +421,6 @@ class SwapEngine:
         self, names: Sequence[bytes], blocks: BlockView, sink: object, settings: Settings, calm: Settings
     ) -> list[Part]:
         """The blocks of a store, those that begin a sequence apart: pressure does not reach them."""
-        if sink is None:
-            return [Part(names, blocks, self._request(settings, blocks.layout, False))]
         marks = np.asarray(sink)
         if marks.shape != (len(names),) or marks.dtype != np.bool_:
             raise ConfigError(
@@ -435,9 +437,13 @@ class SwapEngine:
 
     def _request(self, settings: Settings, layout: BlockLayout, sink: bool) -> EncodeRequest:
         # A swap asks for the same again and again; the objects that the key names are kept with what was made of them.
+        last = self._last_request
+        if last is not None and last[0] is settings and last[1] is layout and last[2] is sink:
+            return last[3]
         key = (id(settings.bound), id(layout), sink, settings.mode, settings.reason)
         known = self._requests.get(key)
         if known is not None:
+            self._last_request = (settings, layout, sink, known[2])
             return known[2]
         bounds = resolve(settings.bound, layout, sink)
         if not self._bound_given and isinstance(settings.bound, BoundPolicy) and not settings.codec.lossless_only:

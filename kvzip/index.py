@@ -246,11 +246,25 @@ class RecordIndex:
         """`enter` and `publish` in one step, for the records of a small store that a GPU made, all of one kind."""
         before = contents.header_bytes
         with self.lock:
+            if len(keys) == 1 and keys[0] not in self._entries:  # where blocks come one by one, as a rule
+                key, pins = keys[0], Pins()
+                (allocation,) = room.divide([before + payload_bytes[0]])
+                entry = Entry(allocation, contents, tables[0], payload_crc32c[0], 0, pins, False, False, header)
+                try:
+                    self._policy.insert(key, allocation.nbytes)
+                except BaseException:
+                    self.pool.free(allocation)
+                    raise
+                pins.entry = self._entries[key] = entry
+                self._raw_bytes += contents.raw_bytes
+                self._record_bytes += allocation.nbytes
+                self._leavable += allocation.extent_nbytes
+                return
             allocations = room.divide([before + n for n in payload_bytes])
             fresh = {}
             for key, allocation, table, crc in zip(keys, allocations, tables, payload_crc32c, strict=True):
-                entry = fresh[key] = Entry(allocation, contents, table, crc, header=header)
-                entry.pins.entry = entry
+                pins = Pins()
+                pins.entry = fresh[key] = Entry(allocation, contents, table, crc, 0, pins, False, False, header)
             try:
                 self.publish(fresh)
             except BaseException:
@@ -374,7 +388,10 @@ class RecordIndex:
         """
         with self.lock:
             self.check_open()
-            entries = self.find(keys)
+            try:
+                entries = [self._entries[key] for key in keys]
+            except KeyError:
+                entries = self.find(keys)  # says which are missing
             touch = self._policy.touch
             leavable = 0
             for entry in entries:

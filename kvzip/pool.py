@@ -418,7 +418,8 @@ class HostPool:
             _positive(nbytes, "nbytes")
         extents = -(-nbytes // self._extent)
         with self._lock:
-            self._memory()
+            if self._bytes is None:
+                self._memory()
             occupied = self._used + self._reserved + extents
             if occupied > self._extents:
                 return None
@@ -709,13 +710,19 @@ class HostPool:
             extents -= -nbytes // extent
             payload += nbytes
         with self._lock:
-            self._memory()
+            if self._bytes is None:
+                self._memory()
             taken = room._taken
             if taken is None:
                 raise ConfigError("this room was divided or closed before: take another")
             if extents * extent > room.nbytes:
                 raise ConfigError(f"{extents * extent} bytes do not fit into a room of {room.nbytes} bytes: take more")
-            made, left = self._cut(taken, sizes)
+            if len(sizes) == 1 == len(taken):  # as a rule, where blocks come one by one
+                start, length = taken[0]
+                made = [Allocation(((start * extent, payload),), payload, extents * extent, self._token)]
+                left = [(start + extents, length - extents)] if extents < length else []
+            else:
+                made, left = self._cut(taken, sizes)
             runs = len(made) if len(taken) == 1 else sum([len(a.runs) for a in made])
             self._account(made, extents, payload, runs)
             self._return_room(room, left)
@@ -731,7 +738,9 @@ class HostPool:
     def _return_room(self, room: Room, left: list[tuple[int, int]]) -> None:
         room._taken = None
         self._rooms.remove(room)
-        piece = self._region.piece_bytes // self._extent
+        if not left:
+            return
+        piece = self._free.piece
         for start, length in left:
             self._reserved -= length
             top, rest = self._top
@@ -758,17 +767,18 @@ class HostPool:
 
     def _account(self, made: list[Allocation], extents: int, nbytes: int, runs: int) -> None:
         """The same, where the sums are known."""
-        self._live.update(made)
+        live = self._live
+        live.update(made)
         self._reserved -= extents
-        self._used += extents
-        self._payload += nbytes
+        self._used = used = self._used + extents
+        self._payload = payload = self._payload + nbytes
         self._runs += runs
-        if self._payload > self._peak_payload:
-            self._peak_payload = self._payload
-        if self._used > self._peak_used:
-            self._peak_used = self._used
-        if len(self._live) > self._peak_allocations:
-            self._peak_allocations = len(self._live)
+        if payload > self._peak_payload:
+            self._peak_payload = payload
+        if used > self._peak_used:
+            self._peak_used = used
+        if len(live) > self._peak_allocations:
+            self._peak_allocations = len(live)
         self._total_allocations += len(made)
         self._total_payload += nbytes
         self._total_runs += runs
@@ -810,7 +820,7 @@ class _FreeRuns:
 
     def __init__(self, extents: int, piece: int = 0) -> None:
         self.extents = 0
-        self._piece = piece
+        self.piece = piece
         self._length_at: dict[int, int] = {}  # start -> length
         self._start_of: dict[int, int] = {}  # end -> start
         self._classes: list[list[int]] = [[] for _ in range(_size_class(min(extents, piece or extents)) + 1)]
@@ -860,7 +870,7 @@ class _FreeRuns:
 
     def release(self, start: int, length: int) -> None:
         """Give a run back, and merge it with its free neighbours."""
-        end, piece = start + length, self._piece
+        end, piece = start + length, self.piece
         before = None if piece and start % piece == 0 else self._start_of.get(start)
         after = None if piece and end % piece == 0 else self._length_at.get(end)
         if after is not None:
@@ -888,10 +898,10 @@ class _FreeRuns:
             _require(all(_size_class(key >> _START_BITS) == number for key in members), f"class {number} is wrong")
         for start, length in self:
             end = start + length
-            at_boundary = self._piece and end % self._piece == 0
+            at_boundary = self.piece and end % self.piece == 0
             _require(at_boundary or end not in self._length_at, f"free runs at {start} and {end} are not merged")
             _require(
-                not self._piece or start // self._piece == (end - 1) // self._piece,
+                not self.piece or start // self.piece == (end - 1) // self.piece,
                 f"the run at {start} crosses a piece",
             )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -34,6 +34,7 @@ from kvzip.transport import (
     DeviceMemory,
     Driver,
     EncodeArgs,
+    FewArgs,
     Fields,
     MoveArgs,
     Records,
@@ -60,6 +61,7 @@ def _store_fields(pages: int, blocks: int) -> Fields:
     return Fields(
         words=(_U64, blocks),  # numbers of the blocks
         runs=(RUN_DTYPE, MOST_RUNS),
+        ends=(_U32, blocks),
         status=(_U32, 4),
         payload_bytes=(_U64, blocks),
         record_offsets=(_U64, blocks),
@@ -80,6 +82,7 @@ def _load_fields(pages: int, blocks: int) -> Fields:
         words=(_U64, 4 * blocks),
         payload_crc32c=(_U32, blocks),
         runs=(RUN_DTYPE, MOST_RUNS),
+        ends=(_U32, blocks),
         block_status=(_U32, blocks),
     )
 
@@ -109,14 +112,23 @@ class Plan:
     context: Any = None
 
 
+def _set_words(words: memoryview, values: Sequence[int]) -> None:
+    """Write numbers into a table: few of them one by one, which is faster than an array's assignment."""
+    if len(values) <= 16:
+        for i, value in enumerate(values):
+            words[i] = value
+    else:
+        np.frombuffer(words, words.format)[:] = values
+
+
 @dataclass(frozen=True, eq=False)
 class _Bound:
-    """A call with its memory: views of the ticket's tables."""
+    """A call with its memory: views of the ticket's tables, quicker to the touch than arrays where they are short."""
 
     call: SwapCall
-    words: npt.NDArray[np.uint64]
+    words: memoryview
     runs: npt.NDArray[Any]
-    arrays: tuple[npt.NDArray[Any], ...]
+    arrays: tuple[memoryview, ...]
 
 
 class _Direction(abc.ABC):
@@ -147,10 +159,12 @@ class _Direction(abc.ABC):
                 arena=staging.small_bytes + TICKET_BYTES + MOST_BLOCKS * 3 * RECORD_ALIGNMENT,
                 workspace=driver.workspace_bytes(TICKET_BYTES // ENTRY_DTYPE.itemsize // MOST_BLOCKS, MOST_BLOCKS),
                 crc_scratch=8 * MOST_BLOCKS,
+                few=driver.few_bytes(),
                 meta=TICKET_BYTES,
                 segments=PLANS_BYTES,
             )
             self._region = resource.allocate(TICKETS * TICKET_BYTES + PLANS_BYTES)
+            self._arena = self._memory.address("arena")
             undo.pop_all()
 
     def _new_plan(
@@ -227,10 +241,10 @@ class _Direction(abc.ABC):
             if event:
                 self._events.append(event)
             raise
-        return Ticket(number, event, bound.arrays)
+        return Ticket(number, event, bound.call.wait, bound.arrays)
 
     def end(self, ticket: Ticket) -> None:
-        """Give a ticket back, once its event has passed and its arrays were read."""
+        """Give a ticket back, once its work has ended and its arrays were read."""
         self._free.append(ticket.number)
 
     def give_event(self, event: int) -> None:
@@ -262,12 +276,14 @@ class Ticket:
     Attributes:
         number: of its host memory.
         event: recorded behind its work.
-        arrays: its results, to be read when the event has passed: see `SmallStores` and `SmallLoads`.
+        wait: waits for the end of its work, as `kvzip.transport.SwapCall.wait`.
+        arrays: its results, to be read when that has said so: see `SmallStores` and `SmallLoads`.
     """
 
     number: int
     event: int
-    arrays: tuple[npt.NDArray[Any], ...]
+    wait: Callable[[int, int], bool]
+    arrays: tuple[memoryview, ...]
 
 
 class SmallStores(_Direction):
@@ -275,16 +291,16 @@ class SmallStores(_Direction):
 
     def plan_for(self, blocks: BlockView, codec: object, request: EncodeRequest) -> Plan | None:
         """The plan for views that share their tensors and layout with `blocks`, if there is one."""
-        key = (id(blocks.addresses), id(blocks.layout), id(codec), id(request.bound), id(request.mode), request.reason)
+        key = (id(blocks.addresses), id(blocks.layout), id(codec), id(request))
         return self._plans.get(key)
 
     def new_plan(
         self, blocks: BlockView, codec: object, request: EncodeRequest, coding: int | Sequence[int]
     ) -> Plan | None:
         """Make it; None while there is no room for one and transfers are under way."""
-        keep = (blocks.addresses, blocks.layout, codec, request.bound, request.mode)
+        keep = (blocks.addresses, blocks.layout, codec, request)
         segments = _native.segments_array(blocks, request.bound, coding)
-        return self._new_plan((*map(id, keep), request.reason), keep, blocks, request.bound, segments)
+        return self._new_plan(tuple(map(id, keep)), keep, blocks, request.bound, segments)
 
     @staticmethod
     def fits(pages: int, blocks: int) -> bool:
@@ -304,7 +320,7 @@ class SmallStores(_Direction):
         if begun is None:
             return None
         number, bound = begun
-        bound.words[:] = block_ids
+        _set_words(bound.words, block_ids.tolist())
         return self._queue(number, bound, runs, after)
 
     def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
@@ -343,13 +359,21 @@ class SmallStores(_Direction):
             num_blocks=blocks,
             header_bytes=plan.header_bytes,
         )
+        few = FewArgs(
+            memory=memory.address("few"),
+            ends=fields.address(host_at, "ends"),
+            table=fields.address(host_at, "table"),
+            block_ids=fields.address(host_at, "words"),
+            payload_bytes=fields.address(host_at, "payload_bytes"),
+            status=fields.address(host_at, "status"),
+        )
         names = ("status", "payload_bytes", "payload_crc32c")
         table = fields.array(host, "table").view(np.uint8)
         return _Bound(
-            self._driver.store_call(encode, move, self._order, self._device, self._stream),
-            fields.array(host, "words"),
+            self._driver.store_call(encode, move, few, self._order, self._device, self._stream),
+            fields.array(host, "words").data,
             fields.array(host, "runs"),
-            (*(fields.array(host, name) for name in names), table),
+            (*(fields.array(host, name).data for name in names), table.data),
         )
 
 
@@ -391,12 +415,12 @@ class SmallLoads(_Direction):
         if begun is None:
             return None
         number, bound = begun
-        base, offsets = self._memory.address("arena") + plan.header_bytes, records.offsets
+        base, offsets = self._arena + plan.header_bytes, records.offsets
         payloads = [base + offset for offset in offsets]
-        bound.words[:] = [*block_ids.tolist(), *payloads, *records.payload_bytes, *offsets]
+        _set_words(bound.words, [*block_ids.tolist(), *payloads, *records.payload_bytes, *offsets])
         _, crcs, table = bound.arrays
-        crcs[:] = records.payload_crc32c
-        table.data[:] = records.tables
+        _set_words(crcs, records.payload_crc32c)
+        table[:] = records.tables
         return self._queue(number, bound, records.runs, after)
 
     def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
@@ -434,10 +458,16 @@ class SmallLoads(_Direction):
             num_blocks=blocks,
             header_bytes=plan.header_bytes,
         )
+        few = FewArgs(
+            memory=memory.address("few"),
+            ends=fields.address(host_at, "ends"),
+            table=fields.address(host_at, "table"),
+            block_ids=words,
+        )
         status = fields.array(host, "block_status").view(np.uint8)
         return _Bound(
-            self._driver.load_call(decode, move, self._order, self._device, self._stream),
-            fields.array(host, "words"),
+            self._driver.load_call(decode, move, few, self._order, self._device, self._stream),
+            fields.array(host, "words").data,
             fields.array(host, "runs"),
-            (status, fields.array(host, "payload_crc32c"), fields.array(host, "table").view(np.uint8)),
+            (status.data, fields.array(host, "payload_crc32c").data, fields.array(host, "table").view(np.uint8).data),
         )

@@ -292,17 +292,25 @@ class QueuedTransfer(Transfer):
         driver: device functions.
         device: index of the GPU.
         event: recorded behind the work.
+        end: waits for it, as `StreamDriver.event_wait` for the event; may see it earlier.
         give_event: takes the event back when nobody can wait for it any more.
     """
 
     def __init__(
-        self, queue: TransferQueue, driver: StreamDriver, device: int, event: int, give_event: Callable[[int], None]
+        self,
+        queue: TransferQueue,
+        driver: StreamDriver,
+        device: int,
+        event: int,
+        end: Callable[[int, int], bool],
+        give_event: Callable[[int], None],
     ) -> None:
         # Without the events of the base class, which cost more than a small copy: the queue's lock does.
         self._queue = queue
         self._driver = driver
         self._device = device
         self._event = event
+        self._end = end
         self._give_event = give_event
         self._ended = False
         self._result = None
@@ -336,7 +344,8 @@ class QueuedTransfer(Transfer):
     def _finish(self, result: TransferResult) -> None:
         self._result = result
         self._ended = True
-        self._tell()
+        if "_observer" in self.__dict__:
+            self._tell()
 
     def _fail(self, error: KvzipError) -> None:
         self._error = error
@@ -393,7 +402,7 @@ class TransferQueue:
         """
         error: Exception | None = None
         try:
-            if not self._wait(transfer._event, timeout_seconds if wait else 0):
+            if not self._wait(transfer, timeout_seconds if wait else 0):
                 return False
         except Exception as caught:  # the device is at fault, and with it all that is queued
             error = caught
@@ -425,17 +434,20 @@ class TransferQueue:
         while self._pending:
             self._pending.popleft()[0]._abandon(error)
 
-    def _wait(self, event: int, timeout_seconds: float | None) -> bool:
+    @staticmethod
+    def _wait(transfer: QueuedTransfer, timeout_seconds: float | None) -> bool:
+        # Another thread may complete it meanwhile, and the memory that says so may be another transfer's by then.
+        end = transfer._end
         if timeout_seconds is None:
-            while not self._driver.event_wait(event, _SPIN_US, _PATIENCE_US):
+            while not (end(_SPIN_US, _PATIENCE_US) or transfer._ended):
                 pass
             return True
         if timeout_seconds <= _PATIENCE_SECONDS:
-            return self._driver.event_wait(event, _SPIN_US, int(max(0.0, timeout_seconds) * 1e6))
+            return end(_SPIN_US, int(max(0.0, timeout_seconds) * 1e6)) or transfer._ended
         left = timeout_seconds
         while left > 0:
             part = min(left, _PATIENCE_SECONDS)
-            if self._driver.event_wait(event, _SPIN_US, int(part * 1e6)):
+            if end(_SPIN_US, int(part * 1e6)) or transfer._ended:
                 return True
             left -= part
         return False

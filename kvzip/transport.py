@@ -101,12 +101,14 @@ class Driver(Protocol):
         self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int
     ) -> Callable[[], None]: ...
 
+    def few_bytes(self) -> int: ...  # noqa: D102
+
     def store_call(  # noqa: D102
-        self, encode: EncodeArgs, move: MoveArgs, order: int, device: int, stream: int
+        self, encode: EncodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
     ) -> SwapCall: ...
 
     def load_call(  # noqa: D102
-        self, decode: DecodeArgs, move: MoveArgs, order: int, device: int, stream: int
+        self, decode: DecodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
     ) -> SwapCall: ...
 
 
@@ -192,6 +194,18 @@ class MoveArgs:
     header_bytes: int
 
 
+@dataclass(frozen=True)
+class FewArgs:
+    """What kernels for few pages need besides (see ``kvz_cuda_few``): device memory, and places in host memory."""
+
+    memory: int
+    ends: int
+    table: int
+    block_ids: int
+    payload_bytes: int = 0
+    status: int = 0
+
+
 class SwapCall(Protocol):
     """A whole transfer, bound to its memory: each call queues it on its stream behind the work of another.
 
@@ -204,6 +218,10 @@ class SwapCall(Protocol):
     """
 
     def __call__(self, after: int, done: int, num_runs: int, address: int, nbytes: int) -> None: ...  # noqa: D102
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        """Wait for the end of the last one, as `Driver.event_wait` does for its event; may see it earlier."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -262,8 +280,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
 
-@dataclass(frozen=True)
-class Records:
+class Records(NamedTuple):
     """Records in host memory, as they come to lie in an arena: one behind the other, aligned.
 
     Attributes:
@@ -293,7 +310,7 @@ class DeviceMemory:
         stream: stream whose order the first use of new memory follows.
     """
 
-    ZEROED = ("workspace", "crc_scratch")
+    ZEROED = ("workspace", "crc_scratch", "few")
 
     def __init__(self, driver: Driver, stream: int) -> None:
         self._driver = driver

@@ -76,6 +76,7 @@ _DTYPE_NAMES = {
 
 
 _FLOATS = ("bfloat16", "float16", "float32")
+_INT64 = np.dtype(np.int64)
 
 
 class BoundKind(enum.IntEnum):
@@ -592,20 +593,26 @@ class BlockView:
         self.block_ids = self._check_ids(block_ids)
 
     def _check_ids(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        try:
-            given = np.asarray(block_ids if isinstance(block_ids, np.ndarray) else list(block_ids))
-        except TypeError:
-            raise LayoutError(f"block numbers {block_ids!r}: give several, such as [3, 1] or range(2, 5)") from None
-        if given.size and given.dtype.kind not in "iu":  # a mask or fractions would select other blocks than meant
-            raise LayoutError(f"block numbers of type {given.dtype}: give integers")
-        if given.ndim != 1:
-            raise LayoutError(f"block numbers of shape {given.shape}: give a flat list")
-        ids = given.astype(np.int64)  # a copy: what was checked here must not change
-        ids.flags.writeable = False
-        known = ids.tolist() if ids.size <= 64 else (ids.min(), ids.max())  # few: faster without NumPy
-        if ids.size and (min(known) < 0 or max(known) >= self.num_blocks):
-            bad = int(min(known)) if min(known) < 0 else int(max(known))
-            raise LayoutError(f"block number {bad}: the tensors have blocks 0 to {self.num_blocks - 1}")
+        if type(block_ids) is np.ndarray and block_ids.dtype is _INT64 and block_ids.ndim == 1:  # as a rule
+            ids: npt.NDArray[np.int64] = block_ids.copy()  # what was checked here must not change
+        else:
+            try:
+                given = np.asarray(block_ids if isinstance(block_ids, np.ndarray) else list(block_ids))
+            except TypeError:
+                raise LayoutError(f"block numbers {block_ids!r}: give several, such as [3, 1] or range(2, 5)") from None
+            if given.size and given.dtype.kind not in "iu":  # a mask or fractions would select other blocks than meant
+                raise LayoutError(f"block numbers of type {given.dtype}: give integers")
+            if given.ndim != 1:
+                raise LayoutError(f"block numbers of shape {given.shape}: give a flat list")
+            ids = given.astype(np.int64)
+        ids.setflags(write=False)
+        size = ids.size
+        if size:
+            known = ids.tolist() if size <= 64 else (int(ids.min()), int(ids.max()))  # few: faster without NumPy
+            least, most = (known[0], known[0]) if size == 1 else (min(known), max(known))
+            if least < 0 or most >= self.num_blocks:
+                bad = least if least < 0 else most
+                raise LayoutError(f"block number {bad}: the tensors have blocks 0 to {self.num_blocks - 1}")
         return ids
 
     def _check_segments(self) -> None:
@@ -623,7 +630,7 @@ class BlockView:
                 )
 
     def __len__(self) -> int:
-        return int(self.block_ids.size)
+        return len(self.block_ids)
 
     def __getitem__(self, block_ids: Iterable[int] | npt.NDArray[np.int64]) -> BlockView:
         view = self._again()  # the tensors were checked when this view was made
@@ -670,7 +677,7 @@ class BlockView:
     @property
     def nbytes(self) -> int:
         """Bytes of the values of all selected blocks."""
-        return len(self) * self.layout.nbytes
+        return len(self.block_ids) * self.layout.nbytes
 
     def page(self, block: int, segment: int) -> npt.NDArray[Any]:
         """Bit patterns of one page in host memory, without a copy.

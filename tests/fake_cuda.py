@@ -235,7 +235,10 @@ class FakeDriver:
 
         return call
 
-    def store_call(self, encode: Any, move: Any, order: int, device: int, stream: int) -> Any:
+    def few_bytes(self) -> int:
+        return 64
+
+    def store_call(self, encode: Any, move: Any, few: Any, order: int, device: int, stream: int) -> Any:
         assert order in self.events
 
         def call(after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
@@ -257,9 +260,9 @@ class FakeDriver:
 
             self._do(work)
 
-        return call
+        return FakeSwapCall(self, call)
 
-    def load_call(self, decode: Any, move: Any, order: int, device: int, stream: int) -> Any:
+    def load_call(self, decode: Any, move: Any, few: Any, order: int, device: int, stream: int) -> Any:
         assert order in self.events
 
         def call(after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
@@ -281,7 +284,7 @@ class FakeDriver:
 
             self._do(work)
 
-        return call
+        return FakeSwapCall(self, call)
 
     @staticmethod
     def _places(move: Any, num_runs: int, address: int, nbytes: int, offset: int, size: int) -> Iterator[Any]:
@@ -324,6 +327,22 @@ class FakeDriver:
             except CorruptRecordError:
                 status = 2
             at(a.block_status, np.uint32, a.num_blocks)[b] = status
+
+
+class FakeSwapCall:
+    """A call that remembers the event behind it."""
+
+    def __init__(self, driver: FakeDriver, call: Callable[[int, int, int, int, int], None]) -> None:
+        self._driver = driver
+        self._call = call
+        self._done = 0
+
+    def __call__(self, after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
+        self._done = done
+        self._call(after, done, num_runs, address, nbytes)
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        return self._driver.event_wait(self._done, spin_us, timeout_us)
 
 
 def cuda_error(name: str = "cudaErrorMemoryAllocation", code: int = 2) -> CudaError:

@@ -221,13 +221,8 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
   shape.dtype = segments[0].dtype;
   for (uint32_t i = 0; i < count && shape.fast; ++i) {
     const kvz_segment& s = segments[i];
-    uint64_t all = s.base | static_cast<uint64_t>(s.block_stride) | static_cast<uint64_t>(s.token_stride) |
-                   static_cast<uint64_t>(s.head_dim) * 2;
-    if (s.heads > 1) all |= static_cast<uint64_t>(s.head_stride);
-    const uint64_t channels = static_cast<uint64_t>(s.heads) * s.head_dim;
-    const uint64_t strips = s.tokens / 16 * ((channels + kStripChannels - 1) / kStripChannels);
-    shape.fast = s.dtype == shape.dtype && s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 &&
-                 all % 16 == 0 && strips <= most_strips && s.token_stride == static_cast<int32_t>(s.token_stride);
+    const uint64_t strips = strips_of_page(s);
+    shape.fast = s.dtype == shape.dtype && strips != 0 && strips <= most_strips;
     if (!shape.fast) break;
     shape.within = shape.within || s.bound_kind > KVZ_BOUND_RELATIVE;
     const uint32_t bytes = vectors_of(s) != 0 ? token_memory_bytes(s.tokens, s.heads, s.head_dim) : 0;

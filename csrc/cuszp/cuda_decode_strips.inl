@@ -234,11 +234,11 @@ KVZ_DEV float channel_step(uint32_t coding, uint32_t width, float bound) {
   return step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), usable ? bound : 0.0f);
 }
 
-// A page in shared memory to its place. `WITHIN`: its steps differ within it; `vectors` is room for those by token. By
-// the whole CTA.
+// A page in shared memory to its place, or one of several parts of it. `WITHIN`: its steps differ within it; `vectors`
+// is room for those by token. By the whole CTA.
 template <int DTYPE, bool WITHIN>
 KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment& segment, int64_t block_id,
-                           const kvz_entry& entry, const uint8_t* data) {
+                           const kvz_entry& entry, const uint8_t* data, uint32_t part = 0, uint32_t parts = 1) {
   const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x), warps = blockDim.x / kWarp;
   const uint32_t coding = entry.coding & KVZ_CODING_MASK;
   const Strips strips = strips_of(segment, block_id);
@@ -294,16 +294,17 @@ KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment&
     if (coding != KVZ_LOSSLESS) {
       step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
     }
-    const int64_t strip_bytes = strip_step(strips, warps);
-    uint8_t* page_to = value_address(strips, 0, warp * kStripChannels + lane * 2);
-    for (uint32_t k = 0; k < rounds; k += 2) {
+    const uint32_t step_warps = parts * warps, own = part * warps + warp;  // as if all parts' warps were of one CTA
+    const int64_t strip_bytes = strip_step(strips, step_warps);
+    uint8_t* page_to = value_address(strips, 0, own * kStripChannels + lane * 2);
+    for (uint32_t k = 0; k * step_warps < count; k += 2) {
       Widths w[2];
 #pragma unroll
-      for (uint32_t j = 0; j < 2; ++j) w[j] = widths_at((k + j) * warps + warp);
+      for (uint32_t j = 0; j < 2; ++j) w[j] = widths_at((k + j) * step_warps + own);
       const uint32_t both = words_of(w[0]) | words_of(w[1]) << 16, before = inclusive_sum(both, lane) - both;
 #pragma unroll
       for (uint32_t j = 0; j < 2; ++j) {
-        const uint32_t index = (k + j) * warps + warp;
+        const uint32_t index = (k + j) * step_warps + own;
         if (index >= count) break;
         const uint32_t position =
             class_bytes / 2 + words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);

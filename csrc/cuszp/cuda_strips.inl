@@ -11,6 +11,17 @@
 namespace kvz {
 namespace gpu {
 
+// Strips of a page, for the host: 0 where it is none for the fast path.
+inline uint64_t strips_of_page(const kvz_segment& s) {
+  uint64_t all = s.base | static_cast<uint64_t>(s.block_stride) | static_cast<uint64_t>(s.token_stride) |
+                 static_cast<uint64_t>(s.head_dim) * 2;
+  if (s.heads > 1) all |= static_cast<uint64_t>(s.head_stride);
+  const bool fast = s.dtype <= KVZ_FP16 && s.group_tokens == 16 && s.tokens % 16 == 0 && all % 16 == 0 &&
+                    s.token_stride == static_cast<int32_t>(s.token_stride);
+  const uint64_t channels = static_cast<uint64_t>(s.heads) * s.head_dim;
+  return fast ? s.tokens / 16 * ((channels + kStripChannels - 1) / kStripChannels) : 0;
+}
+
 struct Strips {
   uint8_t* base;  // of the page
   int64_t token_stride, head_stride;

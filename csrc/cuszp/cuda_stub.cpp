@@ -13,8 +13,11 @@ uint64_t kvz_cuda_arena_bytes(const kvz_segment*, uint32_t, uint32_t, uint32_t) 
 int32_t kvz_cuda_encode(const kvz_cuda_encode_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_decode(const kvz_cuda_decode_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_crc32c(const kvz_cuda_crc_args*, void*) { return KVZ_NO_CUDA; }
-int32_t kvz_cuda_store(const kvz_cuda_store_args*, void*) { return KVZ_NO_CUDA; }
-int32_t kvz_cuda_load(const kvz_cuda_load_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_store(kvz_cuda_store_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_load(kvz_cuda_load_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_store_wait(const kvz_cuda_store_args*, uint64_t, uint64_t, int32_t*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_load_wait(const kvz_cuda_load_args*, uint64_t, uint64_t, int32_t*) { return KVZ_NO_CUDA; }
+uint64_t kvz_cuda_few_bytes(void) { return 0; }
 int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_copy_between(const uint64_t*, const uint64_t*, const uint64_t*, uint64_t, void*, void*, void*) {

@@ -9,7 +9,8 @@
 
 #include <stdint.h>
 
-#include "cuda_crc.inl"
+#include "cuda_few.h"
+#include "cuda_row_crc.inl"
 #include "cuda_transport.inl"
 #include "kvz.h"
 
@@ -19,90 +20,10 @@ namespace {
 
 constexpr uint32_t kMoveThreads = 256;
 constexpr uint32_t kMoveWarps = kMoveThreads / 32;
-constexpr uint32_t kMoveRowBytes = 512;  // of one step of a warp: 16 bytes a lane
-constexpr uint32_t kMoveRows = 8;        // of one piece: all in flight at once
+constexpr uint32_t kMoveRows = 8;  // of one piece: all in flight at once
 constexpr uint32_t kMostRuns = 512;
-constexpr uint32_t kMostCtas = 32;  // as many as keep the link busy
-
-// As CrcConstants, for rows of 512 bytes and four words a lane.
-struct MoveConstants {
-  uint32_t row[4][256];  // row[k][b]: byte b at place k, shifted past one row
-  uint32_t word[128];    // shifts word i of a row to the end of the row, and by the 32 bits of the CRC
-  uint32_t low[256];     // x^(128 i): past 16 i bytes
-  uint32_t middle[256];  // x^(128 * 256 i)
-  uint32_t high[256];    // x^(128 * 65536 i)
-  uint32_t back[32];     // x^(-128 i)
-};
-
-constexpr MoveConstants move_constants() {
-  MoveConstants c = {};
-  const uint32_t one = 0x80000000u, x = 0x40000000u;
-  uint32_t x32 = one;
-  for (int i = 0; i < 32; ++i) x32 = product(x32, x);
-  uint32_t power = x32;
-  for (int i = 127; i >= 0; --i) {
-    c.word[i] = power;
-    power = product(power, x32);
-  }
-  const uint32_t row = c.word[0];
-  for (int k = 0; k < 4; ++k) {
-    // Linear in the byte: eight products are enough.
-    uint32_t bit[8] = {};
-    for (int i = 0; i < 8; ++i) bit[i] = product(1u << (8 * k + i), row);
-    for (uint32_t b = 0; b < 256; ++b) {
-      uint32_t sum = 0;
-      for (int i = 0; i < 8; ++i) sum ^= (b >> i) & 1u ? bit[i] : 0u;
-      c.row[k][b] = sum;
-    }
-  }
-  const uint32_t unit = product(product(x32, x32), product(x32, x32));
-  uint32_t step = unit;
-  uint32_t* const tables[3] = {c.low, c.middle, c.high};
-  for (int t = 0; t < 3; ++t) {
-    tables[t][0] = one;
-    for (int i = 1; i < 256; ++i) tables[t][i] = product(tables[t][i - 1], step);
-    step = product(tables[t][255], step);
-  }
-  // x has the order 2^31 - 1 (the polynomial is x + 1 times a primitive one), so x^(-128) is x^(2^31 - 129).
-  uint32_t inverse = one, square = x;
-  const uint32_t exponent = 0x7fffffffu - 128u;
-  for (int i = 0; i < 32; ++i) {
-    if ((exponent >> i) & 1u) inverse = product(inverse, square);
-    square = product(square, square);
-  }
-  c.back[0] = one;
-  for (int i = 1; i < 32; ++i) c.back[i] = product(c.back[i - 1], inverse);
-  return c;
-}
-
-__device__ const MoveConstants kMove = move_constants();
-
-// Out of line: few instructions to fetch for a kernel that runs for microseconds.
-__device__ __noinline__ uint32_t product_once(uint32_t a, uint32_t b) { return product(a, b); }
-
-// x^(128 units); units may be negative down to -31.
-__device__ uint32_t shift_units(int32_t units) {
-  if (units < 0) return kMove.back[-units];
-  uint32_t factor = kMove.low[units & 255];
-  if (units > 255) factor = product_once(factor, kMove.middle[(units >> 8) & 255]);
-  if (units > 65535) factor = product_once(factor, kMove.high[(units >> 16) & 255]);
-  return factor;
-}
-
-// Each word of a times its weight, summed.
-__device__ uint32_t weighted_sum(uint4 a, uint4 b) {
-  uint32_t sum = 0;
-#pragma unroll 4
-  for (int i = 31; i >= 0; --i) {
-    sum ^= ((0u - ((a.x >> i) & 1u)) & b.x) ^ ((0u - ((a.y >> i) & 1u)) & b.y) ^ ((0u - ((a.z >> i) & 1u)) & b.z) ^
-           ((0u - ((a.w >> i) & 1u)) & b.w);
-    b.x = (b.x >> 1) ^ ((0u - (b.x & 1u)) & kPolynomial);
-    b.y = (b.y >> 1) ^ ((0u - (b.y & 1u)) & kPolynomial);
-    b.z = (b.z >> 1) ^ ((0u - (b.z & 1u)) & kPolynomial);
-    b.w = (b.w >> 1) ^ ((0u - (b.w & 1u)) & kPolynomial);
-  }
-  return sum;
-}
+constexpr uint32_t kMostCtas = 32;    // as many as keep the link busy
+constexpr uint64_t kFewSpinUs = 100;  // that a wait looks at host memory, before it looks at the event
 
 // Programmatic launches begin before the kernel in front of them has ended; from here on its results are there.
 __device__ void wait_for_kernel_before() {
@@ -133,14 +54,13 @@ template <bool OUT>
 __global__ void __launch_bounds__(kMoveThreads) move_kernel(const __grid_constant__ kvz_cuda_move_args a) {
   __shared__ uint32_t row[4][256];
   __shared__ kvz_run runs[kMostRuns];
-  for (uint32_t i = threadIdx.x; i < 1024; i += kMoveThreads) row[i >> 8][i & 255] = kMove.row[i >> 8][i & 255];
+  load_row_tables(row);
   if (a.num_runs == 1) {
     if (threadIdx.x == 0) runs[0] = a.run;
   } else {
     for (uint32_t i = threadIdx.x; i < a.num_runs; i += kMoveThreads) runs[i] = a.runs[i];
   }
   const uint32_t lane = threadIdx.x & 31;
-  const uint4 weight = reinterpret_cast<const uint4*>(kMove.word)[lane];
   wait_for_kernel_before();
   __syncthreads();
   // What goes along with the records: tables and sizes.
@@ -156,7 +76,7 @@ __global__ void __launch_bounds__(kMoveThreads) move_kernel(const __grid_constan
     const uint64_t bytes = a.payload_bytes[b];
     const uint64_t begin = a.record_offsets[b];
     const int64_t total = static_cast<int64_t>(a.header_bytes + bytes);
-    const uint32_t rows = static_cast<uint32_t>((total + kMoveRowBytes - 1) / kMoveRowBytes);
+    const uint32_t rows = static_cast<uint32_t>((total + kRowBytes - 1) / kRowBytes);
     const uint32_t pieces = (rows + kMoveRows - 1) / kMoveRows;
     if (piece >= pieces) continue;
     const uint32_t first = piece * kMoveRows;
@@ -164,7 +84,7 @@ __global__ void __launch_bounds__(kMoveThreads) move_kernel(const __grid_constan
     uint4 v[kMoveRows];
 #pragma unroll
     for (uint32_t i = 0; i < kMoveRows; ++i) {
-      const int64_t at = static_cast<int64_t>(first + i) * kMoveRowBytes + lane * 16;
+      const int64_t at = static_cast<int64_t>(first + i) * kRowBytes + lane * 16;
       v[i] = make_uint4(0, 0, 0, 0);
       if (at >= a.header_bytes && at < total) {
         const uint8_t* from = OUT ? a.arena + begin + at : host_place(runs, a.num_runs, begin + at);
@@ -174,27 +94,20 @@ __global__ void __launch_bounds__(kMoveThreads) move_kernel(const __grid_constan
     uint4 sum = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (uint32_t i = 0; i < kMoveRows; ++i) {
-      const int64_t at = static_cast<int64_t>(first + i) * kMoveRowBytes + lane * 16;
+      const int64_t at = static_cast<int64_t>(first + i) * kRowBytes + lane * 16;
       if (at >= a.header_bytes && at < total) {
         uint8_t* to = OUT ? host_place(runs, a.num_runs, begin + at) : a.arena + begin + at;
         *reinterpret_cast<uint4*>(to) = v[i];
       }
       if (first + i < last) {
-#define KVZ_STEP(w) \
-  sum.w = row[0][sum.w & 255] ^ row[1][(sum.w >> 8) & 255] ^ row[2][(sum.w >> 16) & 255] ^ row[3][sum.w >> 24] ^ v[i].w
-        KVZ_STEP(x);
-        KVZ_STEP(y);
-        KVZ_STEP(z);
-        KVZ_STEP(w);
-#undef KVZ_STEP
+        add_row(sum, v[i], row);
       }
     }
-    uint32_t crc = weighted_sum(sum, weight);
-    for (int step = 16; step > 0; step >>= 1) crc ^= __shfl_xor_sync(0xffffffffu, crc, step);
+    uint32_t crc = sum_of_rows(sum, lane);
     if (lane != 0) continue;
-    crc =
-        product_once(crc, shift_units(static_cast<int32_t>((total - static_cast<int64_t>(last) * kMoveRowBytes) / 16)));
-    if (piece == 0) crc ^= product_once(0xffffffffu, shift_units(static_cast<int32_t>(bytes / 16)));
+    const int32_t left = static_cast<int32_t>((total - static_cast<int64_t>(last) * kRowBytes) / 16);  // -31 or more
+    crc = product_once(crc, left < 0 ? kRows.back[0][-left] : shift_units(static_cast<uint32_t>(left)));
+    if (piece == 0) crc ^= product_once(0xffffffffu, shift_units(static_cast<uint32_t>(bytes / 16)));
     atomicXor(&a.scratch[2 * b], crc);
     __threadfence();
     if (atomicAdd(&a.scratch[2 * b + 1], 1u) + 1 == pieces) {
@@ -224,7 +137,7 @@ int32_t check_move(const kvz_cuda_move_args& a) {
 
 template <bool OUT>
 cudaError_t launch_move(kvz_cuda_move_args a, cudaStream_t stream) {
-  const uint64_t rows = (a.header_bytes + a.max_payload_bytes + kMoveRowBytes - 1) / kMoveRowBytes;
+  const uint64_t rows = (a.header_bytes + a.max_payload_bytes + kRowBytes - 1) / kRowBytes;
   a.most_pieces = static_cast<uint32_t>((rows + kMoveRows - 1) / kMoveRows);
   const uint64_t needed = (static_cast<uint64_t>(a.num_blocks) * a.most_pieces + kMoveWarps - 1) / kMoveWarps;
   uint64_t ctas = needed < kMostCtas ? needed : kMostCtas;
@@ -264,11 +177,34 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Work of `stream` from here on comes behind what is queued on `after` now.
+// Work of `stream` from here on comes behind what is queued on `after` now. To ask whether anything is there takes
+// longer.
 cudaError_t order_behind(void* stream, void* after, void* event) {
   cudaError_t error = cudaEventRecord(event_of(event), stream_of(after));
   if (error == cudaSuccess) error = cudaStreamWaitEvent(stream_of(stream), event_of(event), 0);
   return error;
+}
+
+// As kvz_cuda_event_wait; kernels for few pages say earlier that they have ended.
+int32_t wait_for_swap(const kvz_cuda_few& few, uint32_t num_blocks, void* event, uint64_t spin_us, uint64_t timeout_us,
+                      int32_t* done) {
+  using Clock = std::chrono::steady_clock;
+  if (few.launch == 0) return kvz_cuda_event_wait(event, spin_us, timeout_us, done);
+  const Clock::time_point begin = Clock::now();
+  *done = 0;
+  for (uint32_t looks = 1; timeout_us != 0; ++looks) {
+    *done = few_has_ended(few, num_blocks);
+    if (*done) return KVZ_OK;
+    if (looks % 16 != 0) continue;
+    const uint64_t waited =
+        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - begin).count());
+    if (waited >= timeout_us) return KVZ_OK;
+    if (waited >= kFewSpinUs || waited >= spin_us) {  // it takes longer, or has failed, which the event tells
+      return kvz_cuda_event_wait(event, spin_us > waited ? spin_us - waited : 0, timeout_us - waited, done);
+    }
+  }
+  *done = few_has_ended(few, num_blocks);
+  return *done ? KVZ_OK : kvz_cuda_event_wait(event, 0, 0, done);
 }
 
 }  // namespace
@@ -277,7 +213,7 @@ cudaError_t order_behind(void* stream, void* after, void* event) {
 
 extern "C" {
 
-int32_t kvz_cuda_store(const kvz_cuda_store_args* args, void* stream) {
+int32_t kvz_cuda_store(kvz_cuda_store_args* args, void* stream) {
   using namespace kvz::gpu;
   if (args == nullptr) return KVZ_INVALID_ARGUMENT;
   int32_t status = check_move(args->move);
@@ -285,15 +221,18 @@ int32_t kvz_cuda_store(const kvz_cuda_store_args* args, void* stream) {
   const OnDevice device(args->device);
   if (device.error != cudaSuccess) return status_of(device.error);
   cudaError_t error = order_behind(stream, args->after, args->order);
+  if (error == cudaSuccess) error = launch_few_store(*args, stream_of(stream));
   if (error != cudaSuccess) return status_of(error);
-  status = kvz_cuda_encode(&args->encode, stream);
-  if (status != KVZ_OK) return status;
-  error = launch_move<true>(args->move, stream_of(stream));
+  if (args->few.launch == 0) {
+    status = kvz_cuda_encode(&args->encode, stream);
+    if (status != KVZ_OK) return status;
+    error = launch_move<true>(args->move, stream_of(stream));
+  }
   if (error == cudaSuccess) error = cudaEventRecord(event_of(args->done), stream_of(stream));
   return status_of(error);
 }
 
-int32_t kvz_cuda_load(const kvz_cuda_load_args* args, void* stream) {
+int32_t kvz_cuda_load(kvz_cuda_load_args* args, void* stream) {
   using namespace kvz::gpu;
   if (args == nullptr || args->move.checked_bytes == nullptr) return KVZ_INVALID_ARGUMENT;
   int32_t status = check_move(args->move);
@@ -301,11 +240,27 @@ int32_t kvz_cuda_load(const kvz_cuda_load_args* args, void* stream) {
   const OnDevice device(args->device);
   if (device.error != cudaSuccess) return status_of(device.error);
   cudaError_t error = order_behind(stream, args->after, args->order);
-  if (error == cudaSuccess) error = launch_move<false>(args->move, stream_of(stream));
+  if (error == cudaSuccess) error = launch_few_load(*args, stream_of(stream));
   if (error != cudaSuccess) return status_of(error);
-  status = kvz_cuda_decode(&args->decode, stream);
-  if (status != KVZ_OK) return status;
+  if (args->few.launch == 0) {
+    error = launch_move<false>(args->move, stream_of(stream));
+    if (error != cudaSuccess) return status_of(error);
+    status = kvz_cuda_decode(&args->decode, stream);
+    if (status != KVZ_OK) return status;
+  }
   return status_of(cudaEventRecord(event_of(args->done), stream_of(stream)));
+}
+
+int32_t kvz_cuda_store_wait(const kvz_cuda_store_args* args, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
+  using namespace kvz::gpu;
+  if (args == nullptr || done == nullptr) return KVZ_INVALID_ARGUMENT;
+  return wait_for_swap(args->few, args->encode.num_blocks, args->done, spin_us, timeout_us, done);
+}
+
+int32_t kvz_cuda_load_wait(const kvz_cuda_load_args* args, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
+  using namespace kvz::gpu;
+  if (args == nullptr || done == nullptr) return KVZ_INVALID_ARGUMENT;
+  return wait_for_swap(args->few, args->decode.num_blocks, args->done, spin_us, timeout_us, done);
 }
 
 int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stream) {

@@ -14,7 +14,7 @@
 #define KVZ_API __attribute__((visibility("default")))
 #endif
 
-#define KVZ_ABI_VERSION 3
+#define KVZ_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -230,9 +230,26 @@ typedef struct kvz_cuda_move_args {
   uint32_t most_pieces;   // set by the call
 } kvz_cuda_move_args;
 
+// Small transfers of few pages may go by kernels of their own, which need devices with thread block clusters and write
+// to mapped host memory themselves: the host sees their end there, before an event tells it.
+typedef struct kvz_cuda_few {
+  uint8_t* memory;   // device memory of the stream, kvz_cuda_few_bytes(), zero before its first use, multiple of
+                     // 16; NULL: other kernels do it
+  uint32_t* ends;    // mapped host memory, num_blocks
+  kvz_entry* table;  // mapped host memory, num_blocks * num_segments: of a store out, of a load in
+  const int64_t* block_ids;  // host memory, num_blocks
+  uint64_t* payload_bytes;   // stores: out, num_blocks
+  uint32_t* status;          // stores: out, a kvz_status
+  uint32_t launch;           // set by the call; 0: other kernels do it
+  uint32_t reserved;
+} kvz_cuda_few;
+
+KVZ_API uint64_t kvz_cuda_few_bytes(void);
+
 typedef struct kvz_cuda_store_args {
   kvz_cuda_encode_args encode;
   kvz_cuda_move_args move;
+  kvz_cuda_few few;
   void* after;     // stream that makes the pages: they are read behind what is queued there now
   void* order;     // event for that; may be used again after the call
   void* done;      // event that is recorded behind everything
@@ -243,6 +260,7 @@ typedef struct kvz_cuda_store_args {
 typedef struct kvz_cuda_load_args {
   kvz_cuda_decode_args decode;
   kvz_cuda_move_args move;
+  kvz_cuda_few few;
   void* after;  // stream whose queued work may still use the pages
   void* order;
   void* done;
@@ -252,8 +270,14 @@ typedef struct kvz_cuda_load_args {
 
 // A whole transfer in one call: encode and carry the records to the host, or carry them to the arena, verify and
 // decode. For small transfers; the kernel that carries them slows others while it runs.
-KVZ_API int32_t kvz_cuda_store(const kvz_cuda_store_args* args, void* stream);
-KVZ_API int32_t kvz_cuda_load(const kvz_cuda_load_args* args, void* stream);
+KVZ_API int32_t kvz_cuda_store(kvz_cuda_store_args* args, void* stream);
+KVZ_API int32_t kvz_cuda_load(kvz_cuda_load_args* args, void* stream);
+
+// Wait for its end as kvz_cuda_event_wait does; its results are there when `done` says so.
+KVZ_API int32_t kvz_cuda_store_wait(const kvz_cuda_store_args* args, uint64_t spin_us, uint64_t timeout_us,
+                                    int32_t* done);
+KVZ_API int32_t kvz_cuda_load_wait(const kvz_cuda_load_args* args, uint64_t spin_us, uint64_t timeout_us,
+                                   int32_t* done);
 
 // A chunk of a large store: inputs come from mapped host memory, results go there, by kernels; what they say decides
 // where the records are copied to (kvz_cuda_copy_between).

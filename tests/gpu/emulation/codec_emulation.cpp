@@ -14,6 +14,7 @@
 #include "cuda_decode_strips.inl"
 #include "cuda_encode_rice_fast.inl"
 #include "cuda_encode_strips.inl"
+#include "cuda_few.inl"
 #include "cuda_validate.inl"
 
 namespace {
@@ -127,7 +128,7 @@ void fill_page(uint8_t* base, const kvz_segment& s) {
   }
 }
 
-Case make_case(bool fast, bool rice) {
+Case make_case(bool fast, bool rice, bool few = false) {
   Case c;
   c.fast = fast && !rice;
   c.rice = rice;
@@ -150,6 +151,14 @@ Case make_case(bool fast, bool rice) {
       s.tokens = one_of({16u, 16u, 16u, 32u, 48u});
       s.heads = 1 + below(4);
       s.head_dim = one_of({8u, 16u, 24u, 64u, 64u, 80u, 128u});
+      if (few) {  // whole strips
+        s.heads = 1 + below(3);
+        s.head_dim = 64 * (1 + below(4));
+        if (below(3) == 0) {
+          s.heads = 4 * (1 + below(3));
+          s.head_dim = 16;
+        }
+      }
     } else {
       s.dtype = static_cast<uint8_t>(below(4));
       s.group_tokens = one_of<uint8_t>({16, 8, 4, 2, 1});
@@ -173,6 +182,10 @@ Case make_case(bool fast, bool rice) {
       s.bound_kind = one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS, KVZ_BOUND_TOKEN_RMS,
                                       KVZ_BOUND_TOKEN_RMS, KVZ_BOUND_CHANNEL_TABLE, KVZ_BOUND_CHANNEL_TABLE});
       if (below(2)) s.bound = std::exp2(-unit() * 6);
+    }
+    if (few) {
+      s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_FIXED, KVZ_FIXED, KVZ_FIXED, KVZ_LOSSLESS});
+      s.bound_kind = one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS});
     }
     s.kind = static_cast<uint8_t>(below(3));
     const uint32_t pad = fast ? 8 * below(2) : below(2);  // values between rows
@@ -252,6 +265,81 @@ void run_checksums() {
   emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { checksum(p); });
   for (uint32_t b = 0; b < count; ++b) CHECK(sizes[b] == (b == wrong ? 0 : before[b]));
   CHECK(std::count(scratch.begin(), scratch.end(), 0u) == 2 * count);
+}
+
+// Assert that two entries of a table are equal.
+void check_entry(const kvz_segment& g, const kvz_entry& e, const kvz_entry& f) {
+  if (memcmp(&e, &f, sizeof e) != 0) {
+    fprintf(stderr,
+            "T %u H %u D %u dtype %u G %u coding %u kind %u bound %g: cpu {%u %u %g %u %u %u} gpu {%u %u %g %u %u "
+            "%u}\n",
+            g.tokens, g.heads, g.head_dim, g.dtype, g.group_tokens, g.coding, g.bound_kind, g.bound, e.offset, e.size,
+            static_cast<double>(e.bound), e.coding, e.param, e.reason, f.offset, f.size, static_cast<double>(f.bound),
+            f.coding, f.param, f.reason);
+  }
+  CHECK(memcmp(&e, &f, sizeof e) == 0);
+}
+
+using Payloads =
+    std::vector<std::unique_ptr<uint4[]>>;  // each of its exact size, so that a sanitizer sees what is read beyond it
+
+// Foreign bytes in a few places.
+void spoil(const Case& c, const std::vector<kvz_entry>& table, const std::vector<uint64_t>& payload_bytes,
+           Payloads& payloads, std::vector<kvz_entry>& entries) {
+  const uint32_t segments = static_cast<uint32_t>(c.segments.size());
+  for (uint32_t k = 0; k < 1 + below(3); ++k) {
+    const uint32_t b = below(c.blocks), s = below(segments);
+    kvz_entry& e = entries[b * segments + s];
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(payloads[b].get());
+    switch (below(8)) {
+      case 0:
+        e.offset = static_cast<uint32_t>(g_random());
+        break;
+      case 1:
+        e.size = one_of({e.size + 1, e.size - 1, e.size + 16, 0u, static_cast<uint32_t>(g_random())});
+        break;
+      case 2:
+        e.coding = c.rice
+                       ? one_of<uint8_t>({0, 1, 2, 5, 6, 7, 0x16, 0x26, 0x36, 0x46, 0x17, 8})
+                       : one_of<uint8_t>({0, 1, 2, 3, 4, 5, 0x12, 0x13, 0x14, 0x15, 0x22, 0x24, 0x25, 0x32, 0x42, 8});
+        break;
+      case 3:
+        e.bound = one_of({0.0f, 1e38f, -1.0f, __builtin_nanf(""), 1e-3f, 1e30f, 1e-28f});
+        break;
+      case 4:
+        e.param = static_cast<uint8_t>(g_random());
+        break;
+      case 5:  // a word: still valid, mostly
+        bytes[below(static_cast<uint32_t>(payload_bytes[b]))] = static_cast<uint8_t>(g_random());
+        break;
+      case 6: {  // two classes exchanged: the size stays what it was
+        const uint32_t i = e.offset % 65536 * 16, j = 2 + below(30);
+        if (i + j < payload_bytes[b]) std::swap(bytes[i], bytes[i + j]);
+        break;
+      }
+      default:
+        for (uint64_t i = table[b * segments + s].offset * 16ull + table[b * segments + s].size / 2;
+             i < payload_bytes[b]; ++i) {
+          bytes[i] = static_cast<uint8_t>(g_random());
+        }
+    }
+  }
+}
+
+// The same memory with other bytes, and segments that lead there; empty where the allocator aligns it otherwise.
+std::vector<Case> two_targets(const Case& c) {
+  std::vector<Case> made(2, c);
+  for (size_t i = 0; i < c.segments.size(); ++i) {
+    for (uint8_t& byte : made[0].memory[i]) byte ^= 0x5a;
+    made[1].memory[i] = made[0].memory[i];
+    const uint64_t before = reinterpret_cast<uint64_t>(c.memory[i].data()), skew = c.segments[i].base - before;
+    for (Case& m : made) {
+      const uint64_t now = reinterpret_cast<uint64_t>(m.memory[i].data());
+      m.segments[i].base = now + skew;
+      if (now % 16 != before % 16) return {};
+    }
+  }
+  return made;
 }
 
 uint32_t most_strips(const Case& c) {
@@ -363,19 +451,8 @@ void run_case(Case c) {
   for (uint64_t v : block_state) CHECK(v == 0);
   uint64_t at = 0;
   for (uint32_t b = 0; b < c.blocks; ++b) {
-    for (uint32_t s = 0; s < segments; ++s) {
-      const kvz_entry &e = table[b * segments + s], &f = found[b * segments + s];
-      if (memcmp(&e, &f, sizeof e) != 0) {
-        const kvz_segment& g = c.segments[s];
-        fprintf(stderr,
-                "T %u H %u D %u dtype %u G %u coding %u kind %u bound %g: cpu {%u %u %g %u %u %u} gpu {%u %u %g %u %u "
-                "%u}\n",
-                g.tokens, g.heads, g.head_dim, g.dtype, g.group_tokens, g.coding, g.bound_kind, g.bound, e.offset,
-                e.size, static_cast<double>(e.bound), e.coding, e.param, e.reason, f.offset, f.size,
-                static_cast<double>(f.bound), f.coding, f.param, f.reason);
-      }
-      CHECK(memcmp(&e, &f, sizeof e) == 0);
-    }
+    for (uint32_t s = 0; s < segments; ++s)
+      check_entry(c.segments[s], table[b * segments + s], found[b * segments + s]);
     CHECK(found_bytes[b] == payload_bytes[b]);
     if (stride) at = stride * b;
     CHECK(offsets[b] == at);
@@ -398,8 +475,7 @@ void run_case(Case c) {
 
   // Decode, as it is and with foreign bytes.
   for (int round = 0; round < 4; ++round) {
-    std::vector<std::unique_ptr<uint4[]>>
-        payloads;  // each of its exact size, so that a sanitizer sees what is read beyond it
+    Payloads payloads;
     std::vector<uint64_t> addresses;
     std::vector<kvz_entry> entries = table;
     for (uint32_t b = 0; b < c.blocks; ++b) {
@@ -408,54 +484,11 @@ void run_case(Case c) {
       addresses.push_back(reinterpret_cast<uint64_t>(payloads.back().get()));
     }
     if (round > 0) {
-      for (uint32_t k = 0; k < 1 + below(3); ++k) {
-        const uint32_t b = below(c.blocks), s = below(segments);
-        kvz_entry& e = entries[b * segments + s];
-        uint8_t* bytes = reinterpret_cast<uint8_t*>(payloads[b].get());
-        switch (below(8)) {
-          case 0:
-            e.offset = static_cast<uint32_t>(g_random());
-            break;
-          case 1:
-            e.size = one_of({e.size + 1, e.size - 1, e.size + 16, 0u, static_cast<uint32_t>(g_random())});
-            break;
-          case 2:
-            e.coding =
-                c.rice ? one_of<uint8_t>({0, 1, 2, 5, 6, 7, 0x16, 0x26, 0x36, 0x46, 0x17, 8})
-                       : one_of<uint8_t>({0, 1, 2, 3, 4, 5, 0x12, 0x13, 0x14, 0x15, 0x22, 0x24, 0x25, 0x32, 0x42, 8});
-            break;
-          case 3:
-            e.bound = one_of({0.0f, 1e38f, -1.0f, __builtin_nanf(""), 1e-3f, 1e30f, 1e-28f});
-            break;
-          case 4:
-            e.param = static_cast<uint8_t>(g_random());
-            break;
-          case 5:  // a word: still valid, mostly
-            bytes[below(static_cast<uint32_t>(payload_bytes[b]))] = static_cast<uint8_t>(g_random());
-            break;
-          case 6: {  // two classes exchanged: the size stays what it was
-            const uint32_t i = e.offset % 65536 * 16, j = 2 + below(30);
-            if (i + j < payload_bytes[b]) std::swap(bytes[i], bytes[i + j]);
-            break;
-          }
-          default:
-            for (uint64_t i = table[b * segments + s].offset * 16ull + table[b * segments + s].size / 2;
-                 i < payload_bytes[b]; ++i) {
-              bytes[i] = static_cast<uint8_t>(g_random());
-            }
-        }
-      }
+      spoil(c, table, payload_bytes, payloads, entries);
     }
-    Case cpu = c, gpu = c;
-    for (uint32_t i = 0; i < segments; ++i) {
-      for (uint8_t& byte : cpu.memory[i]) byte ^= 0x5a;
-      gpu.memory[i] = cpu.memory[i];
-      const uint64_t skew = c.segments[i].base - reinterpret_cast<uint64_t>(c.memory[i].data());
-      cpu.segments[i].base = reinterpret_cast<uint64_t>(cpu.memory[i].data()) + skew;
-      gpu.segments[i].base = reinterpret_cast<uint64_t>(gpu.memory[i].data()) + skew;
-      if (reinterpret_cast<uint64_t>(gpu.memory[i].data()) % 16 != reinterpret_cast<uint64_t>(c.memory[i].data()) % 16)
-        return;
-    }
+    std::vector<Case> targets = two_targets(c);
+    if (targets.empty()) return;
+    Case &cpu = targets[0], &gpu = targets[1];
     std::vector<uint32_t> verdict(c.blocks), crcs(c.blocks), scratch(2 * c.blocks);
     const bool checksums = below(2);
     bool any_bad = false;
@@ -547,6 +580,132 @@ void run_case(Case c) {
   }
 }
 
+// The kernels for few pages: the same bytes, in mapped memory, and the same verdicts.
+void run_few(const Case& c) {
+  const uint32_t segments = static_cast<uint32_t>(c.segments.size()), pages = segments * c.blocks;
+  uint64_t worst = 0;
+  for (const kvz_segment& s : c.segments) worst += kvz_max_segment_bytes(&s);
+  std::vector<std::vector<uint8_t>> expected(c.blocks, std::vector<uint8_t>(worst));
+  std::vector<kvz_entry> table(pages), found(pages);
+  std::vector<uint64_t> payload_bytes(c.blocks), found_bytes(c.blocks), sizes(pages);
+  std::vector<uint32_t> sums(c.blocks * kFewSumWords), ends(c.blocks), crcs(c.blocks);
+  uint32_t status = KVZ_OK;
+  for (uint32_t b = 0; b < c.blocks; ++b) {
+    CHECK(kvz_cpu_encode(c.segments.data(), segments, &c.block_ids[b], 1, expected[b].data(), worst,
+                         &table[b * segments], &payload_bytes[b], 1) == KVZ_OK);
+  }
+  const uint32_t header = 16 * below(8), strips = most_strips(c), launch = 1 + below(1000);
+  const uint32_t record_bytes = static_cast<uint32_t>((worst + header + 255) / 256 * 256);
+  std::vector<uint4> host(record_bytes / 16 * c.blocks);
+  memset(host.data(), 0xee, host.size() * 16);
+  FewStore p = {};
+  p.general.segments = c.segments.data();
+  p.general.table = found.data();
+  p.general.payload_bytes = found_bytes.data();
+  p.general.status = &status;
+  p.general.header_units = header / 16;
+  p.general.num_segments = segments;
+  p.general.num_blocks = c.blocks;
+  p.host = reinterpret_cast<uint8_t*>(host.data());
+  p.host_units = host.size();
+  p.sizes = sizes.data();
+  p.sums = sums.data();
+  p.crc32c = crcs.data();
+  p.ends = ends.data();
+  p.launch = launch;
+  for (uint32_t b = 0; b < c.blocks; ++b) p.block_ids[b] = c.block_ids[b];
+  const uint32_t ctas = strips / 16 + 1 + below(std::min(4u, strips));
+  p.strips = (strips + ctas - 1) / ctas;
+  p.general.team_warps = p.strips;
+  p.general.team_bytes = fast_encode_bytes(strips);
+  const int dtype = c.segments[0].dtype;
+  const bool small = below(8) == 0;  // not enough room
+  if (small) p.host_units = below(static_cast<uint32_t>((payload_bytes[0] + header) / 16));
+  emulation::launch(
+      pages * ctas, (p.strips + 1) * 32, few_store_bytes(p.strips, strips),
+      [&](uint8_t* shared) { dtype == KVZ_BF16 ? encode_few<KVZ_BF16>(p, shared) : encode_few<KVZ_FP16>(p, shared); },
+      ctas);
+  for (uint32_t s : sums) CHECK(s == 0);
+  uint64_t at = header;
+  for (uint32_t b = 0; b < c.blocks; ++b) {
+    const uint64_t record = at;
+    at += (payload_bytes[b] + header + 255) / 256 * 256;
+    for (uint32_t s = 0; s < segments; ++s)
+      check_entry(c.segments[s], table[b * segments + s], found[b * segments + s]);
+    CHECK(ends[b] == launch && found_bytes[b] == payload_bytes[b]);
+    CHECK(status == (small ? KVZ_OUT_OF_SPACE : KVZ_OK));
+    if (small) continue;
+    CHECK(memcmp(reinterpret_cast<uint8_t*>(host.data()) + record, expected[b].data(), payload_bytes[b]) == 0);
+    CHECK(crcs[b] == crc_of(expected[b].data(), payload_bytes[b]));
+  }
+
+  for (int round = 0; round < 3; ++round) {
+    Payloads payloads, arena;
+    std::vector<kvz_entry> entries = table;
+    for (uint32_t b = 0; b < c.blocks; ++b) {
+      payloads.emplace_back(new uint4[payload_bytes[b] / 16]);
+      arena.emplace_back(new uint4[payload_bytes[b] / 16]);
+      memcpy(payloads.back().get(), expected[b].data(), payload_bytes[b]);
+    }
+    if (round > 0) spoil(c, table, payload_bytes, payloads, entries);
+    std::vector<Case> targets = two_targets(c);
+    if (targets.empty()) return;
+    Case &cpu = targets[0], &gpu = targets[1];
+    std::vector<uint32_t> bad(c.blocks), block_status(c.blocks, 99), scratch(2 * c.blocks);
+    Counters counters = {};
+    FewLoad d = {};
+    d.general.segments = gpu.segments.data();
+    d.general.counters = &counters;
+    d.general.bad = bad.data();
+    d.general.block_status = block_status.data();
+    d.general.num_segments = segments;
+    d.general.num_blocks = c.blocks;
+    d.general.room_bytes = decode_room_bytes(strips, 0);
+    d.general.validate_lanes = kWarp;
+    d.ends = ends.data();
+    d.scratch = scratch.data();
+    d.launch = launch + 1;
+    d.parts = 1 + below(4);
+    std::copy(entries.begin(), entries.end(), d.table);
+    std::vector<uint32_t> verdict(c.blocks);
+    for (uint32_t b = 0; b < c.blocks; ++b) {
+      const uint8_t* const payload = reinterpret_cast<const uint8_t*>(payloads[b].get());
+      uint32_t crc = crc_of(payload, payload_bytes[b]);
+      verdict[b] = static_cast<uint32_t>(kvz_cpu_validate(cpu.segments.data(), segments, 1, &payload, &payload_bytes[b],
+                                                          &entries[b * segments], 1, nullptr, nullptr));
+      for (uint32_t s = 0; s < segments; ++s) {
+        // Steps of tokens and channels are for other kernels: the engine knows which records have them.
+        if ((entries[b * segments + s].coding & ~KVZ_CODING_MASK) != 0) verdict[b] = KVZ_CORRUPT;
+      }
+      if (round > 0 && below(4) == 0) {
+        crc ^= 1u << below(32);
+        verdict[b] = KVZ_CORRUPT;
+      }
+      if (verdict[b] == KVZ_OK) {
+        CHECK(kvz_cpu_decode(cpu.segments.data(), segments, &c.block_ids[b], 1, &payload, &payload_bytes[b],
+                             &entries[b * segments], 1, nullptr, nullptr) == KVZ_OK);
+      }
+      d.expected[b] = few_sum(crc, payload_bytes[b]);
+      d.from[b] = reinterpret_cast<uint64_t>(payload);
+      d.to[b] = reinterpret_cast<uint64_t>(arena[b].get());
+      d.payload_bytes[b] = payload_bytes[b];
+      d.block_ids[b] = c.block_ids[b];
+      d.most_pieces = std::max(d.most_pieces, few_pieces(payload_bytes[b]));
+    }
+    emulation::launch(1 + below(3), 64, 4096,
+                      [&](uint8_t* shared) { fetch_few(d, *reinterpret_cast<uint32_t (*)[4][256]>(shared)); });
+    emulation::launch(pages * d.parts, 32 * (1 + below(4)), fast_decode_bytes(strips, 0), [&](uint8_t* shared) {
+      dtype == KVZ_BF16 ? decode_few<KVZ_BF16>(d, shared) : decode_few<KVZ_FP16>(d, shared);
+    });
+    CHECK(counters.done == 0 && counters.any_bad == 0);
+    for (uint32_t b = 0; b < c.blocks; ++b) {
+      CHECK(ends[b] == launch + 1 && block_status[b] == verdict[b]);
+      CHECK(bad[b] == 0 && scratch[2 * b] == 0 && scratch[2 * b + 1] == 0);
+    }
+    for (uint32_t i = 0; i < segments; ++i) CHECK(cpu.memory[i] == gpu.memory[i]);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -556,6 +715,7 @@ int main(int argc, char** argv) {
     g_random.seed(seed * 1000003 + g_case);
     run_case(make_case(g_case % 3 != 2, g_case % 5 >= 3));
     if (g_case % 4 == 0) run_checksums();
+    run_few(make_case(true, false, true));
   }
   CHECK(cases < 100 || g_rice_fast > 0);
   printf("%u cases equal\n", cases);

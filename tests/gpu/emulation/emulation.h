@@ -53,7 +53,10 @@ struct Fibre {
   Meeting* warp = nullptr;
   Meeting* cta = nullptr;
   Meeting* named = nullptr;  // of the CTA, 16
+  Meeting* cluster = nullptr;
+  uint32_t cluster_size = 1;
   uint8_t* shared = nullptr;
+  const std::unique_ptr<uint4[]>* cluster_shared = nullptr;  // of the CTAs of the cluster
   void* stack_pointer = nullptr;
   bool done = false;
 };
@@ -121,16 +124,25 @@ inline void named_barrier(uint32_t name, uint32_t threads) {
   meet(current->named[name], threads);
 }
 
+inline uint32_t cluster_rank() { return current->block.x % current->cluster_size; }
+inline void cluster_barrier() { meet(*current->cluster, current->block_size.x * current->cluster_size); }
+inline uint8_t* in_rank(uint8_t* shared, uint32_t rank) {
+  if (rank >= current->cluster_size) fail("there is no such CTA in the cluster");
+  return reinterpret_cast<uint8_t*>(current->cluster_shared[rank].get()) + (shared - current->shared);
+}
+
 // Run `body` as a grid. All CTAs are resident and take turns.
-inline void launch(uint32_t ctas, uint32_t threads, uint32_t shared_bytes, const std::function<void(uint8_t*)>& body) {
+inline void launch(uint32_t ctas, uint32_t threads, uint32_t shared_bytes, const std::function<void(uint8_t*)>& body,
+                   uint32_t cluster_size = 1) {
   constexpr size_t kStack = 96 * 1024;
   static std::vector<std::unique_ptr<uint8_t[]>> stacks;
   const size_t total = static_cast<size_t>(ctas) * threads;
   while (stacks.size() < total) stacks.emplace_back(new uint8_t[kStack]);
   std::vector<Fibre> fibres(total);
-  std::vector<Meeting> warps(total / 32), barriers(ctas), named(ctas * 16);
+  std::vector<Meeting> warps(total / 32), barriers(ctas), named(ctas * 16), clusters(ctas / cluster_size);
   std::vector<std::unique_ptr<uint4[]>> shared;
   kernel = &body;
+  shared.reserve(ctas);
   for (uint32_t c = 0; c < ctas; ++c) {
     shared.emplace_back(new uint4[(shared_bytes + 15) / 16]);
     memset(shared.back().get(), 0xa5, (shared_bytes + 15) / 16 * 16);
@@ -144,6 +156,9 @@ inline void launch(uint32_t ctas, uint32_t threads, uint32_t shared_bytes, const
       f.warp = &warps[i / 32];
       f.cta = &barriers[c];
       f.named = &named[c * 16];
+      f.cluster = &clusters[c / cluster_size];
+      f.cluster_size = cluster_size;
+      f.cluster_shared = &shared.data()[c / cluster_size * cluster_size];
       f.shared = reinterpret_cast<uint8_t*>(shared.back().get());
       uintptr_t top = reinterpret_cast<uintptr_t>(stacks[i].get() + kStack) & ~static_cast<uintptr_t>(15);
       void** frame =
