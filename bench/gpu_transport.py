@@ -837,11 +837,10 @@ def beside(bench: TransportBench, compute: Compute, way: Kvzip | None, direction
 
 def section_interference(bench: TransportBench, results: Results, options: argparse.Namespace) -> None:
     torch = bench.torch
-    ways: list[tuple[str, Staging, Kvzip | None]] = [("raw-link", Staging(), None)]
-    for limit, priority in [(n, 0) for n in options.max_ctas] + [(0, n) for n in options.swap_priorities if n]:
-        with results.attempt("interference", f"kvzip-1e-2, at most {limit} CTAs, priority {priority}"):
-            staging = Staging(max_ctas=limit, priority=priority)
-            ways.append(("kvzip-1e-2", staging, Kvzip1e2(bench, staging)))
+    ways: list[tuple[str, int, Kvzip | None]] = [("raw-link", 0, None)]
+    for limit in options.max_ctas:
+        with results.attempt("interference", f"kvzip-1e-2, at most {limit} CTAs"):
+            ways.append(("kvzip-1e-2", limit, Kvzip1e2(bench, Staging(max_ctas=limit))))
     try:
         for kind in ("gemm", "decode"):
             with results.attempt("interference", kind):
@@ -853,18 +852,17 @@ def section_interference(bench: TransportBench, results: Results, options: argpa
                     results.note("interference", f"{work.name}: {work.description}")
                 for priority in options.priorities:
                     compute = Compute(torch, work, priority, 0.02 if options.quick else 0.05)
-                    for name, staging, way in ways:
-                        limit = staging.max_ctas
-                        if priority != options.priorities[0] and (limit not in (0, 32) or staging.priority):
+                    for name, limit, way in ways:
+                        if priority != options.priorities[0] and limit not in (0, 32):
                             continue
                         for direction in ("out", "in"):
                             with results.attempt("interference", f"{name} {direction} beside {work.name}"):
                                 row = beside(bench, compute, way, direction, options.quick)
-                                row = {"way": name, **row, "max_ctas": limit, "swap_priority": staging.priority}
+                                row = {"way": name, **row, "max_ctas": limit}
                                 results.add("interference", [row])
                                 print(
                                     f"{row['compute']:10s} priority {priority:2d} {name:10s} {direction:3s} "
-                                    f"CTAs {limit:3d}, priority {staging.priority}: x {row['slowdown']:.3f} at "
+                                    f"CTAs {limit:3d}: x {row['slowdown']:.3f} at "
                                     f"{row['gb_per_s']:.0f} GB/s "
                                     f"(alone {row['alone_us']:.0f} us, spread {row['alone_spread']:.3f})",
                                     flush=True,
@@ -1121,10 +1119,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--priorities", type=lambda t: [int(p) for p in t.split(",")], default=[0, -1],
         help="of the compute's stream, beside swaps of priority 0 (default: 0,-1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--swap-priorities", type=lambda t: [int(p) for p in t.split(",")], default=[0, -1],
-        help="of the swaps' streams, beside compute of the first priority (default: 0,-1)",
     )  # fmt: skip
     parser.add_argument(
         "--max-ctas", type=lambda t: [int(p) for p in t.split(",")], help="thread blocks of swaps beside compute"

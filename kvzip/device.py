@@ -446,7 +446,7 @@ class DeviceSwap:
                 room = index.take_ahead(count * plan.record_bytes, keys)
                 if room is None:
                     return None
-                ticket = small.store(plan, blocks.block_ids, self._room_runs(room, room.nbytes), after)
+                ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
                 if ticket is not None:
                     transfer = QueuedTransfer(
                         queue, self._driver, self._device, ticket.event, ticket.wait, small.give_event
@@ -520,17 +520,15 @@ class DeviceSwap:
         self._host.count_store(result)
         return result
 
-    def _room_runs(self, room: Room, nbytes: int) -> list[Run]:
-        """Runs of a room's first bytes, by their place in an arena that is copied there."""
+    def _room_runs(self, room: Room) -> list[Run]:
+        """Runs of a room, by their place in an arena that is copied there."""
         base, at, runs = self._pool.address, 0, []
         if len(room.runs) == 1:
-            return [(0, base + room.runs[0][0], nbytes)]
-        for offset, length in room.runs:
-            length = min(length, nbytes - at)
-            if length == 0:
-                break
-            runs.append((at, base + offset, length))
-            at += length
+            offset, nbytes = room.runs[0]
+            return [(0, base + offset, nbytes)]
+        for offset, nbytes in room.runs:
+            runs.append((at, base + offset, nbytes))
+            at += nbytes
         return runs
 
     def _load_small(
@@ -730,13 +728,6 @@ class DeviceSwap:
         max_error = 0.0
 
         rooms: deque[Room] = deque()  # of chunks that were not entered yet
-        free = self._packed and worst <= pool.free_bytes  # nothing need leave, whatever the sizes will be
-
-        def begun(blocks: int) -> None:
-            if free:  # the rest returns when the chunk is entered
-                room = pool.try_take(blocks * pool.round_up(plans[0].most_bytes))
-                if room is not None:
-                    rooms.append(room)
 
         def enter(plan: _StorePlan, chunk: EncodedChunk) -> list[Entry]:
             count, joined = len(chunk.tables), chunk.tables.tobytes()
@@ -754,10 +745,8 @@ class DeviceSwap:
 
         def place(plan: _StorePlan, chunk: EncodedChunk) -> list[Run]:
             if self._packed:  # as the arena: the records are copied before anything is known of them
-                nbytes = chunk.arena_bytes
-                if not (chunk.first == 0 and rooms):
-                    rooms.append(index.take(nbytes, keys))
-                return self._room_runs(rooms[-1], nbytes)
+                rooms.append(index.take(chunk.arena_bytes, keys))
+                return self._room_runs(rooms[-1])
             chunk.verify()
             extent = pool.extent_bytes
             extents = (chunk.payload_bytes.astype(np.int64) + (header + extent - 1)) // extent
@@ -804,7 +793,6 @@ class DeviceSwap:
                     partial(landed, part, plan, original, len(fresh)),
                     partial(copying, plan),
                     transfer._mark_queued if number == len(parts) - 1 else (lambda stream: None),
-                    begun if number == 0 else (lambda blocks: None),
                 )
             index.publish(ready)
         except BaseException:

@@ -535,15 +535,12 @@ class Staging:
             model.
         small_bytes: most raw bytes of a transfer that is queued whole in the caller's thread, without a worker and
             without the copy engine; 0 = none.
-        priority: CUDA priority of the codec kernels' streams in large transfers: -1 goes before 0, where a model
-            usually runs. Then swaps keep their rate beside kernels that fill the GPU, and these take longer.
     """
 
     chunk_bytes: int = 64 << 20
     slots: int = 3
     max_ctas: int = 0
     small_bytes: int = 8 << 20
-    priority: int = 0
 
 
 @lru_cache(maxsize=64)
@@ -622,7 +619,7 @@ class _Pipeline:
         self._staging = staging
         self._slots: list[_Slot] = []
         with ExitStack() as undo:  # a GPU that is full must not get fuller at every try
-            self._kernels = driver.stream_create(staging.priority)
+            self._kernels = driver.stream_create()
             undo.callback(driver.stream_destroy, self._kernels)
             self._copies = driver.stream_create()
             undo.callback(driver.stream_destroy, self._copies)
@@ -736,7 +733,6 @@ class EncodePipeline(_Pipeline):
         landed: Callable[[EncodedChunk], None],
         copying: Callable[[EncodedChunk], None] = lambda chunk: None,
         queued: Callable[[int], None] = lambda stream: None,
-        begun: Callable[[int], None] = lambda blocks: None,
     ) -> Steps[None]:
         """Steps that encode blocks and copy their records to host memory; the first one launches the first encoder.
 
@@ -751,7 +747,6 @@ class EncodePipeline(_Pipeline):
             copying: called while a chunk's copy is under way.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last page was read.
-            begun: called with the blocks of the first chunk while that is encoded.
 
         Raises:
             NativeError: what the encoder said cannot be.
@@ -764,20 +759,22 @@ class EncodePipeline(_Pipeline):
 
         def copy() -> Steps[None]:
             slot, call, first = ahead.popleft()
-            if first == 0:
-                begun(len(call.payload_bytes))
             yield Wait(slot.kernel_done, SPIN_US if len(moving) > 1 else _EDGE_SPIN_US)
             chunk, arena = call.chunk(first), slot.arena
             pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
             self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
-            chunk.verify()
             moving.append((slot, chunk))
             noted.append(chunk)
+
+        def note() -> None:
+            chunk = noted.popleft()
+            chunk.verify()
+            copying(chunk)
 
         def land() -> Steps[None]:
             slot, chunk = moving.popleft()
             if len(noted) > len(moving):
-                copying(noted.popleft())
+                note()
             yield Wait(slot.copy_done, SPIN_US if moving else _EDGE_SPIN_US)
             slot.busy = False
             landed(chunk)
@@ -806,14 +803,16 @@ class EncodePipeline(_Pipeline):
                     yield HAND_OVER
                 # What the host notes of a chunk has time while later ones move.
                 if len(noted) > 1:
-                    copying(noted.popleft())
-                # Where the encoder is slower than the link, beside a busy model, it has the next chunk at once.
-                while len(ahead) > next_is_free():
+                    note()
+                # Where the encoder is slower than the link, beside a busy model, it has the next chunk at once. But the
+                # link begins with two: to launch an encoder takes the host as long as the link takes for a short chunk.
+                link_waits = bool(first) and not moving
+                while ahead and (link_waits or len(ahead) > next_is_free()):
                     yield from copy()
             while ahead:
                 yield from copy()
             while noted:
-                copying(noted.popleft())
+                note()
             while moving:
                 yield from land()
         finally:

@@ -287,14 +287,14 @@ def test_measured_error_is_within_the_bound() -> None:
 @pytest.mark.parametrize(
     ("link_is_slow", "wanted"),
     [
-        (True, "encode encode copy encode copy copy note encode note copy encode note copy note note"),
-        (False, "encode encode copy encode copy note encode copy note encode copy copy note note note"),
+        (True, "encode encode copy copy encode note copy encode note copy encode note copy note note"),
+        (False, "encode encode copy copy encode note encode copy note encode copy copy note note note"),
     ],
 )
 def test_the_link_gets_its_chunks_before_the_host_notes_them(
     monkeypatch: pytest.MonkeyPatch, link_is_slow: bool, wanted: str
 ) -> None:
-    """Out: what the host notes of a chunk waits while it has a
+    """Out: the link begins with two chunks, and what the host notes of one waits while it has a
     chunk to copy, or a free slot to encode one ahead. In: a chunk's copy is queued before its decoder."""
     rig = Rig(bound=ErrorBound.lossless(), chunk_blocks=4)
     steps: list[str] = []
