@@ -446,7 +446,7 @@ class SwapEngine:
             self._last_request = (settings, layout, sink, known[2])
             return known[2]
         bounds = resolve(settings.bound, layout, sink)
-        if not self._bound_given and isinstance(settings.bound, BoundPolicy) and not settings.codec.lossless_only:
+        if not self._bound_given and isinstance(settings.bound, BoundPolicy):
             unknown = sum(s.kind == "" and s.dtype is not DType.OPAQUE for s in layout.segments)
             if unknown:
                 log_once(

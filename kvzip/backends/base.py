@@ -100,13 +100,13 @@ class Codec(abc.ABC):
         """What holds where nobody says a bound: `BoundPolicy.uncalibrated`.
 
         A codec that has no bounds by token gets the bound of K, the finer one, for V too; one that takes a single bound
-        gets it for all pages.
+        gets it for all pages. One that ignores bounds says what it does: lossless.
         """
+        if self.lossless_only:
+            return ErrorBound.lossless()
         policy = BoundPolicy.uncalibrated()
-        for bound in (policy, policy.with_keys_bound()):
-            if self.lossless_only or self._unknown_kinds(bound) == set():
-                return bound
-        return policy.key
+        fitting = (bound for bound in (policy, policy.with_keys_bound()) if not self._unknown_kinds(bound))
+        return next(fitting, policy.key)
 
     def default_mode(self, bound: ErrorBound | BoundPolicy) -> str:
         """The mode where nobody says one: the first, unless a codec knows a better one for a bound."""

@@ -282,6 +282,7 @@ def test_the_default_of_a_codec_without_bounds_by_token_is_the_finer_of_the_two(
     with kvzip.SwapEngine(1 << 20) as engine:
         assert engine.configure(codec=Pages()).bound == BoundPolicy(finer, finer)
         assert engine.configure(codec=Single()).bound == finer
+        assert engine.configure(codec="raw").bound == ErrorBound.lossless()
         assert engine.configure(codec="cuszp").bound == BoundPolicy.uncalibrated()
 
 
