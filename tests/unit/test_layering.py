@@ -42,7 +42,7 @@ LAYERS: list[set[str]] = [
         "kvzip.integrity",
         "kvzip.backends",
     },
-    {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop", "kvzip.calibration"},
+    {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop", "kvzip.calibration", "kvzip.extents"},
     {"kvzip.bounds"},
     {"kvzip.types", "kvzip.errors", "kvzip._config", "kvzip._log", "kvzip._process"},
 ]
