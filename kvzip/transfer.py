@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from kvzip._log import log_once
-from kvzip.errors import KvzipError, PoolExhaustedError, TransferError
+from kvzip.errors import ConfigError, KvzipError, PoolExhaustedError, TransferError
 from kvzip.interop.torch import stream_handle
 
 _log = logging.getLogger("kvzip")
@@ -121,7 +121,9 @@ class Transfer:
 
         Raises:
             TransferError: it failed; the pool and the pages are as they were.
+            ConfigError: the timeout is no number.
         """
+        timeout_seconds = _seconds(timeout_seconds)
         started, help_it = time.monotonic(), self._help
         if help_it is not None:
             help_it(timeout_seconds)
@@ -322,7 +324,7 @@ class QueuedTransfer(Transfer):
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """See `Transfer.wait`."""
-        if not self._ended and not self._queue.complete(self, timeout_seconds):
+        if not self._ended and not self._queue.complete(self, _seconds(timeout_seconds)):
             return False
         if self._error is not None:
             raise self._error
@@ -404,8 +406,8 @@ class TransferQueue:
         try:
             if not self._wait(transfer, timeout_seconds if wait else 0):
                 return False
-        except Exception as caught:  # the device is at fault, and with it all that is queued
-            error = caught
+        except KvzipError as caught:  # the device is at fault, and with it all that is queued
+            error = caught  # anything else is not, such as what a signal raises here: the device goes on
         if not self.lock.acquire(blocking=wait):
             return transfer._ended
         try:
@@ -457,6 +459,16 @@ class TransferQueue:
             transfer._finish(land(error))
         except BaseException as caught:
             transfer._fail(transfer_error(self._what, caught))
+
+
+def _seconds(timeout: float | None) -> float | None:
+    """A caller's timeout, before anything depends on it."""
+    if timeout is None:
+        return None
+    try:
+        return min(float(timeout), threading.TIMEOUT_MAX)
+    except (TypeError, ValueError):
+        raise ConfigError(f"timeout {timeout!r}: give seconds, or None to wait for ever") from None
 
 
 def transfer_error(what: str, error: BaseException) -> KvzipError:

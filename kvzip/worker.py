@@ -145,7 +145,7 @@ class Worker:
             return
         try:
             end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-            with contextlib.suppress(Exception), OnDevice(driver, self._device):  # one that fails the worker finds out
+            with contextlib.suppress(KvzipError), OnDevice(driver, self._device):  # one that fails the worker finds out
                 self._drive(job, end, helps=True)
         finally:
             job.lock.release()
@@ -165,6 +165,8 @@ class Worker:
                 if due is not None and due.event and not self._wait(due, end):
                     return
             except Exception as error:  # of the device: the steps clean up
+                if helps and not isinstance(error, KvzipError):  # of this thread, as from a signal: the job goes on
+                    raise
                 self._step(job, error)
             else:
                 self._step(job)
