@@ -80,6 +80,27 @@ KVZ_DEV float bound_at(const Bounds& b, uint32_t token, uint32_t head, uint32_t 
 // ---- bounds of tokens
 // ---------------------------------------------------------------------------------------------------
 
+// Bound over rms of the scaled values, about.
+KVZ_DEV float token_factor(double r, float scale) {
+  return static_cast<float>(r * (1.0 - 1.0 / 524288.0)) * reciprocal(scale);
+}
+
+// As token_bound; most answers need no float64: the bound keeps five significant bits, of which float32 is sure when
+// the error of it, less than 2^-20, does not reach the next number. `factor` is token_factor(r, scale).
+KVZ_DEV float token_bound_fast(double r, float factor, float sum, uint32_t head_dim, float scale) {
+#if defined(KVZ_EMULATE)
+  const float about = __builtin_sqrtf(sum / static_cast<float>(head_dim)) * factor;
+#else
+  const float about = __fsqrt_rn(sum * __frcp_rn(static_cast<float>(head_dim))) * factor;
+#endif
+  constexpr float kNear = 1.0f / 524288.0f;
+  const uint32_t low = bits_of(about * (1.0f - kNear)), high = bits_of(about * (1.0f + kNear));
+  if (low >> KVZ_SCALE_SHIFT == high >> KVZ_SCALE_SHIFT && about > 1e-20f && about < 1e20f && sum > 1e-20f) {
+    return float_of(low >> KVZ_SCALE_SHIFT << KVZ_SCALE_SHIFT);
+  }
+  return token_bound(r, sum, head_dim, scale);
+}
+
 // Sum over a vector as the format adds it: neighbours first. By one warp, the same in all lanes.
 template <int DTYPE>
 KVZ_DEV float square_sum(const uint8_t* from, uint32_t dim, float scale, uint32_t lane, uint32_t& magnitudes) {
@@ -190,7 +211,7 @@ KVZ_DEV_NOINLINE bool scales_are_valid(const uint8_t* scales, uint32_t count, ui
   bool bad = false;
   for (uint64_t i = lane; i < padded; i += width) {
     const uint32_t c = scales[i];
-    bad = bad || (i < count ? c > most && c != KVZ_SCALE_ZERO : c != 0);
+    bad = (i < count ? c > most && c != KVZ_SCALE_ZERO : c != 0) || bad;
   }
   return !bad;
 }

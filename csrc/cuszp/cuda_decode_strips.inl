@@ -10,6 +10,18 @@
 namespace kvz {
 namespace gpu {
 
+// What is known of a page before its bytes: looked up in the background, two pages ahead.
+struct Ahead {
+  kvz_entry entry;
+  uint64_t payload;
+  int64_t block_id;
+  kvz_segment segment;
+  uint32_t refused, unused;
+};
+static_assert(sizeof(kvz_segment) % 8 == 0 && sizeof(Ahead) % 16 == 0, "copies are of 8 and 16 bytes");
+constexpr uint32_t kAheads = 3;  // this page, the next, and the one after it
+constexpr uint32_t kDecodeRoom = (kSharedBytes + kAheads * static_cast<uint32_t>(sizeof(Ahead)) + 15) / 16 * 16;
+
 // When decoding: segments, and behind them what may be read of words that no group has.
 constexpr uint32_t kBehindRoom = 32;
 constexpr uint32_t decode_room_bytes(uint32_t strips, uint32_t vectors) {
@@ -17,7 +29,7 @@ constexpr uint32_t decode_room_bytes(uint32_t strips, uint32_t vectors) {
 }
 // The last part is the steps of the vectors, tokens x heads, of a page.
 constexpr uint32_t fast_decode_bytes(uint32_t strips, uint32_t vectors) {
-  return kSharedBytes + decode_room_bytes(strips, vectors) + kBehindRoom + vectors * 4;
+  return kDecodeRoom + decode_room_bytes(strips, vectors) + kBehindRoom + vectors * 4;
 }
 
 // Steps of vectors, which have at most 5 significant bits: the upper half of the float32, in both halves. The step of a
@@ -152,10 +164,13 @@ struct SameSteps {  // the same for all tokens
 struct TokenSteps {
   const uint32_t* vectors;  // of 16 tokens, a multiple of 16
   uint32_t mask;
-  KVZ_DEV uint32_t bf16(int t) const { return vectors[t] & mask; }
+  KVZ_DEV uint32_t bf16(int t) const {  // four loads become one: t is a constant
+    const uint4 four = reinterpret_cast<const uint4*>(vectors)[t / 4];
+    return (t % 4 == 0 ? four.x : t % 4 == 1 ? four.y : t % 4 == 2 ? four.z : four.w) & mask;
+  }
   template <int DTYPE>
   KVZ_DEV uint32_t values(int t, uint32_t u0, uint32_t u1, float zero) const {
-    const uint32_t both = vectors[t] & mask;
+    const uint32_t both = bf16(t);
     return narrow2<DTYPE>((float_of(u0) - zero) * float_of(both << 16),
                           (float_of(u1) - zero) * float_of(both & 0xffff0000u));
   }
@@ -234,29 +249,43 @@ KVZ_DEV float channel_step(uint32_t coding, uint32_t width, float bound) {
   return step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), usable ? bound : 0.0f);
 }
 
-// A page in shared memory to its place, or one of several parts of it. `WITHIN`: its steps differ within it; `vectors`
-// is room for those by token. By the whole CTA.
-template <int DTYPE, bool WITHIN>
-KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment& segment, int64_t block_id,
+// Most pages have one row of whole strips, and the strips of a warp lie as far apart as strip_step says: what would have
+// to be divided elsewhere is known there. Their classes are nibbles.
+KVZ_DEV bool is_usual(const Strips& strips, uint32_t warps, uint32_t coding) {
+  return coding != KVZ_OUTLIER && (strips.head_dim & (strips.head_dim - 1)) == 0 && strip_step(strips, warps) != 0;
+}
+
+// A page in shared memory to its place; `STEPS`, KVZ_STEPS_PAGE or another, says what its steps depend on. `vectors` is room for
+// those by token, `USUAL` says that the page is as above. By the whole CTA.
+template <int DTYPE, int STEPS, bool USUAL>
+KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment& segment, const Strips& strips,
                            const kvz_entry& entry, const uint8_t* data, uint32_t part = 0, uint32_t parts = 1) {
+  constexpr bool kByToken = STEPS == KVZ_STEPS_TOKEN;
   const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x), warps = blockDim.x / kWarp;
   const uint32_t coding = entry.coding & KVZ_CODING_MASK;
-  const Strips strips = strips_of(segment, block_id);
-  const uint32_t count = strips.count, rounds = (count + warps - 1) / warps;
-  const uint32_t groups = segment.tokens / 16 * strips.channels;
+  const uint32_t count = strips.count;
+  const uint32_t groups = USUAL ? strips.channels : segment.tokens / 16 * strips.channels;
   const uint32_t class_bytes = coding == KVZ_OUTLIER || coding == KVZ_LOSSLESS ? groups : groups / 2;
-  const bool by_token = WITHIN && (entry.coding & KVZ_STEPS_MASK) == KVZ_STEPS_TOKEN;
-  const uint32_t scales = by_token ? segment.tokens * segment.heads : 0;
+  const uint32_t scales = kByToken ? segment.tokens * segment.heads : 0;
   if (scales + class_bytes > entry.size) return;
   // Steps of 16 tokens and a head stand together.
-  for (uint32_t v = threadIdx.x; v < scales; v += blockDim.x) {
-    const uint32_t token = v / segment.heads, head = v - token * segment.heads;
-    vectors[(token / 16 * segment.heads + head) * 16 + token % 16] =
-        vector_step<DTYPE>(bound_of_scale(data[v], entry.bound));
+  if constexpr (kByToken) {
+    for (uint32_t v = threadIdx.x; v < scales; v += blockDim.x) {
+      const uint32_t block = v / 16, row = USUAL ? 0 : block / segment.heads, head = block - row * segment.heads;
+      const uint8_t scale = data[(row * 16 + v % 16) * segment.heads + head];
+      vectors[v] = vector_step<DTYPE>(bound_of_scale(scale, entry.bound));
+    }
   }
   data += scales;
 
   const uint32_t fixed_words = coding == KVZ_LOSSLESS ? Traits<DTYPE>::kFraction + 1 : 0;
+  const auto place_of = [&](uint32_t index) {
+    if (!USUAL) return groups_at(strips, index, lane);
+    Groups at;
+    at.first = index * kStripChannels + lane * 2;
+    at.inside = true;
+    return at;
+  };
   // Classes of a lane's groups of a strip, and the widths that they stand for; 0 where there is no group.
   struct Widths {
     uint32_t classes, width0, width1, apart0, apart1;
@@ -264,11 +293,11 @@ KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment&
   const auto widths_at = [&](uint32_t index) {
     Widths w = {};
     if (index >= count) return w;
-    const Groups at = groups_at(strips, index, lane);
+    const Groups at = place_of(index);
     if (!at.inside) return w;
-    w.classes = load_class_pair(data, coding, at.first);
+    w.classes = load_class_pair(data, USUAL ? KVZ_FIXED : coding, at.first);
     uint32_t c0 = w.classes & 255u, c1 = w.classes >> 8;
-    if (coding == KVZ_OUTLIER) {
+    if (!USUAL && coding == KVZ_OUTLIER) {
       w.apart0 = c0 >> 6;
       w.apart1 = c1 >> 6;
       c0 = (c0 & 63u) == KVZ_BYTE_RAW ? KVZ_NIBBLE_RAW : c0 & 63u;
@@ -280,192 +309,215 @@ KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment&
   };
   const auto words_of = [](const Widths& w) { return w.width0 + w.width1 + w.apart0 + w.apart1; };
 
-  for (uint32_t k = 0; k < rounds; k += 2) {
-    const uint32_t index = k * warps + warp, second = index + warps;
+  for (uint32_t index = warp; index < count; index += 2 * warps) {
+    const uint32_t second = index + warps;
     const uint32_t both = __reduce_add_sync(kAllLanes, words_of(widths_at(index)) | words_of(widths_at(second)) << 16);
-    if (lane == 0 && index < count) shared.words[index] = both & 0xffffu;
-    if (lane == 0 && second < count) shared.words[second] = both >> 16;
+    if (lane == 0) {
+      shared.words[index] = both & 0xffffu;
+      if (second < count) shared.words[second] = both >> 16;
+    }
   }
   __syncthreads();
 
   const Prefix prefix = prefix_of(shared.words, count, lane);
-  if (scales + class_bytes + 2 * prefix.total == entry.size) {
-    float step = 1.0f;  // lane w: S for width w
-    if (coding != KVZ_LOSSLESS) {
-      step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
+  if (scales + class_bytes + 2 * prefix.total != entry.size) return;
+  float step = 1.0f;  // lane w: S for width w
+  if (coding != KVZ_LOSSLESS) {
+    step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(lane & 15u), entry.bound);
+  }
+  const uint32_t step_warps = parts * warps, own = part * warps + warp;  // as if all parts' warps were of one CTA
+  const int64_t strip_bytes = strip_step(strips, step_warps);
+  uint8_t* page_to = value_address(strips, 0, own * kStripChannels + lane * 2);
+  for (uint32_t pair = own; pair < count; pair += 2 * step_warps) {
+    Widths w[2];
+    float bounds[2][2];
+#pragma unroll
+    for (uint32_t j = 0; j < 2; ++j) {
+      const uint32_t index = pair + j * step_warps;
+      w[j] = widths_at(index);
+      if (STEPS != KVZ_STEPS_CHANNEL || index >= count) continue;
+      const Groups at = place_of(index);
+      const uint32_t channel = USUAL ? at.first : strip_at(strips, index).channel + (at.inside ? lane * 2 : 0);
+      const float* const from = reinterpret_cast<const float*>(segment.channel_bounds) + channel;
+      bounds[j][0] = from[0];
+      bounds[j][1] = from[1];
     }
-    const uint32_t step_warps = parts * warps, own = part * warps + warp;  // as if all parts' warps were of one CTA
-    const int64_t strip_bytes = strip_step(strips, step_warps);
-    uint8_t* page_to = value_address(strips, 0, own * kStripChannels + lane * 2);
-    for (uint32_t k = 0; k * step_warps < count; k += 2) {
-      Widths w[2];
+    const uint32_t both = words_of(w[0]) | words_of(w[1]) << 16, before = inclusive_sum(both, lane) - both;
 #pragma unroll
-      for (uint32_t j = 0; j < 2; ++j) w[j] = widths_at((k + j) * step_warps + own);
-      const uint32_t both = words_of(w[0]) | words_of(w[1]) << 16, before = inclusive_sum(both, lane) - both;
-#pragma unroll
-      for (uint32_t j = 0; j < 2; ++j) {
-        const uint32_t index = (k + j) * step_warps + own;
-        if (index >= count) break;
-        const uint32_t position =
-            class_bytes / 2 + words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
-        const uint16_t* const words0 = reinterpret_cast<const uint16_t*>(data) + position;
-        const uint16_t* const words1 = words0 + w[j].width0;
-        const uint32_t have = ((1u << w[j].width0) - 1u) | ((1u << w[j].width1) - 1u) << 16;
-        const Groups at = groups_at(strips, index, lane);
-        if (strip_bytes == 0) {
-          const Strip strip = strip_at(strips, index);
-          page_to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
-        }
-        Rows rows;
-        rows.inside = at.inside;
-        rows.to = page_to;
-        page_to += strip_bytes;
-        rows.stride = static_cast<int32_t>(strips.token_stride);
-        const uint32_t widest = w[j].width0 > w[j].width1 ? w[j].width0 : w[j].width1;
-        const uint32_t bases = coding == KVZ_LOSSLESS && at.inside ? data[groups / 2 + at.first / 2] : 0u;
-        bool medium = coding == KVZ_FIXED && !__any_sync(kAllLanes, widest > 12);
-        const bool narrow = DTYPE == KVZ_BF16 && !__any_sync(kAllLanes, widest > 7);
-        float step0 = 1.0f, step1 = 1.0f;
-        const uint32_t* tokens = nullptr;
-        if (!WITHIN) {
-          step0 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width0 & 15u));
-          step1 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width1 & 15u));
-          medium = medium && 2.0f * entry.bound <= kLargestMediumStep;
+    for (uint32_t j = 0; j < 2; ++j) {
+      const uint32_t index = pair + j * step_warps;
+      if (index >= count) break;
+      const uint32_t position = class_bytes / 2 + words_before(prefix, index, lane) + ((before >> (16 * j)) & 0xffffu);
+      const uint16_t* const words0 = reinterpret_cast<const uint16_t*>(data) + position;
+      const uint16_t* const words1 = words0 + w[j].width0;
+      const uint32_t have = ((1u << w[j].width0) - 1u) | ((1u << w[j].width1) - 1u) << 16;
+      const Groups at = place_of(index);
+      if (!USUAL && strip_bytes == 0) {
+        const Strip strip = strip_at(strips, index);
+        page_to = at.inside ? value_address(strips, strip.row * 16, strip.channel + lane * 2) : nullptr;
+      }
+      Rows rows;
+      rows.inside = at.inside;
+      rows.to = page_to;
+      page_to += strip_bytes;
+      rows.stride = static_cast<int32_t>(strips.token_stride);
+      const uint32_t widest = w[j].width0 > w[j].width1 ? w[j].width0 : w[j].width1;
+      const uint32_t bases = coding == KVZ_LOSSLESS && at.inside ? data[groups / 2 + at.first / 2] : 0u;
+      bool medium = coding == KVZ_FIXED && !__any_sync(kAllLanes, widest > 12);
+      const bool narrow = DTYPE == KVZ_BF16 && !__any_sync(kAllLanes, widest > 7);
+      float step0 = 1.0f, step1 = 1.0f;
+      const uint32_t* tokens = nullptr;
+      if constexpr (STEPS == KVZ_STEPS_PAGE) {
+        step0 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width0 & 15u));
+        step1 = __shfl_sync(kAllLanes, step, static_cast<int>(w[j].width1 & 15u));
+        medium = medium && 2.0f * entry.bound <= kLargestMediumStep;
+      } else if constexpr (kByToken) {
+        if (USUAL) {
+          tokens = vectors + (at.first >> (31 - __clz(static_cast<int>(strips.head_dim)))) * 16;
         } else {
           const Strip strip = strip_at(strips, index);
           const uint32_t channel = strip.channel + (at.inside ? lane * 2 : 0);
-          if (by_token) {
-            tokens = vectors + (strip.row * segment.heads + channel / segment.head_dim) * 16;
-          } else {
-            const float* const bounds = reinterpret_cast<const float*>(segment.channel_bounds) + channel;
-            step0 = channel_step<DTYPE>(coding, w[j].width0, bounds[0]);
-            step1 = channel_step<DTYPE>(coding, w[j].width1, bounds[1]);
-            const bool fits =
-                step0 > 0.0f && step1 > 0.0f && step0 <= kLargestMediumStep && step1 <= kLargestMediumStep;
-            medium = __all_sync(kAllLanes, fits) && medium;
-          }
+          tokens = vectors + (strip.row * segment.heads + channel / segment.head_dim) * 16;
         }
-        if (medium && tokens != nullptr) {
-          const uint32_t mask = step_mask<DTYPE>(KVZ_FIXED, w[j].width0) | step_mask<DTYPE>(KVZ_FIXED, w[j].width1)
-                                                                               << 16;
-          if (narrow) {
-            decode_strip_narrow(words0, words1, have, TokenSteps{tokens, mask}, rows);
-          } else {
-            decode_strip_medium<DTYPE>(words0, words1, have, TokenSteps{tokens, mask}, rows);
-          }
-        } else if (medium) {
-          if (narrow) {
-            decode_strip_narrow(words0, words1, have, SameSteps(step0, step1), rows);
-          } else {
-            decode_strip_medium<DTYPE>(words0, words1, have, SameSteps(step0, step1), rows);
-          }
-        } else if (coding == KVZ_LOSSLESS && !__any_sync(kAllLanes, (w[j].classes & 255u) == KVZ_NIBBLE_RAW ||
-                                                                        w[j].classes >> 8 == KVZ_NIBBLE_RAW)) {
-          decode_strip_lossless<DTYPE>(words0, words1, have, bases, entry.param, rows);
+      } else {
+        step0 = channel_step<DTYPE>(coding, w[j].width0, bounds[j][0]);
+        step1 = channel_step<DTYPE>(coding, w[j].width1, bounds[j][1]);
+        const bool fits = step0 > 0.0f && step1 > 0.0f && step0 <= kLargestMediumStep && step1 <= kLargestMediumStep;
+        medium = __all_sync(kAllLanes, fits) && medium;
+      }
+      const auto decode_with = [&](const auto& steps) {
+        if (narrow) {
+          decode_strip_narrow(words0, words1, have, steps, rows);
         } else {
-          decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step0, step1, tokens,
-                                  rows.to, rows.stride);
+          decode_strip_medium<DTYPE>(words0, words1, have, steps, rows);
         }
+      };
+      if (medium) {
+        if constexpr (kByToken) {
+          const uint32_t mask0 = step_mask<DTYPE>(KVZ_FIXED, w[j].width0);
+          decode_with(TokenSteps{tokens, mask0 | step_mask<DTYPE>(KVZ_FIXED, w[j].width1) << 16});
+        } else {
+          decode_with(SameSteps(step0, step1));
+        }
+      } else if (STEPS == KVZ_STEPS_PAGE && coding == KVZ_LOSSLESS &&
+                 !__any_sync(kAllLanes,
+                             (w[j].classes & 255u) == KVZ_NIBBLE_RAW || w[j].classes >> 8 == KVZ_NIBBLE_RAW)) {
+        decode_strip_lossless<DTYPE>(words0, words1, have, bases, entry.param, rows);
+      } else {
+        decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step0, step1, tokens,
+                                rows.to, rows.stride);
       }
     }
   }
 }
 
 // Out of line, so that the registers of the others stay what they are; what is passed by reference would leave them.
-template <int DTYPE>
-KVZ_DEV_NOINLINE void decode_strips_within(const DecodeParams& p, uint8_t* memory, uint32_t segment_index,
-                                           int64_t block_id, uint32_t coding, uint32_t size, float bound,
-                                           const uint8_t* data) {
-  const kvz_segment segment = p.segments[segment_index];
-  kvz_entry entry = {};
-  entry.coding = static_cast<uint8_t>(coding);
-  entry.size = size;
-  entry.bound = bound;
-  uint32_t* const vectors = reinterpret_cast<uint32_t*>(memory + kSharedBytes + p.room_bytes + kBehindRoom);
-  decode_strips<DTYPE, true>(*reinterpret_cast<Shared*>(memory), vectors, segment, block_id, entry, data);
+template <int DTYPE, int STEPS, bool USUAL>
+KVZ_DEV_NOINLINE void decode_strips_apart(const DecodeParams& p, uint8_t* memory, uint32_t slot, const uint8_t* data) {
+  const Ahead& page = reinterpret_cast<const Ahead*>(memory + kSharedBytes)[slot];
+  uint32_t* const vectors = reinterpret_cast<uint32_t*>(memory + kDecodeRoom + p.room_bytes + kBehindRoom);
+  decode_strips<DTYPE, STEPS, USUAL>(*reinterpret_cast<Shared*>(memory), vectors, page.segment,
+                                     strips_of(page.segment, page.block_id), page.entry, data);
 }
 
 // `WITHIN`: steps may differ within pages.
 template <int DTYPE, bool WITHIN>
 KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  uint8_t* const room = memory + kSharedBytes;
+  Ahead* const aheads = reinterpret_cast<Ahead*>(memory + kSharedBytes);
+  uint8_t* const room = memory + kDecodeRoom;
   const uint32_t thread = threadIdx.x;
-  const uint32_t pages = p.num_blocks * p.num_segments;
+  const uint32_t pages = p.num_blocks * p.num_segments, step = gridDim.x;
 
   // A page is decoded while the bytes of the next one arrive, if there is room for both: one begins where shared memory
-  // does, the other ends where it ends. What is known of the page after that is loaded meanwhile.
-  struct Next {
-    kvz_entry entry;
-    uint64_t payload;
-    int64_t block_id;
-    uint32_t segment_index;
-    bool refused;
+  // does, the other ends where it ends. What is known of the page after that arrives meanwhile.
+  const auto look_up = [&](uint32_t page, uint32_t slot) {
+    if (thread >= kWarp || page >= pages) return;
+    const uint32_t block = page / p.num_segments, segment = page - block * p.num_segments;
+    Ahead& to = aheads[slot];
+    constexpr uint32_t kPieces = sizeof(kvz_segment) / 8;
+    if (thread < kPieces) {
+      copy_async_few<8>(reinterpret_cast<uint8_t*>(&to.segment) + thread * 8,
+                        reinterpret_cast<const uint8_t*>(p.segments + segment) + thread * 8);
+    } else if (thread == kPieces) {
+      copy_async_16(&to.entry, p.table + page);
+    } else if (thread == kPieces + 1) {
+      copy_async_few<8>(&to.payload, p.payloads + block);
+    } else if (thread == kPieces + 2) {
+      copy_async_few<8>(&to.block_id, p.block_ids + block);
+    } else if (thread == kPieces + 3) {
+      copy_async_few<4>(&to.refused, p.all_or_nothing ? &p.counters->any_bad : p.bad + block);
+    }
   };
-  const auto look_up = [&](uint32_t page) {
-    Next n = {};
-    n.refused = page >= pages;
-    if (n.refused) return n;
-    const uint32_t block = page / p.num_segments;
-    n.segment_index = page - block * p.num_segments;
-    n.refused = block_is_refused(p, block);
-    n.entry = p.table[page];
-    n.payload = p.payloads[block];
-    n.block_id = p.block_ids[block];
-    return n;
-  };
-  const auto bytes_of = [](const Next& n) { return units_of(n.entry.size) * 16; };
   // The sizes were validated, and never exceed the room; a table that changes in between must not either.
-  const auto has_words = [&](const Next& n) {
-    return !n.refused && n.entry.coding >= KVZ_FIXED && bytes_of(n) <= p.room_bytes;
+  const auto words_of = [&](uint32_t page, const Ahead& a) {  // bytes to fetch
+    const uint32_t bytes = units_of(a.entry.size) * 16;
+    return page < pages && a.refused == 0 && a.entry.coding >= KVZ_FIXED && bytes <= p.room_bytes ? bytes : 0u;
   };
-  const auto start_of = [](const Next& n) {
-    return reinterpret_cast<const uint8_t*>(n.payload) + static_cast<uint64_t>(n.entry.offset) * 16;
+  const auto start_of = [](const Ahead& a) {
+    return reinterpret_cast<const uint8_t*>(a.payload) + static_cast<uint64_t>(a.entry.offset) * 16;
   };
-  const auto fetch = [&](const Next& n, uint32_t to) {
-    const uint8_t* const from = start_of(n);
-    for (uint32_t i = thread * 16; i < bytes_of(n); i += blockDim.x * 16) copy_async_16(room + to + i, from + i);
+  const auto fetch = [&](const Ahead& a, uint32_t bytes, uint32_t to) {
+    const uint8_t* const from = start_of(a);
+    for (uint32_t i = thread * 16; i < bytes; i += blockDim.x * 16) copy_async_16(room + to + i, from + i);
   };
 
-  const auto decode_page = [&](const Next& now, const uint8_t* data) {
-    const kvz_entry entry = now.entry;
-    const kvz_segment segment = p.segments[now.segment_index];
-    if (entry.coding < KVZ_FIXED) {
-      const Geometry g = geometry_of(segment, now.block_id);
-      if (entry.coding == KVZ_RAW) {
-        copy_page<true>(g, const_cast<uint8_t*>(start_of(now)));
+  const auto decode_page = [&](uint32_t slot, const uint8_t* data) {
+    const Ahead& page = aheads[slot];
+    const uint32_t coding = page.entry.coding;
+    if (coding < KVZ_FIXED) {
+      const Geometry g = geometry_of(page.segment, page.block_id);
+      if (coding == KVZ_RAW) {
+        copy_page<true>(g, const_cast<uint8_t*>(start_of(page)));
       } else {
-        fill_page(g, *reinterpret_cast<const uint32_t*>(start_of(now)));
+        fill_page(g, *reinterpret_cast<const uint32_t*>(start_of(page)));
       }
       return;
     }
-    if (!WITHIN || (entry.coding & KVZ_STEPS_MASK) == KVZ_STEPS_PAGE) {
-      decode_strips<DTYPE, false>(shared, nullptr, segment, now.block_id, entry, data);
-    } else {
-      decode_strips_within<DTYPE>(p, memory, now.segment_index, now.block_id, entry.coding, entry.size, entry.bound,
-                                  data);
+    const Strips strips = strips_of(page.segment, page.block_id);
+    const bool usual = is_usual(strips, blockDim.x / kWarp, coding & KVZ_CODING_MASK);
+    const uint32_t steps = coding & KVZ_STEPS_MASK;
+    if (!WITHIN || steps == KVZ_STEPS_PAGE) {
+      if (usual) {
+        decode_strips<DTYPE, KVZ_STEPS_PAGE, true>(shared, nullptr, page.segment, strips, page.entry, data);
+      } else {
+        decode_strips_apart<DTYPE, KVZ_STEPS_PAGE, false>(p, memory, slot, data);
+      }
+    } else if constexpr (WITHIN) {
+      if (steps == KVZ_STEPS_TOKEN) {
+        if (usual) {
+          decode_strips_apart<DTYPE, KVZ_STEPS_TOKEN, true>(p, memory, slot, data);
+        } else {
+          decode_strips_apart<DTYPE, KVZ_STEPS_TOKEN, false>(p, memory, slot, data);
+        }
+      } else if (usual) {
+        decode_strips_apart<DTYPE, KVZ_STEPS_CHANNEL, true>(p, memory, slot, data);
+      } else {
+        decode_strips_apart<DTYPE, KVZ_STEPS_CHANNEL, false>(p, memory, slot, data);
+      }
     }
   };
 
-  const uint32_t step = gridDim.x;
-  Next now = look_up(blockIdx.x), next = look_up(blockIdx.x + step);
-  uint32_t at = 0;
-  if (has_words(now)) fetch(now, at);
+  uint32_t slot = 0, at = 0;
+  look_up(blockIdx.x, 0);
+  look_up(blockIdx.x + step, 1);
+  copy_async_wait();
+  __syncthreads();
+  fetch(aheads[0], words_of(blockIdx.x, aheads[0]), at);
   for (uint32_t page = blockIdx.x; page < pages; page += step) {
-    const Next after = look_up(page + 2 * step);
-    const bool here = has_words(now), follows = has_words(next);
-    const bool together = follows && (here ? bytes_of(now) : 0) + bytes_of(next) <= p.room_bytes;
-    const uint32_t next_at = together && at == 0 ? p.room_bytes - bytes_of(next) : 0;
-    if (here) {
-      copy_async_wait();
-      __syncthreads();
-    }
-    if (together) fetch(next, next_at);
-    if (here || (!now.refused && now.entry.coding < KVZ_FIXED)) decode_page(now, room + at);
+    const uint32_t next_slot = slot == kAheads - 1 ? 0 : slot + 1;
+    copy_async_wait();
     __syncthreads();
-    if (follows && !together) fetch(next, next_at);
-    now = next;
-    next = after;
+    look_up(page + 2 * step, next_slot == kAheads - 1 ? 0 : next_slot + 1);
+    const Ahead &now = aheads[slot], &next = aheads[next_slot];
+    const uint32_t here = words_of(page, now), follows = words_of(page + step, next);
+    const bool together = here + follows <= p.room_bytes;
+    const uint32_t next_at = together && at == 0 ? p.room_bytes - follows : 0;
+    if (together) fetch(next, follows, next_at);
+    if (here != 0 || (now.refused == 0 && now.entry.coding < KVZ_FIXED)) decode_page(slot, room + at);
+    __syncthreads();
+    if (!together) fetch(next, follows, next_at);
+    slot = next_slot;
     at = next_at;
   }
   finish_decode(p, shared);

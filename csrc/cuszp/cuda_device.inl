@@ -50,6 +50,10 @@ constexpr uint32_t kRecordUnits = 16;  // records start at multiples of 256 byte
 #if defined(KVZ_EMULATE)
 
 KVZ_DEV void copy_async_16(void* shared, const void* global) { memcpy(shared, global, 16); }
+template <int BYTES>
+KVZ_DEV void copy_async_few(void* shared, const void* global) {
+  memcpy(shared, global, BYTES);
+}
 KVZ_DEV void copy_async_wait() {}
 KVZ_DEV uint64_t load_relaxed(const uint64_t* from) {
   emulation::yield();
@@ -128,6 +132,14 @@ KVZ_DEV void copy_async_16(void* shared, const void* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
       "l"(__cvta_generic_to_global(global))
+      : "memory");
+}
+// 4 or 8 bytes.
+template <int BYTES>
+KVZ_DEV void copy_async_few(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "n"(BYTES)
       : "memory");
 }
 KVZ_DEV void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -132,29 +132,13 @@ KVZ_DEV bool any_magnitude(const Geometry& g, uint32_t token, uint32_t head) {
   return any != 0;
 }
 
-// As token_bound; most answers need no float64: the bound keeps five significant bits, of which float32 is sure when
-// the error of it, less than 2^-20, does not reach the next number.
-KVZ_DEV float token_bound_fast(double r, float factor, float sum, uint32_t head_dim, float scale) {
-#if defined(KVZ_EMULATE)
-  const float about = __builtin_sqrtf(sum / static_cast<float>(head_dim)) * factor;
-#else
-  const float about = __fsqrt_rn(sum * __frcp_rn(static_cast<float>(head_dim))) * factor;
-#endif
-  constexpr float kNear = 1.0f / 524288.0f;
-  const uint32_t low = bits_of(about * (1.0f - kNear)), high = bits_of(about * (1.0f + kNear));
-  if (low >> KVZ_SCALE_SHIFT == high >> KVZ_SCALE_SHIFT && about > 1e-20f && about < 1e20f && sum > 1e-20f) {
-    return float_of(low >> KVZ_SCALE_SHIFT << KVZ_SCALE_SHIFT);
-  }
-  return token_bound(r, sum, head_dim, scale);
-}
-
 // Bounds of all vectors, from the sums of the strips, and the inverses of their steps. Returns the largest bound. By
 // the whole CTA.
 template <int DTYPE>
 KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenTables& tables, RiceFastShared& fast) {
   const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const uint32_t heads = g.channels / g.head_dim, count = g.tokens * heads, blocks = g.head_dim / KVZ_STRIP_GROUPS;
-  const float factor = static_cast<float>(r * (1.0 - 1.0 / 524288.0) / static_cast<double>(scale));
+  const float factor = token_factor(r, scale);
   uint32_t largest = 0, unusable = 0;  // bits of non-negative numbers order like them
   for (uint32_t v = threadIdx.x; v < count; v += blockDim.x) {
     const uint32_t vector = v / 16, t = v % 16;

@@ -139,6 +139,20 @@ KVZ_DEV void column_extremes(const uint32_t* column, uint32_t mask, uint32_t& lo
   }
 }
 
+// Extremes of a strip as far as a lane sees it that reads rows, into those that it had seen; NaN wins.
+template <int DTYPE>
+KVZ_DEV void row_extremes(const Strips& strips, const uint8_t* input, uint32_t index, uint32_t lane, uint32_t& low,
+                          uint32_t& high) {
+  if (!strips.whole && strip_at(strips, index).channel + (lane & 7u) * 8 >= strips.channels) return;
+  const uint4* const from = reinterpret_cast<const uint4*>(input + index * kStripBytes) + lane;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint4 chunk = from[i * kWarp];
+    low = min2<DTYPE>(min2<DTYPE>(low, chunk.x), min2<DTYPE>(min2<DTYPE>(chunk.y, chunk.z), chunk.w));
+    high = max2<DTYPE>(max2<DTYPE>(high, chunk.x), max2<DTYPE>(max2<DTYPE>(chunk.y, chunk.z), chunk.w));
+  }
+}
+
 // ---- bounds within a page
 // ---------------------------------------------------------------------------------------------
 
@@ -180,7 +194,8 @@ KVZ_DEV float channel_bounds_of_team(const Team& team, const float* channels, ui
   return largest_of_team(team, ~0u, most).bound;
 }
 
-// Sums of squares of 8 neighbouring channels of a row of a strip, as the format adds them.
+// Sums of squares of 8 neighbouring channels of a row of a strip, as the format adds them. Squares are exact, so that
+// fused additions round as separate ones do.
 template <int DTYPE>
 KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
   const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
@@ -188,12 +203,17 @@ KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t x = words[i];
-    if (!finite) {
-      if (!is_finite<DTYPE>(x)) x &= 0xffff0000u;
-      if (!is_finite<DTYPE>(x >> 16)) x &= 0xffffu;
+    if (!finite) x &= ~sign_fill_2(nonfinite_2<DTYPE>(x, x));
+    float a, b;
+    if (DTYPE == KVZ_BF16) {  // exact: what is too small for that has the square 0 anyway
+      x = fma_bf16_2(x, __byte_perm(bits_of(scale), 0, 0x3232), 0x80008000u);
+      a = widen<DTYPE>(x);
+      b = widen_high<DTYPE>(x);
+    } else {
+      a = widen<DTYPE>(x) * scale;
+      b = widen_high<DTYPE>(x) * scale;
     }
-    const float a = widen<DTYPE>(x) * scale, b = widen_high<DTYPE>(x) * scale;
-    pair[i] = a * a + b * b;
+    pair[i] = fma_float(a, a, b * b);
   }
   return (pair[0] + pair[1]) + (pair[2] + pair[3]);
 }
@@ -204,20 +224,37 @@ KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
 template <int DTYPE, bool INVERSES>
 KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, double r, uint32_t largest, bool finite) {
   const uint32_t lane = team.lane, across = sum_channels(strips.head_dim), per_row = strips.channels / across;
-  const float scale = square_scale<DTYPE>(largest);
+  const float scale = square_scale<DTYPE>(largest), factor = token_factor(r, scale);
   const uint32_t chunk = lane & 7u;
 #pragma unroll 1
   for (uint32_t index = team.warp; index < strips.count; index += team.warps) {
     const Strip at = strip_at(strips, index);
     const uint32_t channel = at.channel + chunk * 8;
-    float* const sums = team.sums + (at.row * 16 + (lane >> 3)) * per_row + channel / across;
-    const bool writes = channel < strips.channels && (chunk * 8 & (across - 1)) == 0;
+    float* const sums = team.sums + at.row * 16 * per_row + channel / across;
     const uint4* const from = reinterpret_cast<const uint4*>(team.input + index * kStripBytes) + lane;
+    float s[4];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) s[i] = square_sum_8<DTYPE>(from[i * kWarp], scale, finite);
+    if (across == kStripChannels) {
+      // Four sums at a time: a lane gives away those that others finish.
+#pragma unroll
+      for (uint32_t d = 1; d <= 2; d *= 2) {
+        const bool second = (chunk & d) != 0;
+#pragma unroll
+        for (uint32_t i = 0; i < 2 / d; ++i) {
+          const float keep = second ? s[i + 2 / d] : s[i], send = second ? s[i] : s[i + 2 / d];
+          s[i] = keep + __shfl_xor_sync(kAllLanes, send, static_cast<int>(d));
+        }
+      }
+      s[0] = s[0] + __shfl_xor_sync(kAllLanes, s[0], 4);
+      if (chunk < 4) sums[((chunk & 1u) * 8 + (chunk >> 1) * 4 + (lane >> 3)) * per_row] = s[0];
+      continue;
+    }
+    const bool writes = channel < strips.channels && (chunk * 8 & (across - 1)) == 0;
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      float s = square_sum_8<DTYPE>(from[i * kWarp], scale, finite);
-      for (uint32_t d = 1; d < across / 8; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
-      if (writes) sums[i * 4 * per_row] = s;
+      for (uint32_t d = 1; d < across / 8; d *= 2) s[i] = s[i] + __shfl_xor_sync(kAllLanes, s[i], static_cast<int>(d));
+      if (writes) sums[(i * 4 + (lane >> 3)) * per_row] = s[i];
     }
   }
   sync_team(team);
@@ -230,7 +267,7 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
       for (uint32_t i = 0; i < n / 2; ++i) part[i] = part[2 * i] + part[2 * i + 1];
       if (n % 2 != 0) part[n / 2] = part[n - 1];
     }
-    float bound = token_bound(r, part[0], strips.head_dim, scale);
+    float bound = token_bound_fast(r, factor, part[0], strips.head_dim, scale);
     const uint32_t token = v / heads, head = v - token * heads;
     if (bound == 0.0f) {
       uint32_t any = 0;
@@ -257,7 +294,7 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
 #pragma unroll
       for (uint32_t n = 1; n <= kTokenSteps; ++n) {
         const float step = step_of<DTYPE>(KVZ_FIXED, Traits<DTYPE>::kSignificant + 1 - static_cast<int>(n), bound);
-        row[(n - 1) * kTokenRow] = bound > 0.0f ? inverse_step(step) : 0.0f;
+        row[(n - 1) * kTokenRow] = bound > 0.0f ? reciprocal(step) : 0.0f;
       }
     }
   }
@@ -304,11 +341,17 @@ KVZ_DEV ColumnBounds column_bounds(const Team& team, const kvz_segment& segment,
   return b;
 }
 
+// Inverse of the power-of-two step of a bound; 0 where there is no bound.
+KVZ_DEV float inverse_of_power(float bound) {
+  return bound > 0.0f ? float_of((253u << 23) - (bits_of(bound) & 0x7f800000u)) : 0.0f;
+}
+
 // q of a value of a column with the bound b, at the step of a width.
 template <int DTYPE>
 KVZ_DEV int32_t code_with(float x, uint32_t coding, uint32_t width, float b) {
-  const float step = step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), b);
-  return round_code(x * (b > 0.0f ? inverse_step(step) : 0.0f));
+  if (coding != KVZ_FIXED) return round_code(x * inverse_of_power(b));
+  const float step = step_of<DTYPE>(KVZ_FIXED, static_cast<int>(width), b);
+  return round_code(x * (b > 0.0f ? reciprocal(step) : 0.0f));
 }
 
 // State of one half of a column, as in encode_any.
@@ -327,7 +370,7 @@ KVZ_DEV_NOINLINE uint32_t bounded_state(const uint32_t* column, const ColumnBoun
       const float x = Tr::to_float(column[t * 32] >> (16 * half) & 0xffffu), b = bounds.at(t, half);
       const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
       bad = bad || !(magnitude + b <= most) ||
-            !(magnitude * (b > 0.0f ? inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, b)) : 0.0f) < room);
+            !(magnitude * inverse_of_power(b) < room);
       if (bad) return 16u | kStateRaw;
       const int32_t q = code_with<DTYPE>(x, of, width, b);
       const uint32_t z = zigzag(q - before);
@@ -877,11 +920,11 @@ struct ChannelCoder : FixedPlanes<DTYPE> {
   }
 
   KVZ_DEV static uint32_t width(float low, float high, float bound, bool& bad) {
-    const float inverse = inverse_step(step_of<DTYPE>(KVZ_PLAIN, 0, bound));
+    const float inverse = inverse_of_power(bound);
     bad = bad || !(bound >= kLeastBound && bound <= kLargestBound) || !quantisable<DTYPE>(low, high, bound, inverse);
     const int32_t top = top_bit(widest_code(low, high, inverse));
     const uint32_t less = static_cast<uint32_t>(top > 0 ? top : 0) & 15u;
-    const float finer = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(less), bound));
+    const float finer = reciprocal(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(less), bound));
     return (widest_code(low, high, finer) >> less) == 0 ? less : (less + (top >= 0 ? 1u : 0u)) & 15u;
   }
   KVZ_DEV uint32_t classes(uint32_t index, const uint32_t*, uint32_t low, uint32_t high, bool& bad) const {
@@ -892,8 +935,8 @@ struct ChannelCoder : FixedPlanes<DTYPE> {
 
   KVZ_DEV void planes(uint32_t index, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
     const float2 b = bounds_at(index);
-    const float inverse0 = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c & 15u), b.x));
-    const float inverse1 = inverse_step(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c >> 4), b.y));
+    const float inverse0 = reciprocal(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c & 15u), b.x));
+    const float inverse1 = reciprocal(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c >> 4), b.y));
     this->planes_with(c, column, a, [&](int) { return inverse0; }, [&](int) { return inverse1; });
   }
 };
@@ -941,10 +984,33 @@ struct TokenCoder : FixedPlanes<DTYPE> {
       }
     }
   }
+  // The same at the power-of-two steps, whose row this is.
+  KVZ_DEV static void extremes_of_powers(const uint32_t* column, const float* row, float (&low)[2], float (&high)[2]) {
+    if (DTYPE != KVZ_BF16) {
+      extremes(column, row, row, low, high);
+      return;
+    }
+    uint32_t low_2 = 0, high_2 = 0;  // bfloat16 holds the products
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float4 i = reinterpret_cast<const float4*>(row)[q];
+      const float inverse[4] = {i.x, i.y, i.z, i.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t v = fma_bf16_2(column[(q * 4 + j) * 32], __byte_perm(bits_of(inverse[j]), 0, 0x3232), 0x80008000u);
+        low_2 = q + j == 0 ? v : min2<DTYPE>(low_2, v);
+        high_2 = q + j == 0 ? v : max2<DTYPE>(high_2, v);
+      }
+    }
+    low[0] = widen<DTYPE>(low_2);
+    high[0] = widen<DTYPE>(high_2);
+    low[1] = widen_high<DTYPE>(low_2);
+    high[1] = widen_high<DTYPE>(high_2);
+  }
   KVZ_DEV uint32_t classes(uint32_t index, const uint32_t* column, uint32_t, uint32_t, bool& bad) const {
     const float* const rows = inverses_at(index);
     float low[2], high[2];
-    extremes(column, rows, rows, low, high);
+    extremes_of_powers(column, rows, low, high);
     uint32_t less[2], more[2], c = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -964,8 +1030,13 @@ struct TokenCoder : FixedPlanes<DTYPE> {
 
   KVZ_DEV void planes(uint32_t index, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
     const float* const rows = inverses_at(index);
-    const float *const row0 = rows + row_of_width(c & 15u), *const row1 = rows + row_of_width(c >> 4);
-    this->planes_with(c, column, a, [&](int t) { return row0[t]; }, [&](int t) { return row1[t]; });
+    const float4* const row0 = reinterpret_cast<const float4*>(rows + row_of_width(c & 15u));
+    const float4* const row1 = reinterpret_cast<const float4*>(rows + row_of_width(c >> 4));
+    const auto take = [](const float4* row, int t) {
+      const float4 four = row[t / 4];
+      return t % 4 == 0 ? four.x : t % 4 == 1 ? four.y : t % 4 == 2 ? four.z : four.w;
+    };
+    this->planes_with(c, column, a, [&](int t) { return take(row0, t); }, [&](int t) { return take(row1, t); });
   }
 };
 
@@ -1137,7 +1208,11 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
 #pragma unroll 1
   for (uint32_t index = (kByGroup ? kBatch : 0u) * warps + warp; index < count; index += warps) {
     uint32_t least, most;
-    look_at(index, least, most);
+    if constexpr (kByGroup) {
+      look_at(index, least, most);
+    } else {
+      row_extremes<DTYPE>(strips, input, index, lane, page_low, page_high);
+    }
   }
   {
     const int32_t low0 = key_16(page_low), low1 = key_16(page_low >> 16);

@@ -497,7 +497,8 @@ KVZ_DEV void decode_few(const FewLoad& p, uint8_t* memory) {
       for (uint32_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) copy_async_16(room + i, from + i);
       copy_async_wait();
       __syncthreads();
-      decode_strips<DTYPE, false>(shared, nullptr, segment, p.block_ids[b], entry, room, part, p.parts);
+      decode_strips<DTYPE, KVZ_STEPS_PAGE, false>(shared, nullptr, segment, strips_of(segment, p.block_ids[b]), entry,
+                                                  room, part, p.parts);
     } else if (entry.coding < KVZ_FIXED && part == 0) {
       const Geometry g = geometry_of(segment, p.block_ids[b]);
       if (entry.coding == KVZ_RAW) {

@@ -1031,7 +1031,7 @@ KVZ_DEV_NOINLINE bool rice_is_valid(const kvz_segment& segment, const kvz_entry&
     const uint32_t most = scale_of(kLeastBound, entry.bound);
     for (uint64_t i = lane; i < prefix; i += kWarp) {
       const uint32_t c = data[i];
-      bad = bad || (i < vectors ? c > most && c != KVZ_SCALE_ZERO : c != 0);
+      bad = (i < vectors ? c > most && c != KVZ_SCALE_ZERO : c != 0) || bad;
     }
     data += prefix;
     size -= prefix;
@@ -1083,20 +1083,44 @@ KVZ_DEV_NOINLINE bool rice_is_valid(const kvz_segment& segment, const kvz_entry&
   bad = bad || size != head + 2 * (words + quotients);
   if (__any_sync(kAllLanes, bad)) return false;
 
-  const uint16_t* stream = lengths + strips.count + words;
-  for (uint32_t i = 0; i < strips.count; ++i) {
-    const uint32_t length = lengths[i], row = i / strips.per_row;
-    const uint32_t column = (i - row * strips.per_row) * KVZ_STRIP_GROUPS;
-    const uint32_t count = g.columns - column < KVZ_STRIP_GROUPS ? g.columns - column : KVZ_STRIP_GROUPS;
-    uint32_t balance = 0;  // ones less 16 a group that is not raw: 0 in all
-    for (uint32_t k = lane; k < length; k += kWarp) balance += static_cast<uint32_t>(__popc(stream[k]));
-    for (uint32_t k = lane; k < count; k += kWarp) {
-      const uint32_t group = row * g.columns + column + k;
-      if (!page.any_raw || (first[group / 32] >> (group % 32) & 1u) == 0) balance -= 16;
+  // Ones of each strip's stream: 16 for each group that is not raw. As many lanes look at a strip as there are for it, so
+  // that few loads wait for others.
+  uint32_t log_lanes = 5;
+  while (log_lanes > 0 && strips.count << log_lanes > kWarp) --log_lanes;
+  const uint32_t lanes = 1u << log_lanes, part = lane & (lanes - 1);
+  const uint16_t* const streams = lengths + strips.count + words;
+  uint32_t before = 0;
+  for (uint32_t base = 0; base < strips.count; base += kWarp >> log_lanes) {
+    const uint32_t i = base + (lane >> log_lanes);
+    const bool exists = i < strips.count;
+    const uint32_t length = exists ? lengths[i] : 0;
+    const uint32_t until = before + inclusive_sum(part == 0 ? length : 0u, lane);
+    before = __shfl_sync(kAllLanes, until, 31);
+    const uint64_t from = reinterpret_cast<uint64_t>(streams + (until - length));
+    // Pairs of its words: the segment is padded to 16 bytes.
+    const uint32_t* const pairs = reinterpret_cast<const uint32_t*>(from & ~3ull);
+    const uint32_t skipped = from >> 1 & 1u, halves = length == 0 ? 0 : length + skipped, count = (halves + 1) / 2;
+    uint32_t balance = 0;
+#pragma unroll 4
+    for (uint32_t k = part; k < count; k += lanes) {
+      uint32_t pair = pairs[k];
+      if (k == 0 && skipped != 0) pair &= 0xffff0000u;
+      if (k + 1 == count && halves % 2 != 0) pair &= 0xffffu;
+      if (k + 1 == count) bad = bad || (halves % 2 != 0 ? pair : pair >> 16) == 0;
+      balance += static_cast<uint32_t>(__popc(pair));
     }
-    bad = bad || (length > 0 && stream[length - 1] == 0);
-    bad = bad || __reduce_add_sync(kAllLanes, balance) != 0;
-    stream += length;
+    if (exists && part == 0) {
+      const uint32_t row = i / strips.per_row, column = (i - row * strips.per_row) * KVZ_STRIP_GROUPS;
+      const uint32_t here = g.columns - column < KVZ_STRIP_GROUPS ? g.columns - column : KVZ_STRIP_GROUPS;
+      balance -= 16 * here;
+      if (page.any_raw) {
+        for (uint32_t group = row * g.columns + column, k = 0; k < here; ++k, ++group) {
+          balance += 16 * (first[group / 32] >> (group % 32) & 1u);
+        }
+      }
+    }
+    for (uint32_t d = lanes / 2; d > 0; d /= 2) balance += __shfl_xor_sync(kAllLanes, balance, static_cast<int>(d));
+    bad = bad || balance != 0;
   }
   return !__any_sync(kAllLanes, bad);
 }

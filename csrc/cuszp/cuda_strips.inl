@@ -6,7 +6,7 @@
 // need no communication, and a 16 x 16 bit transpose of the registers gives the planes of both groups.
 #pragma once
 
-#include "cuda_device.inl"
+#include "cuda_bounds.inl"
 
 namespace kvz {
 namespace gpu {
@@ -81,7 +81,9 @@ KVZ_DEV uint8_t* value_address(const Strips& s, uint32_t token, uint32_t channel
 // all strips of a page, which is the usual case; else 0.
 KVZ_DEV int64_t strip_step(const Strips& s, uint32_t warps) {
   const uint32_t channels = warps * kStripChannels, within = s.head_dim - 1;
-  if (!s.whole || s.count != s.per_row || (s.head_dim & within) != 0 || (channels & within) != 0) return 0;
+  if (!s.whole || s.count != s.per_row) return 0;
+  if (s.head_stride == s.head_dim * 2) return channels * 2;
+  if ((s.head_dim & within) != 0 || (channels & within) != 0) return 0;
   return (channels >> (31 - __clz(static_cast<int>(s.head_dim)))) * s.head_stride;
 }
 
