@@ -274,7 +274,6 @@ bool two_strips(uint64_t strips, uint32_t asked) {
 
 // Strips of the largest page that fits into so much shared memory when encoding.
 uint32_t most_strips_for(uint32_t room) {
-  bool within = false;  // bounds differ within pages
   uint32_t strips = 0;
   while (strips < kMaxStrips && kTileSharedBytes + fast_encode_bytes(strips + 1) <= room) ++strips;
   return strips;
@@ -286,6 +285,17 @@ uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
   if (strips_per_warp == 0) strips_per_warp = kBatch;
   const uint32_t warps = (strips + strips_per_warp - 1) / strips_per_warp;
   return warps < kMaxWarps ? warps : kMaxWarps;
+}
+
+// As many warps as registers hold, in even rounds, where shared memory holds few CTAs of a page each: `resident` warps
+// fit on a multiprocessor, `others` of each CTA have no strips.
+uint32_t more_warps(uint32_t warps, uint32_t strips, uint32_t shared_bytes, uint32_t room, uint32_t resident,
+                    uint32_t others) {
+  constexpr uint32_t kReserved = 1024;  // of shared memory, for each CTA
+  const uint32_t ctas = (room + kReserved) / (shared_bytes + kReserved);
+  if (ctas == 0 || resident / ctas <= warps + others) return warps;
+  const uint32_t most = least(resident / ctas - others, kMaxWarps), rounds = (strips + most - 1) / most;
+  return (strips + rounds - 1) / rounds;
 }
 
 // Workspace: counters, then block states and sums, then tile states, then two words a block for checksums.
@@ -429,8 +439,11 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
     p.team_bytes = fast_encode_bytes(shape.strips) + shape.token_bytes;
     while (p.teams > 1 && kTileSharedBytes + p.teams * p.team_bytes > room / 3) --p.teams;
     p.tiles = (a.num_segments + p.teams - 1) / p.teams;
-    threads = (p.teams * p.team_warps + 1) * kWarp;
     shared_bytes = kTileSharedBytes + p.teams * p.team_bytes;
+    if (p.teams == 1 && a.strips_per_warp == 0) {
+      p.team_warps = more_warps(p.team_warps, shape.strips, shared_bytes, room, kMaxWarps + 3, 1);
+    }
+    threads = (p.teams * p.team_warps + 1) * kWarp;
   } else {
     uint64_t vectors = 0;
     for (uint32_t i = 0; i < a.num_segments; ++i) {
@@ -507,8 +520,13 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
                       ? (shape.dtype == KVZ_BF16 ? kDecodeWithinBf16 : kDecodeWithinFp16)
                   : shape.dtype == KVZ_BF16 ? kDecodeBf16
                                             : kDecodeFp16;
-  uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
-  uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips, shape.vectors) : kSharedBytes;
+  uint32_t threads = kGeneralThreads, shared_bytes = kSharedBytes;
+  if (shape.fast) {
+    shared_bytes = fast_decode_bytes(shape.strips, shape.vectors);
+    uint32_t warps = warps_for(shape.strips, a.strips_per_warp);
+    if (a.strips_per_warp == 0) warps = more_warps(warps, shape.strips, shared_bytes, room, kMaxWarps, 0);
+    threads = warps * kWarp;
+  }
   if (a.extended & KVZ_EXTENDED_RICE) {
     const RiceShape rice(a.segments, a.num_segments);
     if (rice.decodes_fast) {

@@ -394,14 +394,16 @@ KVZ_DEV void decode_rice_fast_page(const DecodeParams& p, uint8_t* memory, uint3
   const uint32_t own_length = lane < strips.count ? reinterpret_cast<const uint16_t*>(stage)[lengths + lane] : 0;
   const uint32_t words_until = inclusive_sum(own_words, lane), streams_until = inclusive_sum(own_length, lane);
   const uint32_t words = lengths + strips.count, streams = words + __shfl_sync(kAllLanes, words_until, 31);
-#pragma unroll
+#pragma unroll 1  // the code of one strip fits into the instruction cache
   for (uint32_t k = 0; k < S; ++k) {
     const uint32_t strip = warp + k * warps;
     const uint32_t words_at = __shfl_sync(kAllLanes, words + words_until - own_words, static_cast<int>(strip & 31u));
     const uint32_t stream = __shfl_sync(kAllLanes, streams + streams_until - own_length, static_cast<int>(strip & 31u));
     const uint32_t length = __shfl_sync(kAllLanes, own_length, static_cast<int>(strip & 31u));
-    if (strip >= strips.count) continue;
-    decode_strip<DTYPE, CODING>(p, index, g, bounds, doubled, c[k], page, stage, words_at, stream, length, lane);
+    if (strip >= strips.count) break;
+    RiceClasses own = c[0];
+    if (S > 1 && k == 1) own = c[S - 1];
+    decode_strip<DTYPE, CODING>(p, index, g, bounds, doubled, own, page, stage, words_at, stream, length, lane);
   }
 }
 

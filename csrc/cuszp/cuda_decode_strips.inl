@@ -249,14 +249,14 @@ KVZ_DEV float channel_step(uint32_t coding, uint32_t width, float bound) {
   return step_of<DTYPE>(static_cast<int>(coding), static_cast<int>(width), usable ? bound : 0.0f);
 }
 
-// Most pages have one row of whole strips, and the strips of a warp lie as far apart as strip_step says: what would have
-// to be divided elsewhere is known there. Their classes are nibbles.
+// Most pages have one row of whole strips, and the strips of a warp lie as far apart as strip_step says: what would
+// have to be divided elsewhere is known there. Their classes are nibbles.
 KVZ_DEV bool is_usual(const Strips& strips, uint32_t warps, uint32_t coding) {
   return coding != KVZ_OUTLIER && (strips.head_dim & (strips.head_dim - 1)) == 0 && strip_step(strips, warps) != 0;
 }
 
-// A page in shared memory to its place; `STEPS`, KVZ_STEPS_PAGE or another, says what its steps depend on. `vectors` is room for
-// those by token, `USUAL` says that the page is as above. By the whole CTA.
+// A page in shared memory to its place; `STEPS`, KVZ_STEPS_PAGE or another, says what its steps depend on. `vectors` is
+// room for those by token, `USUAL` says that the page is as above. By the whole CTA.
 template <int DTYPE, int STEPS, bool USUAL>
 KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment& segment, const Strips& strips,
                            const kvz_entry& entry, const uint8_t* data, uint32_t part = 0, uint32_t parts = 1) {
@@ -404,8 +404,8 @@ KVZ_DEV void decode_strips(Shared& shared, uint32_t* vectors, const kvz_segment&
                              (w[j].classes & 255u) == KVZ_NIBBLE_RAW || w[j].classes >> 8 == KVZ_NIBBLE_RAW)) {
         decode_strip_lossless<DTYPE>(words0, words1, have, bases, entry.param, rows);
       } else {
-        decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step0, step1, tokens,
-                                rows.to, rows.stride);
+        decode_strip_any<DTYPE>(data, position, coding, w[j].classes, bases, entry.param, step0, step1, tokens, rows.to,
+                                rows.stride);
       }
     }
   }

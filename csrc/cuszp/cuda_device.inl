@@ -109,6 +109,9 @@ KVZ_DEV uint32_t fma_bf16_2(uint32_t a, uint32_t b, uint32_t c) {
   const float high = float_of(a & 0xffff0000u) * float_of(b & 0xffff0000u) + float_of(c & 0xffff0000u);
   return bits_of(low) >> 16 | (bits_of(high) & 0xffff0000u);
 }
+KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
+  return fma_bf16_2(x, (bits_of(power) >> 16) * 0x00010001u, 0x80008000u);
+}
 KVZ_DEV float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 #else
@@ -116,6 +119,15 @@ KVZ_DEV float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b,
 KVZ_DEV uint32_t fma_bf16_2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+// Both values times a power of two, which is exact where the products are normal numbers.
+KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
+  uint32_t r;
+  asm("{.reg .b16 l, h;\n .reg .b32 both;\n mov.b32 {l, h}, %2;\n mov.b32 both, {h, h};\n"
+      " fma.rn.bf16x2 %0, %1, both, %3;}"
+      : "=r"(r)
+      : "r"(x), "f"(power), "r"(0x80008000u));
   return r;
 }
 KVZ_DEV float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -158,6 +170,27 @@ KVZ_DEV uint64_t add_relaxed(uint64_t* to, uint64_t value) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }
 
+#if defined(KVZ_RACECHECK)
+// A barrier of some threads of the CTA in shared memory, an mbarrier: init by one of them, before any meets there.
+KVZ_DEV void init_meeting(uint64_t* meeting, uint32_t threads) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(meeting))),
+      "r"(threads)
+      : "memory");
+}
+KVZ_DEV void meet_at(uint64_t* meeting) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(meeting));
+  uint64_t state;
+  asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(address) : "memory");
+  uint32_t met = 0;
+  while (met == 0) {
+    asm volatile("{.reg .pred p;\n mbarrier.test_wait.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;}"
+                 : "=r"(met)
+                 : "r"(address), "l"(state)
+                 : "memory");
+  }
+}
+#endif
 // A barrier of some warps of the CTA; barrier 0 is __syncthreads.
 KVZ_DEV void sync_threads(uint32_t barrier, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -473,6 +506,9 @@ constexpr uint32_t kTileSharedBytes = 1536;
 
 // Start of a team's shared memory: its warps' partial results.
 struct TeamShared {
+#if defined(KVZ_RACECHECK)
+  uint64_t meeting;  // of the team's threads
+#endif
   int32_t low[kMaxWarps], high[kMaxWarps];
   uint32_t equal[kMaxWarps];
   uint32_t least[kMaxWarps], most[kMaxWarps];  // bits of bounds, which order as the bounds do
@@ -499,7 +535,11 @@ KVZ_DEV void sync_team(const Team& team) {
   if (team.warps == 1) {
     __syncwarp();
   } else {
+#if defined(KVZ_RACECHECK)  // which takes every barrier that a warp passes for one of all warps
+    meet_at(&team.shared->meeting);
+#else
     sync_threads(1 + team.index, team.threads);
+#endif
   }
 }
 

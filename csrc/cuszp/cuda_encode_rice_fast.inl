@@ -82,7 +82,6 @@ KVZ_DEV void strip_extremes(RiceStrip& s, uint32_t first_2, int32_t& low, int32_
 template <int DTYPE>
 KVZ_DEV float strip_squares(const RiceStrip& strip, float scale, uint32_t lane) {
   float s[16];
-  const uint32_t scale_2 = __byte_perm(bits_of(scale), 0, 0x3232);
   const bool clean = __all_sync(kAllLanes, nonfinite_2<DTYPE>(strip.low, strip.high) == 0);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -90,7 +89,7 @@ KVZ_DEV float strip_squares(const RiceStrip& strip, float scale, uint32_t lane) 
     if (!clean) v &= ~sign_fill_2(nonfinite_2<DTYPE>(v, v));
     float a, b;
     if (DTYPE == KVZ_BF16) {  // exact: what is too small for that has the square 0 anyway
-      v = fma_bf16_2(v, scale_2, 0x80008000u);
+      v = scale_bf16_2(v, scale);
       a = widen<DTYPE>(v);
       b = widen_high<DTYPE>(v);
     } else {
@@ -247,7 +246,7 @@ KVZ_DEV uint32_t codes_of_tokens(const RiceStrip& s, const TokenTables& tables, 
     uint32_t low_2 = 0, high_2 = 0;
 #pragma unroll
     for (uint32_t i = 0; i < 16; ++i) {
-      const uint32_t t = fma_bf16_2(s.x[i], __byte_perm(bits_of(inverses[i]), 0, 0x3232), 0x80008000u);
+      const uint32_t t = scale_bf16_2(s.x[i], inverses[i]);
       low_2 = i == 0 ? t : min2<DTYPE>(low_2, t);
       high_2 = i == 0 ? t : max2<DTYPE>(high_2, t);
     }

@@ -206,7 +206,7 @@ KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
     if (!finite) x &= ~sign_fill_2(nonfinite_2<DTYPE>(x, x));
     float a, b;
     if (DTYPE == KVZ_BF16) {  // exact: what is too small for that has the square 0 anyway
-      x = fma_bf16_2(x, __byte_perm(bits_of(scale), 0, 0x3232), 0x80008000u);
+      x = scale_bf16_2(x, scale);
       a = widen<DTYPE>(x);
       b = widen_high<DTYPE>(x);
     } else {
@@ -369,8 +369,7 @@ KVZ_DEV_NOINLINE uint32_t bounded_state(const uint32_t* column, const ColumnBoun
     for (uint32_t t = 0; t < 16; ++t) {
       const float x = Tr::to_float(column[t * 32] >> (16 * half) & 0xffffu), b = bounds.at(t, half);
       const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
-      bad = bad || !(magnitude + b <= most) ||
-            !(magnitude * inverse_of_power(b) < room);
+      bad = bad || !(magnitude + b <= most) || !(magnitude * inverse_of_power(b) < room);
       if (bad) return 16u | kStateRaw;
       const int32_t q = code_with<DTYPE>(x, of, width, b);
       const uint32_t z = zigzag(q - before);
@@ -997,7 +996,7 @@ struct TokenCoder : FixedPlanes<DTYPE> {
       const float inverse[4] = {i.x, i.y, i.z, i.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t v = fma_bf16_2(column[(q * 4 + j) * 32], __byte_perm(bits_of(inverse[j]), 0, 0x3232), 0x80008000u);
+        const uint32_t v = scale_bf16_2(column[(q * 4 + j) * 32], inverse[j]);
         low_2 = q + j == 0 ? v : min2<DTYPE>(low_2, v);
         high_2 = q + j == 0 ? v : max2<DTYPE>(high_2, v);
       }
@@ -1435,6 +1434,13 @@ template <int DTYPE, bool WITHIN>
 KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
   TileShared& shared = *reinterpret_cast<TileShared*>(memory);
   const uint32_t lane = lane_of(threadIdx.x), warp = warp_of(threadIdx.x);
+#if defined(KVZ_RACECHECK)
+  if (threadIdx.x < p.teams) {
+    uint8_t* const team = memory + kTileSharedBytes + threadIdx.x * p.team_bytes;
+    init_meeting(&reinterpret_cast<TeamShared*>(team)->meeting, p.team_warps * kWarp);
+  }
+  __syncthreads();
+#endif
   if (warp == p.teams * p.team_warps) {
     control_encode(p, shared, lane);
   } else {

@@ -1083,8 +1083,8 @@ KVZ_DEV_NOINLINE bool rice_is_valid(const kvz_segment& segment, const kvz_entry&
   bad = bad || size != head + 2 * (words + quotients);
   if (__any_sync(kAllLanes, bad)) return false;
 
-  // Ones of each strip's stream: 16 for each group that is not raw. As many lanes look at a strip as there are for it, so
-  // that few loads wait for others.
+  // Ones of each strip's stream: 16 for each group that is not raw. As many lanes look at a strip as there are for it,
+  // so that few loads wait for others.
   uint32_t log_lanes = 5;
   while (log_lanes > 0 && strips.count << log_lanes > kWarp) --log_lanes;
   const uint32_t lanes = 1u << log_lanes, part = lane & (lanes - 1);
