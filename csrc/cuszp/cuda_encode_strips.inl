@@ -346,63 +346,108 @@ KVZ_DEV float inverse_of_power(float bound) {
   return bound > 0.0f ? float_of((253u << 23) - (bits_of(bound) & 0x7f800000u)) : 0.0f;
 }
 
-// q of a value of a column with the bound b, at the step of a width.
+// q of a value of a column with the bound b, at the step of `fixed` for a width.
 template <int DTYPE>
-KVZ_DEV int32_t code_with(float x, uint32_t coding, uint32_t width, float b) {
-  if (coding != KVZ_FIXED) return round_code(x * inverse_of_power(b));
+KVZ_DEV int32_t code_with(float x, uint32_t width, float b) {
   const float step = step_of<DTYPE>(KVZ_FIXED, static_cast<int>(width), b);
   return round_code(x * (b > 0.0f ? reciprocal(step) : 0.0f));
 }
 
-// State of one half of a column, as in encode_any.
+// State of one half of a column in the coding `fixed`, as in encode_any.
 template <int DTYPE>
-KVZ_DEV_NOINLINE uint32_t bounded_state(const uint32_t* column, const ColumnBounds& bounds, uint32_t half,
-                                        uint32_t coding) {
+KVZ_DEV_NOINLINE uint32_t bounded_state(const uint32_t* column, const ColumnBounds& bounds, uint32_t half) {
   using Tr = Traits<DTYPE>;
   const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
-  uint32_t first = 0, rest = 0;
-  bool bad = false;
-  const auto look = [&](uint32_t of, uint32_t width) {
-    int32_t before = 0;
-    rest = 0;
+  uint32_t widest = 0;
+#pragma unroll 1
+  for (uint32_t t = 0; t < 16; ++t) {
+    const float x = Tr::to_float(column[t * 32] >> (16 * half) & 0xffffu), b = bounds.at(t, half);
+    const float magnitude = float_of(bits_of(x) & 0x7fffffffu), inverse = inverse_of_power(b);
+    if (!(magnitude + b <= most) || !(magnitude * inverse < room)) return 16u | kStateRaw;
+    widest |= zigzag(round_code(x * inverse));
+  }
+  uint32_t w = static_cast<uint32_t>(bit_length(widest));
+  if (w > 0) {
+    uint32_t finer = 0;
 #pragma unroll 1
     for (uint32_t t = 0; t < 16; ++t) {
-      const float x = Tr::to_float(column[t * 32] >> (16 * half) & 0xffffu), b = bounds.at(t, half);
-      const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
-      bad = bad || !(magnitude + b <= most) || !(magnitude * inverse_of_power(b) < room);
-      if (bad) return 16u | kStateRaw;
-      const int32_t q = code_with<DTYPE>(x, of, width, b);
-      const uint32_t z = zigzag(q - before);
-      if (t == 0) first = z;
-      if (t != 0) rest |= z;
-      if (coding != KVZ_FIXED) before = q;
+      const float x = Tr::to_float(column[t * 32] >> (16 * half) & 0xffffu);
+      finer |= zigzag(code_with<DTYPE>(x, w - 1, bounds.at(t, half)));
     }
-    return static_cast<uint32_t>(bit_length(first | rest));
-  };
-  uint32_t w = look(KVZ_PLAIN, 0);
-  if (bad) return w;
-  if (coding == KVZ_FIXED) {
-    if (w > 0 && look(KVZ_FIXED, w - 1) <= w - 1) --w;
-  } else if (coding == KVZ_OUTLIER) {
-    const uint32_t without = static_cast<uint32_t>(bit_length(rest));
-    if (without + 1 < w) w = without | kStateApart;
+    if (static_cast<uint32_t>(bit_length(finer)) <= w - 1) --w;
   }
-  return (w & 31u) <= Tr::kMaxWidth ? w : 16u | kStateRaw;
+  return w <= Tr::kMaxWidth ? w : 16u | kStateRaw;
 }
 
-// The codes of both halves of a column, before zigzag, in place of the values; halves of `raw` stay.
+// The codes of both halves of a column in the coding `fixed`, before zigzag, in place of the values; halves of `raw`
+// stay.
 template <int DTYPE>
-KVZ_DEV_NOINLINE void bounded_codes(uint32_t* column, const ColumnBounds& bounds, uint32_t coding, uint32_t width0,
-                                    uint32_t width1, uint32_t raw) {
-  int32_t before0 = 0, before1 = 0;
+KVZ_DEV_NOINLINE void bounded_codes(uint32_t* column, const ColumnBounds& bounds, uint32_t width0, uint32_t width1,
+                                    uint32_t raw) {
 #pragma unroll 1
   for (uint32_t t = 0; t < 16; ++t) {
     const uint32_t x = column[t * 32];
-    const int32_t q0 = code_with<DTYPE>(widen<DTYPE>(x), coding, width0, bounds.at(t, 0));
-    const int32_t q1 = code_with<DTYPE>(widen_high<DTYPE>(x), coding, width1, bounds.at(t, 1));
-    column[t * 32] = choose(raw, x, low_half(static_cast<uint32_t>(q0 - before0), static_cast<uint32_t>(q1 - before1)));
-    before0 = coding == KVZ_FIXED ? 0 : q0;
-    before1 = coding == KVZ_FIXED ? 0 : q1;
+    const int32_t q0 = code_with<DTYPE>(widen<DTYPE>(x), width0, bounds.at(t, 0));
+    const int32_t q1 = code_with<DTYPE>(widen_high<DTYPE>(x), width1, bounds.at(t, 1));
+    column[t * 32] = choose(raw, x, low_half(static_cast<uint32_t>(q0), static_cast<uint32_t>(q1)));
+  }
+}
+
+// The two above for the codings of differences, whose steps are powers of two, of both halves at a time. Bounds are
+// those of tokens, or `bound0` and `bound1`.
+template <int DTYPE, bool BY_TOKEN>
+KVZ_DEV_NOINLINE uint32_t difference_states(const uint32_t* column, const float* vectors, uint32_t heads, float bound0,
+                                            float bound1, uint32_t coding) {
+  using Tr = Traits<DTYPE>;
+  const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
+  float inverse0 = inverse_of_power(bound0), inverse1 = inverse_of_power(bound1);
+  uint32_t before0 = kCodeZero, before1 = kCodeZero, first = 0, rest = 0;
+  bool fits[2] = {true, true};
+#pragma unroll
+  for (int t = 0; t < 16; ++t) {
+    const uint32_t x = column[t * 32];
+    if (BY_TOKEN) {
+      bound0 = bound1 = vectors[t * heads];
+      inverse0 = inverse1 = inverse_of_power(bound0);
+    }
+    const float value0 = widen<DTYPE>(x), value1 = widen_high<DTYPE>(x);
+    const float scaled0 = value0 * inverse0, scaled1 = value1 * inverse1;
+    fits[0] = fits[0] && fabsf(value0) + bound0 <= most && fabsf(scaled0) < room;
+    fits[1] = fits[1] && fabsf(value1) + bound1 <= most && fabsf(scaled1) < room;
+    const uint32_t u0 = bits_of(scaled0 + 12582912.0f), u1 = bits_of(scaled1 + 12582912.0f);
+    const uint32_t code = zigzag_2(low_half(u0 - before0, u1 - before1));
+    if (t == 0) {
+      first = code;
+    } else {
+      rest |= code;
+    }
+    before0 = u0;
+    before1 = u1;
+  }
+  uint32_t widths[2];
+#pragma unroll
+  for (uint32_t half = 0; half < 2; ++half) {
+    const uint32_t without = static_cast<uint32_t>(bit_length(rest >> (16 * half) & 0xffffu));
+    uint32_t w = static_cast<uint32_t>(bit_length((first | rest) >> (16 * half) & 0xffffu));
+    if (coding == KVZ_OUTLIER && without + 1 < w) w = without | kStateApart;
+    widths[half] = fits[half] && (w & 31u) <= Tr::kMaxWidth ? w : 16u | kStateRaw;
+  }
+  return make_state(widths[0], widths[1]);
+}
+template <int DTYPE, bool BY_TOKEN>
+KVZ_DEV_NOINLINE void difference_codes(uint32_t* column, const float* vectors, uint32_t heads, float bound0,
+                                       float bound1, uint32_t raw) {
+  float inverse0 = inverse_of_power(bound0), inverse1 = inverse_of_power(bound1);
+  uint32_t before0 = kCodeZero, before1 = kCodeZero;
+#pragma unroll
+  for (int t = 0; t < 16; ++t) {
+    const uint32_t x = column[t * 32];
+    if (BY_TOKEN) inverse0 = inverse1 = inverse_of_power(vectors[t * heads]);
+    uint32_t u0, u1;
+    quantise_2<DTYPE>(x, inverse0, inverse1, u0, u1);
+    column[t * 32] = choose(raw, x, low_half(u0 - before0, u1 - before1));
+    before0 = u0;
+    before1 = u1;
   }
 }
 
@@ -559,8 +604,18 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
           const ColumnBounds bounds = column_bounds(team, segment, strips, index, lane);
           w0 = w1 = 0;
           if (at.inside) {
-            w0 = bounded_state<DTYPE>(column, bounds, 0, lossy_coding);
-            w1 = bounded_state<DTYPE>(column, bounds, 1, lossy_coding);
+            if (lossy_coding == KVZ_FIXED) {
+              w0 = bounded_state<DTYPE>(column, bounds, 0);
+              w1 = bounded_state<DTYPE>(column, bounds, 1);
+            } else {
+              const uint32_t both =
+                  steps == KVZ_STEPS_TOKEN
+                      ? difference_states<DTYPE, true>(column, bounds.vectors, bounds.heads, 0.0f, 0.0f, lossy_coding)
+                      : difference_states<DTYPE, false>(column, nullptr, 0, bounds.channel[0], bounds.channel[1],
+                                                        lossy_coding);
+              w0 = both & 255u;
+              w1 = both >> 8;
+            }
           }
           __syncwarp();
         } else if (lossy_coding == KVZ_FIXED) {
@@ -701,8 +756,15 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
 
         if (quantised && steps != KVZ_STEPS_PAGE) {
           if (at.inside) {
-            bounded_codes<DTYPE>(const_cast<uint32_t*>(column), column_bounds(team, segment, strips, index, lane),
-                                 coding, g.width0, g.width1, g.raw);
+            const ColumnBounds bounds = column_bounds(team, segment, strips, index, lane);
+            uint32_t* const codes = const_cast<uint32_t*>(column);
+            if (coding == KVZ_FIXED) {
+              bounded_codes<DTYPE>(codes, bounds, g.width0, g.width1, g.raw);
+            } else if (steps == KVZ_STEPS_TOKEN) {
+              difference_codes<DTYPE, true>(codes, bounds.vectors, bounds.heads, 0.0f, 0.0f, g.raw);
+            } else {
+              difference_codes<DTYPE, false>(codes, nullptr, 0, bounds.channel[0], bounds.channel[1], g.raw);
+            }
           }
           __syncwarp();
 #pragma unroll
