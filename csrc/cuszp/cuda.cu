@@ -287,14 +287,13 @@ uint32_t warps_for(uint32_t strips, uint32_t strips_per_warp) {
   return warps < kMaxWarps ? warps : kMaxWarps;
 }
 
-// As many warps as registers hold, in even rounds, where shared memory holds few CTAs of a page each: `resident` warps
-// fit on a multiprocessor, `others` of each CTA have no strips.
-uint32_t more_warps(uint32_t warps, uint32_t strips, uint32_t shared_bytes, uint32_t room, uint32_t resident,
-                    uint32_t others) {
-  constexpr uint32_t kReserved = 1024;  // of shared memory, for each CTA
+// Warps of an encoder's page that has a CTA to itself: where shared memory holds few of these, as many as registers
+// hold, in even rounds.
+uint32_t encoder_warps(uint32_t warps, uint32_t strips, uint32_t shared_bytes, uint32_t room) {
+  constexpr uint32_t kReserved = 1024, kResident = kMaxWarps + 3;  // of shared memory, for each CTA; its launch bounds
   const uint32_t ctas = (room + kReserved) / (shared_bytes + kReserved);
-  if (ctas == 0 || resident / ctas <= warps + others) return warps;
-  const uint32_t most = least(resident / ctas - others, kMaxWarps), rounds = (strips + most - 1) / most;
+  if (ctas == 0 || kResident / ctas <= warps + 1) return warps;
+  const uint32_t most = least(kResident / ctas - 1, kMaxWarps), rounds = (strips + most - 1) / most;
   return (strips + rounds - 1) / rounds;
 }
 
@@ -441,7 +440,7 @@ int32_t kvz_cuda_encode(const kvz_cuda_encode_args* args, void* stream) {
     p.tiles = (a.num_segments + p.teams - 1) / p.teams;
     shared_bytes = kTileSharedBytes + p.teams * p.team_bytes;
     if (p.teams == 1 && a.strips_per_warp == 0) {
-      p.team_warps = more_warps(p.team_warps, shape.strips, shared_bytes, room, kMaxWarps + 3, 1);
+      p.team_warps = encoder_warps(p.team_warps, shape.strips, shared_bytes, room);
     }
     threads = (p.teams * p.team_warps + 1) * kWarp;
   } else {
@@ -520,13 +519,8 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
                       ? (shape.dtype == KVZ_BF16 ? kDecodeWithinBf16 : kDecodeWithinFp16)
                   : shape.dtype == KVZ_BF16 ? kDecodeBf16
                                             : kDecodeFp16;
-  uint32_t threads = kGeneralThreads, shared_bytes = kSharedBytes;
-  if (shape.fast) {
-    shared_bytes = fast_decode_bytes(shape.strips, shape.vectors);
-    uint32_t warps = warps_for(shape.strips, a.strips_per_warp);
-    if (a.strips_per_warp == 0) warps = more_warps(warps, shape.strips, shared_bytes, room, kMaxWarps, 0);
-    threads = warps * kWarp;
-  }
+  uint32_t threads = shape.fast ? warps_for(shape.strips, a.strips_per_warp) * kWarp : kGeneralThreads;
+  uint32_t shared_bytes = shape.fast ? fast_decode_bytes(shape.strips, shape.vectors) : kSharedBytes;
   if (a.extended & KVZ_EXTENDED_RICE) {
     const RiceShape rice(a.segments, a.num_segments);
     if (rice.decodes_fast) {

@@ -171,15 +171,17 @@ KVZ_DEV uint64_t add_relaxed(uint64_t* to, uint64_t value) {
 }
 
 #if defined(KVZ_RACECHECK)
-// A barrier of some threads of the CTA in shared memory, an mbarrier: init by one of them, before any meets there.
-KVZ_DEV void init_meeting(uint64_t* meeting, uint32_t threads) {
+// A barrier of some threads of the CTA as an mbarrier in shared memory, which one of them makes before any meet there.
+// compute-sanitizer's racecheck takes every numbered barrier that a warp passes for one of all warps
+// (bench/racecheck_barrier.cu), but understands these; they cost more.
+KVZ_DEV void make_barrier(uint64_t* barrier, uint32_t threads) {
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(meeting))),
+      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
       "r"(threads)
       : "memory");
 }
-KVZ_DEV void meet_at(uint64_t* meeting) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(meeting));
+KVZ_DEV void sync_at(uint64_t* barrier) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
   uint64_t state;
   asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(address) : "memory");
   uint32_t met = 0;
@@ -507,7 +509,7 @@ constexpr uint32_t kTileSharedBytes = 1536;
 // Start of a team's shared memory: its warps' partial results.
 struct TeamShared {
 #if defined(KVZ_RACECHECK)
-  uint64_t meeting;  // of the team's threads
+  uint64_t barrier;  // of the team's threads
 #endif
   int32_t low[kMaxWarps], high[kMaxWarps];
   uint32_t equal[kMaxWarps];
@@ -535,8 +537,8 @@ KVZ_DEV void sync_team(const Team& team) {
   if (team.warps == 1) {
     __syncwarp();
   } else {
-#if defined(KVZ_RACECHECK)  // which takes every barrier that a warp passes for one of all warps
-    meet_at(&team.shared->meeting);
+#if defined(KVZ_RACECHECK)
+    sync_at(&team.shared->barrier);
 #else
     sync_threads(1 + team.index, team.threads);
 #endif

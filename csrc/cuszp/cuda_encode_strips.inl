@@ -1499,7 +1499,7 @@ KVZ_DEV void encode_fast(const EncodeParams& p, uint8_t* memory) {
 #if defined(KVZ_RACECHECK)
   if (threadIdx.x < p.teams) {
     uint8_t* const team = memory + kTileSharedBytes + threadIdx.x * p.team_bytes;
-    init_meeting(&reinterpret_cast<TeamShared*>(team)->meeting, p.team_warps * kWarp);
+    make_barrier(&reinterpret_cast<TeamShared*>(team)->barrier, p.team_warps * kWarp);
   }
   __syncthreads();
 #endif
