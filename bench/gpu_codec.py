@@ -22,6 +22,7 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
     parser.add_argument("--kvdata", type=Path, help="folder with KV caches; default: the package's sample")
+    parser.add_argument("--commit", default="", help="what the results say of the source")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--tune", action="store_true", help="also by strips per warp")
@@ -290,6 +292,8 @@ def main() -> None:
         "cuda": driver.versions(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": options.commit,
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
     if not options.no_check:
         start = time.perf_counter()
