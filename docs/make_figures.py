@@ -938,13 +938,15 @@ def fidelity() -> str:
     for path in sorted(RESULTS.glob("fidelity_*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         e = data["environment"]
+        needles = data["reference_needle"]
+        recalled = "" if needles is None else f" The exact cache recalls {needles:.0%} of the needles."
         parts += [
             f"## {data['model']}\n",
             paragraph(
-                f"{len(e['texts'])} texts, {data['prefix']:,} swapped tokens and {data['continuation']} behind them "
-                f"in each; {e['dtype']}; torch {e['torch']}, transformers {e['transformers']}, {e['device']}, "
-                f"{e['time'][:10]} ([{path.name}](../bench/results/{path.name})). The exact cache recalls "
-                f"{data['reference_needle']:.0%} of the needles."
+                f"{len(e['texts'])} texts ({', '.join(e['texts'])}), {data['prefix']:,} swapped tokens and "
+                f"{data['continuation']} behind them in each; {e['dtype']}; torch {e['torch']}, transformers "
+                f"{e['transformers']}, {e['device']}, {e['time'][:10]} "
+                f"([{path.name}](../bench/results/{path.name})).{recalled}"
             ),
             plot(path.name),
             table(
@@ -1015,7 +1017,7 @@ def _fidelity_row(row: dict[str, Any], limit: float) -> list[str]:
         f"{row['top1']:.1%}",
         f"{row['dnll']:+.4f}",
         f"{row['greedy']:.0%}",
-        f"{row['needle']:.0%}",
+        "" if row["needle"] is None else f"{row['needle']:.0%}",
     ]
 
 
