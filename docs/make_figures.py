@@ -734,8 +734,29 @@ def _checksums(data: dict[str, Any]) -> list[str]:
         "Loads on the GPU by an engine that verifies every checksum and by one that verifies none "
         "(`Integrity(checksum=0.0)`), in turn, medians in microseconds. Small loads are always verified."
     )
-    return ["### What checksums cost\n", paragraph(text), table(
-        ["beside", "pages", "records", "verified", "not verified", "over"], rows)] if rows else []  # fmt: skip
+    on_gpu = [paragraph(text), table(["beside", "pages", "records", "verified", "not verified", "over"], rows)]
+    parts = [*(on_gpu if rows else []), *_host_checksums()]
+    return ["### What checksums cost\n", *parts] if parts else []
+
+
+def _host_checksums() -> list[str]:
+    found = load("checksums_host.json")
+    if found is None:
+        return []
+    name, data = found
+    cases: dict[str, dict[Any, float]] = {}
+    for row in data["rows"]:
+        cases.setdefault(row["bound"], {})[row.get("checked", "crc")] = row["gb_per_s"]
+    rows = [[bound, *(f"{case[part]:.2f}" for part in (1.0, 0.1, 0.0)), f"{case['crc']:.0f}"]
+            for bound, case in cases.items()]  # fmt: skip
+    least = min(case["crc"] for case in cases.values())
+    text = (
+        f"On the host, one thread of an {data['environment']['cpu']}, GB/s by its CPU time, medians: loads of raw "
+        "bytes that verify every checksum, one in ten, or none, and CRC32C alone on the bytes of records. A thread "
+        f"verifies about {least:.0f} GB/s of records, several times less than a PCIe 5.0 link moves, so what goes to a "
+        f"GPU is verified there ([{name}](../bench/results/{name}), `bench/checksums.py`)."
+    )
+    return [paragraph(text), table(["bound", "all", "one in ten", "none", "CRC32C"], rows)]
 
 
 def pinned_section() -> list[str]:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("kvzip")
 
 _MOST_REQUESTS = 64  # that an engine keeps
+_MOST_THREADS = 65_536  # as the native library
 _EXIT_SECONDS = 5.0  # that the end of the process waits for transfers under way
 _MOST_ENDED = 1024  # transfers that it has not counted yet
 
@@ -169,8 +170,11 @@ class SwapEngine:
         controller: str | Controller | None = None,
         pressure: BoundPressure | None = None,
     ) -> None:
-        if not isinstance(threads, (int, np.integer)) or threads < 0:
-            raise ConfigError(f"threads {threads!r} is negative or no integer: use 0 for all cores, or how many")
+        if not isinstance(threads, (int, np.integer)) or not 0 <= threads <= _MOST_THREADS:
+            raise ConfigError(
+                f"threads {threads!r} is negative or no integer: use 0 for all cores, or how many, "
+                f"{_MOST_THREADS} at most"
+            )
         for name, given, kind in (
             ("staging", staging, Staging),
             ("integrity", integrity, Integrity),

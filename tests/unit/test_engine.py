@@ -746,6 +746,7 @@ def test_what_an_engine_is_made_of() -> None:
         ({"bound": 0.0}, ConfigError, "is no ErrorBound: use"),
         ({"threads": "2"}, ConfigError, "threads '2' is negative or no integer"),
         ({"threads": 1.5}, ConfigError, "threads 1.5 is negative or no integer"),
+        ({"threads": 10**6}, ConfigError, "how many, 65536 at most"),
         ({"staging": 3}, ConfigError, r"staging 3: give Staging\(...\), or None"),
         ({"integrity": "always"}, ConfigError, r"integrity .always.: give Integrity\(...\), or None"),
         ({"pressure": []}, ConfigError, r"pressure \[\]: give BoundPressure\(...\), or None"),
