@@ -50,7 +50,7 @@ class BoundPolicy:
         for layer, given in dict(self.layers).items():
             pair = (given, given) if isinstance(given, ErrorBound) else given
             if not (isinstance(layer, int) and layer >= 0):
-                raise ConfigError(f"layer {layer!r} of a bound policy: layers are numbers from 0")
+                raise ConfigError(f"layer {layer!r} of a bound policy: use numbers from 0, in the order of the pages")
             if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(b, ErrorBound) for b in pair)):
                 raise ConfigError(f"bound {given!r} of layer {layer}: give an ErrorBound, or a pair (K, V)")
             pairs[layer] = pair

@@ -71,7 +71,10 @@ class CalibrationTable:
         )
         most = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
         if len(shapes) != len(moments) or most != moments.shape[1:] or any((h == 0) != (d == 0) for h, d in shapes):
-            raise ConfigError(f"layers of {shapes} KV heads and channels do not fit moments of shape {moments.shape}")
+            raise ConfigError(
+                f"layers of {shapes} KV heads and channels do not fit moments of shape {moments.shape}: the moments' "
+                "axes are the layers, the most KV heads and the most channels of any layer"
+            )
         object.__setattr__(self, "shapes", shapes)
         for layer, (heads, dim) in zip(moments, shapes, strict=True):
             layer[heads:] = layer[:, dim:] = 0

@@ -320,7 +320,10 @@ def check_geometry(geometry: tuple[Geometry, ...], layout: BlockLayout) -> Block
     """
     pages = sum(g.count for g in geometry)
     if pages != len(layout.segments):
-        raise LayoutError(f"the record has {pages} pages, the blocks to load into have {len(layout.segments)}")
+        raise LayoutError(
+            f"the record has {pages} pages, the blocks to load into have {len(layout.segments)}: "
+            "load into blocks of the layout that was stored"
+        )
     segments: list[SegmentLayout] = []
     changed = False
     for g in geometry:
@@ -495,7 +498,7 @@ def _numpy_type(dtype: DType) -> np.dtype[Any]:
 def _decode_view(header: RecordHeader, tensors: list[Any]) -> BlockView:
     dims, shapes = _tensors_of(header)
     if len(tensors) != len(shapes):
-        raise LayoutError(f"the record came from {len(shapes)} tensors, out has {len(tensors)}")
+        raise LayoutError(f"the record came from {len(shapes)} tensors, out has {len(tensors)}: give as many")
     dtypes = {g.dtype for g in header.geometry}
     if len(dtypes) > 1:
         raise LayoutError("the record mixes dtypes: load it through a SwapEngine")
