@@ -164,6 +164,11 @@ def load_model(source: str, *, device: str = "auto") -> LanguageModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {}
     where = Path(source)
+    if not where.exists() and (where.is_absolute() or source.startswith(".") or len(where.parts) > 2):
+        raise ConfigError(
+            f"there is no {source}: give a folder with a checkpoint and its tokenizer, a GGUF file, or a name of the "
+            "Hugging Face hub such as org/model"
+        )
     gguf = [where] if where.suffix == ".gguf" else sorted(where.glob("*.gguf"))
     if gguf and not (where / "config.json").exists():
         if len(gguf) > 1:

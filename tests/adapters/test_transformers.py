@@ -557,6 +557,10 @@ def test_unusable_input_ends_with_status_2(
     status, _, err = run("verify", model=str(tmp_path))
     assert status == 2
     assert "cannot load a model" in err
+    for nowhere in (str(tmp_path / "none"), "./none", "a/b/c"):
+        status, _, err = run("verify", model=nowhere)
+        assert status == 2
+        assert f"there is no {nowhere}:" in err
     status, _, err = run("calibrate", "--out", str(tmp_path / "nowhere" / "table.npz"))
     assert status == 2
     assert "no folder" in err
