@@ -187,6 +187,7 @@ KVZ_DEV Largest largest_of_team(const Team& team, uint32_t least, uint32_t most)
 // The largest usable bound of the channels of a page. By every thread of a team.
 KVZ_DEV float channel_bounds_of_team(const Team& team, const float* channels, uint32_t count) {
   uint32_t most = 0;
+#pragma unroll 4  // loads together
   for (uint32_t c = team.thread; c < count; c += team.threads) {
     const float bound = channels[c];
     if (bound >= kLeastBound && bound <= kLargestBound && bits_of(bound) > most) most = bits_of(bound);
