@@ -235,7 +235,7 @@ class Plan:
         if self.budget_bytes < 1:
             raise ConfigError(f"budget of {self.budget_bytes} bytes: use at least one")
         if not 0 < self.ratio < math.inf:
-            raise ConfigError(f"ratio {self.ratio}: use a positive number, 1.9 is usual for the default bound")
+            raise ConfigError(f"ratio {self.ratio}: use a positive number, 2.7 is usual for the default bounds")
         if self.prefill_tokens_per_s is not None and not self.prefill_tokens_per_s > 0:
             raise ConfigError(f"a prefill of {self.prefill_tokens_per_s} tokens/s: use a positive rate")
 
