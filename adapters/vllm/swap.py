@@ -357,8 +357,12 @@ def _check_settings(bound: ErrorBound, mode: str, threads: int) -> None:
 
 def _indices(indices: Any, cache: Any) -> list[int]:
     """Row numbers from a tensor or a sequence; negative ones count from the end, as torch has it."""
-    listed = indices.tolist() if hasattr(indices, "tolist") else indices
-    return [int(index) + (cache.shape[0] if index < 0 else 0) for index in listed]
+    rows = int(cache.shape[0])
+    listed = list(indices.tolist() if hasattr(indices, "tolist") else indices)
+    for index in listed:
+        if type(index) is not int or not -rows <= index < rows:  # a mask or a fraction would mean other rows
+            raise IndexError(f"block index {index!r}: give integers from {-rows} to {rows - 1}")
+    return [index + rows if index < 0 else index for index in listed]
 
 
 def _key(cache: Any, index: int) -> bytes:

@@ -180,6 +180,20 @@ def test_rows_that_do_not_exist_are_an_error_of_the_caller(cache: Any) -> None:
         manager.swap_out_blocks_to_host_compressed(cache, torch.zeros_like(cache), [0], [99])
 
 
+@pytest.mark.parametrize(
+    "rows", [[1.5], [True], ["1"], torch.tensor([True, False]), torch.tensor([0.0]), [-99], [None]]
+)
+def test_rows_that_are_no_numbers_of_rows(cache: Any, rows: Any) -> None:
+    """Rounded, or counted from the end twice, they would be other rows."""
+    manager = swap.CompressedSwapManager(capacity_bytes=POOL_BYTES)
+    host = torch.zeros_like(cache)
+    for way in (manager.swap_out_blocks_to_host_compressed, manager.swap_in_blocks_from_host_compressed):
+        with pytest.raises(IndexError, match="give integers from"):
+            way(cache, host, rows, [0] * len(rows))
+        with pytest.raises(IndexError, match="give integers from"):
+            way(cache, host, [0] * len(rows), rows)
+
+
 def test_negative_rows_count_from_the_end(cache: Any) -> None:
     manager = swap.CompressedSwapManager(error_bound=1e-2, capacity_bytes=POOL_BYTES)
     host, back = torch.zeros_like(cache), torch.zeros_like(cache)
