@@ -43,6 +43,7 @@ QUESTIONS = (
 )
 TIERS: dict[str, Row] = {
     "lossless": {"bound": "lossless"},
+    "rel:1e-3": {"bound": "rel:1e-3"},
     "default": {},
     "rel:1e-2": {"bound": "rel:1e-2"},
 }
