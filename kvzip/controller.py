@@ -285,11 +285,15 @@ class _Plan(NamedTuple):
 
 
 @dataclass(slots=True)
-class _State:
-    """A size class of a profile on a device."""
+class StoreLane:
+    """What an engine looks up for a store: a size class of a profile on a device.
+
+    It takes `passing` as long as it can take one of what is `left`, and asks `Controller.decide` then.
+    """
 
     choice: Choice = ENCODED
-    standing: dict[int, Decision] = field(default_factory=dict)  # what holds until the next look, by what is watched
+    passing: Decision | None = None  # what holds until the next look, for stores that go by unwatched
+    standing: dict[int, Decision] = field(default_factory=dict)  # the same by what is watched
     planned: _Plan | None = None  # for the next store that is observed
     granted: int = 0  # stores that may go by unwatched, and how many of these are left
     left: int = 0
@@ -390,18 +394,6 @@ class _Begun(NamedTuple):
     decision: Decision | None  # of a store
 
 
-class Lane(NamedTuple):
-    """What an engine looks up for a store.
-
-    Attributes:
-        state: what is known of such stores.
-        keep: objects that the key names.
-    """
-
-    state: _State
-    keep: tuple[object, ...]
-
-
 Cell: TypeAlias = tuple[int, int]  # size class, ratio in half octaves (0: of raw)
 Kind: TypeAlias = tuple[str, Direction, Hashable]  # device, direction, what is moved
 Way: TypeAlias = tuple[str, Direction]
@@ -463,8 +455,8 @@ class Controller:
         self._priors = {**PRIORS, **(priors or {})}
         self._clock = clock
         self._lock = threading.Lock()
-        self._states: dict[tuple[str, Profile, int], _State] = {}
-        self._known: dict[tuple[str, Profile, int], _State] = {}  # states by the very size of transfers
+        self._states: dict[tuple[str, Profile, int], StoreLane] = {}
+        self._known: dict[tuple[str, Profile, int], StoreLane] = {}  # states by the very size of transfers
         self._estimates: dict[Kind, dict[Cell, _Estimate]] = {}  # seconds, over what the model says
         self._ratios: dict[Profile, _Estimate] = {}
         self._pending: deque[_Begun] = deque(maxlen=MOST_PENDING)
@@ -472,8 +464,10 @@ class Controller:
         self._ends: dict[Way, float] = {}
         self._serials: Counter[tuple[str, int]] = Counter()  # of what was observed, by size class
         #: For the engine's own use: what it finds by keys of its own, which name less than `decide` takes.
-        self.lanes: dict[Hashable, Lane] = {}
+        self.lanes: dict[Hashable, tuple[StoreLane, tuple[object, ...]]] = {}
         self.loads: dict[Hashable, LoadLane] = {}
+        self.last_store: tuple[object, object, int, str, StoreLane] | None = None  # settings, layout, blocks, device
+        self.last_load: tuple[object, int, str, LoadLane] | None = None
         self._waiting: dict[str, float] = dict.fromkeys(DIRECTIONS, 0.0)
         self._seconds = 0.0
         self._explored = {True: 0.0, False: 0.0}  # seconds, at the beginning and later
@@ -494,9 +488,9 @@ class Controller:
         """
         # The price of most stores; `_settle` counts them.
         state = self._known.get((device, profile, raw_bytes))
-        if state is not None and state.left > 0 and asked is None:
+        if state is not None and state.left > 0 and asked is None and state.passing is not None:
             state.left -= 1
-            return state.standing[SKIP]
+            return state.passing
         with self._lock:
             if state is None:
                 state = self._state(device, profile, raw_bytes)
@@ -535,7 +529,7 @@ class Controller:
         if state is not None:
             if len(self.lanes) >= MOST_STATES:
                 self.lanes.clear()
-            self.lanes[key] = Lane(state, keep)
+            self.lanes[key] = state, keep
 
     def catch_up(self, decision: Decision, raw_bytes: int) -> None:
         """Take in what has been observed, and compare the roads for the stores to come, now and then.
@@ -558,7 +552,7 @@ class Controller:
         finally:
             self._lock.release()
 
-    def _settle(self, state: _State) -> None:
+    def _settle(self, state: StoreLane) -> None:
         """Count the stores that went by."""
         left = state.left
         if left < state.granted:
@@ -568,7 +562,7 @@ class Controller:
             state.tried[chosen.choice] = state.decisions
             self._decisions[chosen.choice, chosen.cause] += passed
 
-    def _look(self, state: _State, device: str, profile: Profile, raw_bytes: int) -> None:
+    def _look(self, state: StoreLane, device: str, profile: Profile, raw_bytes: int) -> None:
         """Compare the roads: what is chosen from now on, and whether the other one is to be measured."""
         soon = 1 if state.decisions < YOUNG else (self._dwell + 1) // 2 if raw_bytes > LARGE else self._dwell
         state.next_look = state.decisions + soon
@@ -603,6 +597,7 @@ class Controller:
         if first or (chosen, cause) != (state.standing[SKIP].choice, state.standing[SKIP].cause):
             stands = Decision(device, profile, chosen, cause, state.expected[chosen])
             state.standing = {watch: stands._replace(watch=watch) for watch in (SKIP, NOTE, 1, WATCH_EVERY)}
+            state.passing = state.standing[SKIP]
         state.planned = None
         if state.changed != state.decisions and self._exploration > 0:
             extra = 0.0 if wanted == other else max(0.0, times[other] - times[chosen])
@@ -631,7 +626,7 @@ class Controller:
         return -larger if larger > SLACK else faster
 
     def _budget(
-        self, state: _State, times: Mapping[Choice, float], ratio: float, extra: float, *, starting: bool
+        self, state: StoreLane, times: Mapping[Choice, float], ratio: float, extra: float, *, starting: bool
     ) -> bool | None:
         """Who pays the `extra` seconds of taking the road that is not chosen, to see what it takes.
 
@@ -648,7 +643,7 @@ class Controller:
             return None
         return False if self._explored[False] + extra <= self._exploration * self._seconds else None
 
-    def _state(self, device: str, profile: Profile, raw_bytes: int) -> _State:
+    def _state(self, device: str, profile: Profile, raw_bytes: int) -> StoreLane:
         key = (device, profile, size_class(raw_bytes))
         state = self._states.get(key)
         if state is None:
@@ -657,7 +652,8 @@ class Controller:
                 self._settle(self._states.pop(oldest))
                 self._known.clear()
                 self.lanes.clear()
-            state = self._states[key] = _State()
+                self.last_store = None
+            state = self._states[key] = StoreLane()
         if len(self._known) >= MOST_STATES:
             self._known.clear()
         self._known[device, profile, raw_bytes] = state

@@ -27,7 +27,16 @@ from kvzip.backends.portable import device_codec
 from kvzip.backends.registry import LOSSLESS_STAND_INS, get_codec
 from kvzip.bounds import BoundPolicy, NamedTables, named_tables, resolve
 from kvzip.coding import EncodedRecord, Part, check_device, check_geometry, encode_records, max_record_bytes
-from kvzip.controller import CHOICES, RAW, SKIP, Choice, Controller, Decision, Profile, make_controller
+from kvzip.controller import (
+    CHOICES,
+    RAW,
+    SKIP,
+    Choice,
+    Controller,
+    Decision,
+    Profile,
+    make_controller,
+)
 from kvzip.errors import (
     BackendUnavailableError,
     BlockNotFoundError,
@@ -191,6 +200,7 @@ class SwapEngine:
         self._gauge = None if pressure is None else PressureGauge(pressure)
         self._raw = get_codec(RAW)
         self._raw_settings = {reason: Settings(self._raw, _LOSSLESS, self._raw.modes[0], reason) for reason in Reason}
+        # On a GPU, with a controller: the next one may have to wait for it.
         self._last_store: ReferenceType[Transfer] | None = (
             None  # on a GPU, with a controller: the next one may have to wait for it
         )
@@ -366,12 +376,30 @@ class SwapEngine:
         controller = self.controller
         if controller is None or settings.codec is self._raw:
             return None
+        layout, count, device = blocks.layout, blocks.block_ids.size, blocks.device
+        last = controller.last_store
+        # The price of most stores with a controller: few objects are touched, and no lock.
+        if (
+            last is not None
+            and last[0] is settings
+            and last[1] is layout
+            and last[2] == count
+            and last[3] == device
+            and coding is None
+        ):
+            lane = last[4]
+            if lane.left > 0:
+                lane.left -= 1
+                return lane.passing
         codec, bound, mode = settings.codec.name, settings.bound, settings.mode
-        key = (codec, id(bound), mode, id(blocks.layout), blocks.block_ids.size, blocks.device)
-        lane = controller.lanes.get(key)
-        if lane is not None and lane.state.left > 0 and coding is None:  # as a rule: the price of a controller
-            lane.state.left -= 1
-            return lane.state.standing[SKIP]
+        key = (codec, id(bound), mode, id(layout), count, device)
+        known = controller.lanes.get(key)
+        if known is not None:
+            lane = known[0]
+            controller.last_store = (settings, layout, count, device, lane)
+            if lane.left > 0 and coding is None:
+                lane.left -= 1
+                return lane.passing
         nbytes = blocks.nbytes
         if not nbytes:
             return None
@@ -383,9 +411,9 @@ class SwapEngine:
             family = ",".join(sorted(kind.name for kind in kinds))
             profile = self._profiles[codec, id(bound), mode] = Profile(codec, mode, bound, family)
         waits = _is_under_way(self._last_store)
-        decision = controller.decide(blocks.device, profile, nbytes, coding, waits=waits)
-        if lane is None:
-            controller.lane(key, blocks.device, profile, nbytes, bound, blocks.layout)
+        decision = controller.decide(device, profile, nbytes, coding, waits=waits)
+        if known is None:
+            controller.lane(key, device, profile, nbytes, bound, layout)
         return decision
 
     def _count_step(self, step: int, result: TransferResult) -> None:
@@ -400,13 +428,18 @@ class SwapEngine:
             self.controller.catch_up(decision, blocks.nbytes)
 
     def _watch_load(self, out: BlockView, entries: Sequence[Entry]) -> int:
-        if self.controller is None or not entries:
+        controller = self.controller
+        if controller is None or not entries:
             return SKIP
-        key, codec = (id(out.layout), out.block_ids.size, out.device), entries[0].contents.codec
-        lane = self.controller.loads.get(key)
-        if lane is None:
-            lane = self.controller.load_lane(key, out.layout)
-        elif lane.left > 0 and lane.codec == codec:  # as a rule
+        layout, count, device, codec = out.layout, out.block_ids.size, out.device, entries[0].contents.codec
+        last = controller.last_load
+        if last is not None and last[0] is layout and last[1] == count and last[2] == device:
+            lane = last[3]
+        else:
+            key = (id(layout), count, device)
+            lane = controller.loads.get(key) or controller.load_lane(key, layout)
+            controller.last_load = (layout, count, device, lane)
+        if lane.left > 0 and lane.codec == codec:  # as a rule
             lane.left -= 1
             return SKIP
         waits = _is_under_way(self._last_load)
