@@ -25,7 +25,16 @@ from kvzip.errors import (
     FormatVersionError,
     LayoutError,
 )
-from kvzip.record import ENTRY_DTYPE, MAX_SEGMENTS, Coding, Reason, header_nbytes, pack_headers, read_header
+from kvzip.record import (
+    ENTRY_DTYPE,
+    MAX_SEGMENTS,
+    Coding,
+    Reason,
+    fallback_reasons,
+    header_nbytes,
+    pack_headers,
+    read_header,
+)
 from kvzip.types import BlockLayout, DType, ErrorBound, SegmentLayout
 
 LOSSLESS = ErrorBound.lossless()
@@ -425,3 +434,19 @@ def test_signatures_of_the_issue() -> None:
     assert encode.parameters["codec"].default == "cuszp"
     assert list(decode.parameters)[:2] == ["record", "out"]
     assert all(p.kind is p.KEYWORD_ONLY for name, p in encode.parameters.items() if name != "x")
+
+
+@pytest.mark.parametrize("pages", [0, 1, 6, 999])
+def test_reasons_are_counted_by_page(pages: int) -> None:
+    """A page's own reason comes before the record's; whether tables come as arrays or as bytes does not matter."""
+    table = np.zeros(pages, ENTRY_DTYPE)
+    reason = ENTRY_DTYPE.names[-1] if ENTRY_DTYPE.names else ""
+    table[reason][: pages // 3] = Reason.INCOMPRESSIBLE
+    own = {"incompressible": pages // 3} if pages // 3 else {}
+    others = {"break_even": pages - pages // 3} if pages else {}
+    for tables in (table, [table], table.tobytes()):
+        assert fallback_reasons(tables) == own
+        counted = fallback_reasons(tables, Reason.BREAK_EVEN)
+        assert counted == own | others
+        counted["break_even"] = -1  # the caller's own: the next one is told the same again
+        assert fallback_reasons(tables, Reason.BREAK_EVEN) == own | others
