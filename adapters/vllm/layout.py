@@ -211,7 +211,7 @@ def _repeat(pages: _Pages, split: int, stride_bytes: int) -> _Pages:
 def layers_of(
     layer_names: Sequence[str], kv_caches: Mapping[str, Any], spec: Any, isa_of: Mapping[str, str]
 ) -> list[LayerCache] | None:
-    """The caches of a group's layers.
+    """The caches of a group's layers; layers that share the cache of another one are left out.
 
     Args:
         layer_names: in vLLM's order.
@@ -222,10 +222,19 @@ def layers_of(
     if any(name not in kv_caches for name in layer_names):
         return None
     own = getattr(spec, "kv_cache_specs", {})
+    names = {_memory_of(kv_caches[name]): name for name in reversed(layer_names)}  # of several the first
     return [
         LayerCache(kv_caches[name], own.get(name, spec), isa_of.get(name, ""), layer_number(name))
         for name in layer_names
+        if names[_memory_of(kv_caches[name])] == name
     ]
+
+
+def _memory_of(cache: Any) -> Any:
+    """What tells caches in other memory, or of another shape, apart."""
+    if isinstance(cache, (list, tuple)):
+        return id(cache)
+    return int(cache.data_ptr()), tuple(cache.shape), tuple(cache.stride())
 
 
 def layer_number(name: str) -> int:

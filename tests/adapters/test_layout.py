@@ -200,3 +200,17 @@ def test_layers_of_a_group() -> None:
     assert [(layer.spec, layer.cpu_isa, layer.number) for layer in found] == [(2, "", -1), (1, "vec", -1)]
     assert layer_number("model.layers.12.self_attn.attn") == 12
     assert layers_of(["a", "c"], caches, own, {}) is None
+
+
+def test_layers_that_share_a_cache_are_one() -> None:
+    """Some models let later layers read the cache of an earlier one; vLLM then names both."""
+    k, v = keys_and_values()
+    first, other = apart(k, v, "NHD"), apart(v, k, "NHD")
+    caches = {"layers.0": first, "layers.1": other, "layers.2": first, "layers.3": first[:]}
+    found = layers_of(list(caches), caches, attention(), {})
+    assert found is not None
+    assert [layer.number for layer in found] == [0, 1]
+    raw = [(t.view(torch.int8).reshape(BLOCKS, -1), t[0].nbytes) for t in (first, other)]
+    group = group_view("0", found, raw)
+    assert group.view.writable
+    assert len(group.pages) == 4
