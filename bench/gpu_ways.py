@@ -140,8 +140,18 @@ class Kvzip(EngineWay, Way):
     def make_bound(self, bench: TransportBench) -> ErrorBound | BoundPolicy:
         return ErrorBound.relative(self.relative) if self.relative else ErrorBound.lossless()
 
+    @property
+    def pages(self) -> int:
+        """Pages of a transfer, which decide the size of the blocks."""
+        return self._count
+
+    @pages.setter
+    def pages(self, count: int) -> None:
+        self._count = count
+        self._both = self.kvzip_bench.view(count), self.kvzip_bench.view(count, targets=True)
+
     def _pages(self) -> tuple[BlockView, BlockView]:
-        return self.kvzip_bench.view(self.pages), self.kvzip_bench.view(self.pages, targets=True)
+        return self._both
 
     def note(self) -> str:
         stats = self.engine.stats()

@@ -41,7 +41,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _MIN_EXTENT_BYTES = 16  # records are aligned to this (docs/reference/format.md)
 _MAX_EXTENT_BYTES = 2 << 20  # divides every Region.piece_bytes
-_TOP_BYTES = 4 << 20  # small rooms are cut from a run of this size, one behind the other
+_TOP_BYTES = (16 << 20, 4 << 20)  # small rooms are cut from a run of one of these sizes, one behind the other
 
 
 @dataclass(slots=True, eq=False)
@@ -258,6 +258,7 @@ class HostPool:
                 f"{extents * extent} bytes in pieces of a multiple of {extent}: see MemoryResource for the contract"
             )
         self._bytes: Bytes | None = self._region.array
+        self._address = self._region.address
         self._lock = threading.Lock()
         self._free = FreeRuns(extents, self._region.piece_bytes // extent)
         self._live: set[Allocation] = set()
@@ -300,8 +301,9 @@ class HostPool:
         Raises:
             ConfigError: the pool is closed.
         """
-        self._memory()
-        return self._region.address
+        if self._bytes is None:
+            self._memory()
+        return self._address
 
     @property
     def pinned(self) -> bool:
@@ -638,7 +640,10 @@ class HostPool:
         start, length = self._top
         if length < extents:
             self._settle()
-            start, length = self._free.take_run(extents, _TOP_BYTES // self._extent)
+            for nbytes in _TOP_BYTES:
+                start, length = self._free.take_run(extents, nbytes // self._extent)
+                if length:
+                    break
         if length:
             self._top = (start + extents, length - extents)
         room = Room(self, [(start, extents)] if length else self._free.take(extents), extents)

@@ -11,9 +11,8 @@ namespace kvz {
 namespace gpu {
 namespace {
 
-constexpr uint32_t kFetchThreads = 128;
 constexpr uint32_t kMostFetchCtas = 64;  // as many as keep the link busy
-constexpr uint32_t kFewStorePages = 512;
+constexpr uint32_t kFewStorePages = 128;
 constexpr uint32_t kSizesBytes = kFewStorePages * sizeof(uint64_t);
 constexpr int kMaxDevices = 64;
 
@@ -25,9 +24,9 @@ __global__ void __launch_bounds__((kFewStrips / kFewCtas + 1) * kWarp)
   encode_few<DTYPE>(p, g_shared);
 }
 __global__ void __launch_bounds__(kFetchThreads) fetch_few_kernel(const __grid_constant__ FewLoad p) {
-  __shared__ __align__(16) uint32_t row[4][256];
+  __shared__ FetchShared shared;
   let_next_kernel_start();
-  fetch_few(p, row);
+  fetch_few(p, shared);
 }
 template <int DTYPE>
 __global__ void __launch_bounds__(256) decode_few_kernel(const __grid_constant__ FewLoad p) {
@@ -132,14 +131,12 @@ cudaError_t launch_few_store(kvz_cuda_store_args& args, cudaStream_t stream) {
   FewDevice* device = nullptr;
   const cudaError_t error = prepare(args.device, device);
   if (strips == 0 || error != cudaSuccess) return error;
-  // Four strips a CTA, more where there are many pages: all CTAs should be on the device at a time.
-  const uint32_t all_ctas = 2 * static_cast<uint32_t>(device->multiprocessors.load(std::memory_order_relaxed));
+  // Four strips a CTA. Where not all CTAs are on the device at a time, the first ones write while the next ones encode.
   uint32_t ctas = 1;
-  while (ctas < kFewCtas && ctas * 4 < strips && pages * ctas * 2 <= all_ctas) ctas *= 2;
-  while (ctas < kFewCtas && divided(strips, ctas) > kFewStrips / kFewCtas) ctas *= 2;
+  while (ctas < kFewCtas && ctas * 4 < strips) ctas *= 2;
   const uint32_t grid = static_cast<uint32_t>(pages) * ctas;
   const uint32_t own = divided(strips, ctas), shared_bytes = few_store_bytes(own, strips);
-  if (shared_bytes > device->shared_bytes.load(std::memory_order_relaxed) || grid > 2 * all_ctas) return cudaSuccess;
+  if (shared_bytes > device->shared_bytes.load(std::memory_order_relaxed)) return cudaSuccess;
   if (e.max_ctas != 0 && grid > e.max_ctas) return cudaSuccess;
 
   FewStore p = {};

@@ -227,8 +227,9 @@ KVZ_DEV void encode_few_any(const FewStore& p, FewShared& few, uint8_t* memory, 
       input = team.input;
     } else {
       meet();
-      place_few(p, few, rank, b, s, tile_shared.entries[0], lane);
     }
+    __syncthreads();
+    if (warp == warps) place_few(p, few, rank, b, s, tile_shared.entries[0], lane);
     __syncthreads();
     if (warp < warps) {
       const uint32_t units = units_of(tile_shared.entries[0].size);
@@ -418,6 +419,7 @@ struct FewLoad {
   int64_t block_ids[kFewBlocks];
   kvz_entry table[kFewPages];
 };
+constexpr uint32_t kFetchThreads = 128;
 constexpr uint32_t kFewPieceRows = 4;  // of a warp, all in flight at once
 constexpr uint32_t kFewPieceUnits = kFewPieceRows * kRowUnits;
 KVZ_HD constexpr uint32_t few_pieces(uint64_t payload_bytes) {
@@ -464,19 +466,51 @@ KVZ_DEV void fetch_piece(const FewLoad& p, uint32_t b, uint32_t piece, const uin
   if (atomicExch(&scratch[0], 0u) != p.expected[b]) p.general.bad[b] = 1;
 }
 
-// Everything that comes before decoding. Pages are validated where they lie in host memory, meanwhile.
-KVZ_DEV void fetch_few(const FewLoad& p, uint32_t (&row)[4][256]) {
-  load_row_tables(row);
+// Classes and bases of a page from the host, all at once: validation reads them one after the other. By one warp.
+KVZ_DEV Copies copy_head(const FewLoad& p, uint32_t page, uint4* to, uint32_t lane) {
+  const uint32_t b = page / p.general.num_segments;
+  const kvz_entry entry = p.table[page];
+  const kvz_segment& segment = p.general.segments[page - b * p.general.num_segments];
+  const uint32_t units = units_of(entry.size), classes = segment.tokens / 16 * segment.heads * segment.head_dim / 16;
+  if (units == 0 || entry.offset + static_cast<uint64_t>(units) > p.payload_bytes[b] / 16) return {nullptr, nullptr};
+  const uint32_t head = units < classes ? units : classes;  // a class or a base takes no more than a byte a group
+  const uint4* const from = reinterpret_cast<const uint4*>(p.from[b]) + entry.offset;
+  for (uint32_t first = 0; first <= head; first += 4 * kWarp) {
+    uint4 v[4];
+#pragma unroll
+    for (uint32_t r = 0; r < 4; ++r) {
+      const uint32_t i = first + r * kWarp + lane;
+      if (i <= head) v[r] = from[i < head ? i : units - 1];
+    }
+#pragma unroll
+    for (uint32_t r = 0; r < 4; ++r) {
+      const uint32_t i = first + r * kWarp + lane;
+      if (i <= head) to[i] = v[r];
+    }
+  }
+  __syncwarp();
+  return {reinterpret_cast<const uint8_t*>(to), reinterpret_cast<const uint8_t*>(to + head)};
+}
+
+// Everything that comes before decoding. What takes the link's latency several times comes first.
+struct FetchShared {
+  uint32_t row[4][256];
+  uint4 head[kFetchThreads / kWarp][kFewStrips * kStripChannels / 16 + 1];
+};
+KVZ_DEV void fetch_few(const FewLoad& p, FetchShared& shared) {
+  load_row_tables(shared.row);
   __syncthreads();
   const uint32_t lane = lane_of(threadIdx.x), warps = blockDim.x / kWarp;
-  const uint32_t pieces = p.general.num_blocks * p.most_pieces;
-  const uint32_t work = pieces + p.general.num_blocks * p.general.num_segments;
+  const uint32_t pages = p.general.num_blocks * p.general.num_segments;
+  const uint32_t work = pages + p.general.num_blocks * p.most_pieces;
   const DecodeParams q = decode_params(p, p.from);
   for (uint32_t id = blockIdx.x * warps + warp_of(threadIdx.x); id < work; id += gridDim.x * warps) {
-    if (id < pieces) {
-      fetch_piece(p, id / p.most_pieces, id % p.most_pieces, row, lane);
+    if (id < pages) {
+      uint4* const head = shared.head[warp_of(threadIdx.x)];
+      validate_pages(q, id, lane, copy_head(p, id, head, lane));
+      __syncwarp();
     } else {
-      validate_pages(q, id - pieces, lane);
+      fetch_piece(p, (id - pages) / p.most_pieces, (id - pages) % p.most_pieces, shared.row, lane);
     }
   }
 }

@@ -18,10 +18,15 @@ struct Look {
   uint64_t words;  // of the lane's classes
 };
 
+// Copies of a segment's first bytes, all that its classes and bases may take, and of its last 16.
+struct Copies {
+  const uint8_t *head, *tail;
+};
+
 // Does segment s of block b keep to the format? One of `width` lanes, a power of two, at least 8. Reads nothing outside
-// the payload, whatever its bytes are.
+// the payload, whatever its bytes are; or copies, where there are some.
 KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, uint32_t s, uint32_t lane,
-                             uint32_t width) {
+                             uint32_t width, Copies copies) {
   const Look wrong = {true, 0, 0};
   const kvz_entry entry = p.table[page];
   const kvz_segment segment = p.segments[s];
@@ -37,13 +42,15 @@ KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, u
   if (s + 1 == p.num_segments && end != payload_bytes) return wrong;
   const Geometry g = geometry_of(segment, 0);
   const uint8_t* data = reinterpret_cast<const uint8_t*>(p.payloads[b]) + start;
+  const uint8_t* const last = copies.tail != nullptr ? copies.tail : data + (end - start - 16);
+  if (copies.head != nullptr) data = copies.head;
   const uint32_t dtype = segment.dtype, coding = entry.coding & KVZ_CODING_MASK;
   const uint32_t steps = entry.coding & KVZ_STEPS_MASK;
   uint64_t size = entry.size;
 
   Look found = {};
   bool& bad = found.bad;
-  for (uint64_t i = size + lane; i < end - start; i += width) bad = bad || data[i] != 0;  // padding
+  for (uint64_t i = (size + 15) % 16 + 1 + lane; i < 16; i += width) bad = bad || last[i] != 0;  // padding
   if (entry.coding == KVZ_RAW) {
     bad = bad || size != static_cast<uint64_t>(g.tokens) * g.channels * g.value_bytes;
   } else if (entry.coding == KVZ_CONSTANT) {
@@ -132,12 +139,12 @@ KVZ_DEV Look look_at_segment(const DecodeParams& p, uint32_t page, uint32_t b, u
 }
 
 // Pages of this many lanes each are validated by a warp at a time: few lanes for small pages.
-KVZ_DEV void validate_pages(const DecodeParams& p, uint32_t first, uint32_t lane) {
+KVZ_DEV void validate_pages(const DecodeParams& p, uint32_t first, uint32_t lane, Copies copies = {nullptr, nullptr}) {
   const uint32_t width = p.validate_lanes, part = lane & ~(width - 1), page = first + lane / width;
   const bool exists = page < p.num_blocks * p.num_segments;
   const uint32_t b = exists ? page / p.num_segments : 0, s = exists ? page - b * p.num_segments : 0;
   Look found = {};
-  if (exists) found = look_at_segment(p, page, b, s, lane - part, width);
+  if (exists) found = look_at_segment(p, page, b, s, lane - part, width, copies);
   for (uint32_t d = width / 2; d > 0; d /= 2) {
     found.words += __shfl_xor_sync(kAllLanes, found.words, static_cast<int>(d));
   }

@@ -692,8 +692,8 @@ void run_few(const Case& c) {
       d.block_ids[b] = c.block_ids[b];
       d.most_pieces = std::max(d.most_pieces, few_pieces(payload_bytes[b]));
     }
-    emulation::launch(1 + below(3), 64, 4096,
-                      [&](uint8_t* shared) { fetch_few(d, *reinterpret_cast<uint32_t (*)[4][256]>(shared)); });
+    emulation::launch(1 + below(3), 64, sizeof(FetchShared),
+                      [&](uint8_t* shared) { fetch_few(d, *reinterpret_cast<FetchShared*>(shared)); });
     emulation::launch(pages * d.parts, 32 * (1 + below(4)), fast_decode_bytes(strips, 0), [&](uint8_t* shared) {
       dtype == KVZ_BF16 ? decode_few<KVZ_BF16>(d, shared) : decode_few<KVZ_FP16>(d, shared);
     });
