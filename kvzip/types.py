@@ -461,13 +461,17 @@ class TensorMemory:
 
     @property
     def is_distinct(self) -> bool:
-        """Whether no two elements share their memory, as in what slices and permutes a contiguous tensor."""
+        """Whether no two elements of a block share their memory, as in what slices and permutes a contiguous tensor.
+
+        Blocks may begin within each other, as blocks of tokens do that are numbered by their first token: which of them
+        are used together is the caller's to choose.
+        """
         extent = self.dtype.itemsize
-        for stride, size in sorted(zip(self.strides_bytes, self.shape, strict=True)):
+        for stride, size in sorted(zip(self.strides_bytes[1:], self.shape[1:], strict=True)):
             if size > 1 and stride < extent:
                 return False
             extent += max(0, size - 1) * stride
-        return True
+        return self.strides_bytes[0] > 0 or self.shape[0] <= 1
 
     @classmethod
     def of(cls, tensor: Any, dtype: str | DType | None = None) -> TensorMemory:

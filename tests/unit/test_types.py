@@ -396,8 +396,10 @@ def test_pages_that_overlap_are_not_writable() -> None:
     assert BlockView([x[:, 0], x[:, 1]], "NHD").writable  # K and V of one tensor
     assert BlockView([x[..., :1, :], x[..., 1:, :]], "2NHD").writable  # heads of one tensor
     assert BlockView([x.transpose(0, 2, 1, 3, 4)], "N2HD").writable
-    tight = np.lib.stride_tricks.as_strided(x, (3, 16, 2, 8), (512, 64, 32, 4))  # a block begins within the one before
+    tight = np.lib.stride_tricks.as_strided(x, (3, 16, 2, 8), (1024, 48, 32, 4))  # a token begins within one before
     assert not BlockView([tight], "NHD").writable
+    by_token = np.lib.stride_tricks.as_strided(x, (64, 16, 2, 8), (64, 64, 32, 4))  # blocks by their first token
+    assert BlockView([by_token], "NHD").writable
 
 
 def test_torch_tensors_whose_memory_is_not_their_values() -> None:
