@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -612,7 +612,9 @@ def _channel_tables(bounds: PageBounds) -> list[ChannelBounds]:
 
 
 class _Pipeline:
-    """What both directions share: slots in turn, two streams."""
+    """What both directions share: slots in turn, streams of kernels and of copies."""
+
+    COPY_STREAMS: ClassVar[int] = 1
 
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         self._driver = driver
@@ -621,8 +623,10 @@ class _Pipeline:
         with ExitStack() as undo:  # a GPU that is full must not get fuller at every try
             self._kernels = driver.stream_create()
             undo.callback(driver.stream_destroy, self._kernels)
-            self._copies = driver.stream_create()
-            undo.callback(driver.stream_destroy, self._copies)
+            self._copies: list[int] = []
+            for _ in range(self.COPY_STREAMS):
+                self._copies.append(driver.stream_create())
+                undo.callback(driver.stream_destroy, self._copies[-1])
             for _ in range(staging.slots):
                 self._slots.append(_Slot(driver, resource, self._kernels))
                 undo.callback(self._slots[-1].close)
@@ -672,15 +676,15 @@ class _Pipeline:
             return
         for slot in self._slots:  # even where the device fails: the next transfer asks it anew
             slot.busy = False
-        with ExitStack() as both:
-            both.callback(self._driver.stream_synchronize, self._copies)
-            both.callback(self._driver.stream_synchronize, self._kernels)
+        with ExitStack() as each:
+            for stream in (*self._copies, self._kernels):
+                each.callback(self._driver.stream_synchronize, stream)
 
     def close(self) -> None:
         """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
         with ExitStack() as each:
-            each.callback(self._driver.stream_destroy, self._copies)
-            each.callback(self._driver.stream_destroy, self._kernels)
+            for stream in (*self._copies, self._kernels):
+                each.callback(self._driver.stream_destroy, stream)
             each.callback(self._tables.clear)
             for slot in self._slots:
                 each.callback(slot.close)
@@ -762,7 +766,7 @@ class EncodePipeline(_Pipeline):
             yield Wait(slot.kernel_done, SPIN_US if len(moving) > 1 else _EDGE_SPIN_US)
             chunk, arena = call.chunk(first), slot.arena
             pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
-            self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies)
+            self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies[0])
             moving.append((slot, chunk))
             noted.append(chunk)
 
@@ -879,6 +883,8 @@ class EncodePipeline(_Pipeline):
 class DecodePipeline(_Pipeline):
     """The way in. One transfer at a time."""
 
+    COPY_STREAMS = 2  # in turn: the copy engine has the next chunk when one ends
+
     def run(
         self,
         blocks: BlockView,
@@ -920,7 +926,7 @@ class DecodePipeline(_Pipeline):
         try:
             segments = self._segments(blocks, None, Coding.RAW)
             pages = len(segments)
-            for first, last in self._chunks(len(blocks), blocks.layout, short_end=True):
+            for number, (first, last) in enumerate(self._chunks(len(blocks), blocks.layout, short_end=True)):
                 chunk = records(first, last)
                 slot, count = self._next_slot(), last - first
                 while slot.busy and pending:
@@ -930,10 +936,10 @@ class DecodePipeline(_Pipeline):
                 if call is None or chunk.arena_bytes > slot.memory.size("arena"):
                     yield BLOCKS
                     call = self._bind(slot, key, chunk.arena_bytes)
-                arena = slot.arena
+                arena, copies = slot.arena, self._copies[number % self.COPY_STREAMS]
                 slot.busy = True
                 pieces = [(arena + at, address, nbytes) for at, address, nbytes in chunk.runs]
-                self._driver.copy_between(pieces, 0, slot.copy_done, self._copies)  # the link has work from here on
+                self._driver.copy_between(pieces, 0, slot.copy_done, copies)  # the link has work from here on
                 if first == 0:
                     self._driver.stream_wait_event(self._kernels, after)
                 slot.give_segments(call.segments, segments)
