@@ -180,7 +180,6 @@ def settings(seed: int) -> Iterator[tuple[dict[str, Any], str, tuple[int, int, i
         {"bound": ErrorBound.relative(1e-2), "mode": "outlier"},
         {"bound": ErrorBound.token_rms(0.1), "mode": "rice"},
         {"bound": ErrorBound.token_rms(0.1), "mode": "fixed"},
-        {"codec": "raw"},
     ]
     while True:
         for shape in shapes:
