@@ -471,7 +471,8 @@ KVZ_DEV Copies copy_head(const FewLoad& p, uint32_t page, uint4* to, uint32_t la
   const uint32_t b = page / p.general.num_segments;
   const kvz_entry entry = p.table[page];
   const kvz_segment& segment = p.general.segments[page - b * p.general.num_segments];
-  const uint32_t units = units_of(entry.size), classes = segment.tokens / 16 * segment.heads * segment.head_dim / 16;
+  const uint32_t units = units_of(entry.size),
+                 classes = (segment.tokens / 16 * segment.heads * segment.head_dim + 15) / 16;
   if (units == 0 || entry.offset + static_cast<uint64_t>(units) > p.payload_bytes[b] / 16) return {nullptr, nullptr};
   const uint32_t head = units < classes ? units : classes;  // a class or a base takes no more than a byte a group
   const uint4* const from = reinterpret_cast<const uint4*>(p.from[b]) + entry.offset;

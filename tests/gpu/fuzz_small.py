@@ -137,8 +137,9 @@ def check(engine: SwapEngine, gpu: Any, entries: list[Entry], rng: Rng, counts: 
         refused: set[int] = set()
     except CorruptRecordError as error:
         refused = {int(places[b]) for b in error.blocks}
-    if refused != {place for place, pages in wanted.items() if pages is None}:
-        raise Fault(f"{hows}: refused on the GPU {sorted(refused)}, on the CPU {wanted.keys()}")
+    expected_refused = {place for place, pages in wanted.items() if pages is None}
+    if refused != expected_refused:
+        raise Fault(f"{hows}: refused on the GPU {sorted(refused)}, on the CPU {sorted(expected_refused)}")
     pages_of_layer = len(gpu.target.layout.segments) // len(gpu.target.tensors)
     for layer, now in enumerate(gpu.read()):
         for block in range(BLOCKS):

@@ -128,7 +128,10 @@ void fill_page(uint8_t* base, const kvz_segment& s) {
   }
 }
 
-Case make_case(bool fast, bool rice, bool few = false) {
+// What the kernels for few pages are given: to store, whole strips in some codings; to load, parts of strips too.
+enum class Few { kNone, kStored, kLoaded };
+
+Case make_case(bool fast, bool rice, Few few = Few::kNone) {
   Case c;
   c.fast = fast && !rice;
   c.rice = rice;
@@ -151,7 +154,7 @@ Case make_case(bool fast, bool rice, bool few = false) {
       s.tokens = one_of({16u, 16u, 16u, 32u, 48u});
       s.heads = 1 + below(4);
       s.head_dim = one_of({8u, 16u, 24u, 64u, 64u, 80u, 128u});
-      if (few) {  // whole strips
+      if (few == Few::kStored) {
         s.heads = 1 + below(3);
         s.head_dim = 64 * (1 + below(4));
         if (below(3) == 0) {
@@ -183,8 +186,8 @@ Case make_case(bool fast, bool rice, bool few = false) {
                                       KVZ_BOUND_TOKEN_RMS, KVZ_BOUND_CHANNEL_TABLE, KVZ_BOUND_CHANNEL_TABLE});
       if (below(2)) s.bound = std::exp2(-unit() * 6);
     }
-    if (few) {
-      s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_FIXED, KVZ_FIXED, KVZ_FIXED, KVZ_LOSSLESS});
+    if (few != Few::kNone) {
+      if (few == Few::kStored) s.coding = one_of<uint8_t>({KVZ_RAW, KVZ_FIXED, KVZ_FIXED, KVZ_FIXED, KVZ_LOSSLESS});
       s.bound_kind = one_of<uint8_t>({KVZ_BOUND_RELATIVE, KVZ_BOUND_RELATIVE, KVZ_BOUND_ABSOLUTE, KVZ_BOUND_LOSSLESS});
     }
     s.kind = static_cast<uint8_t>(below(3));
@@ -580,22 +583,34 @@ void run_case(Case c) {
   }
 }
 
-// The kernels for few pages: the same bytes, in mapped memory, and the same verdicts.
-void run_few(const Case& c) {
+// What the CPU codec makes of a case: a payload and a segment table for each block.
+struct Encoded {
+  std::vector<std::vector<uint8_t>> payloads;
+  std::vector<kvz_entry> table;
+  std::vector<uint64_t> payload_bytes;
+  uint64_t worst = 0;  // bytes of a payload
+
+  explicit Encoded(const Case& c) : payloads(c.blocks), table(c.segments.size() * c.blocks), payload_bytes(c.blocks) {
+    const uint32_t segments = static_cast<uint32_t>(c.segments.size());
+    for (const kvz_segment& s : c.segments) worst += kvz_max_segment_bytes(&s);
+    for (uint32_t b = 0; b < c.blocks; ++b) {
+      payloads[b].resize(worst);
+      CHECK(kvz_cpu_encode(c.segments.data(), segments, &c.block_ids[b], 1, payloads[b].data(), worst,
+                           &table[b * segments], &payload_bytes[b], 1) == KVZ_OK);
+    }
+  }
+};
+
+// Stores by the kernel for few pages: the same bytes, in mapped memory.
+void run_few_store(const Case& c) {
+  const Encoded expected(c);
   const uint32_t segments = static_cast<uint32_t>(c.segments.size()), pages = segments * c.blocks;
-  uint64_t worst = 0;
-  for (const kvz_segment& s : c.segments) worst += kvz_max_segment_bytes(&s);
-  std::vector<std::vector<uint8_t>> expected(c.blocks, std::vector<uint8_t>(worst));
-  std::vector<kvz_entry> table(pages), found(pages);
-  std::vector<uint64_t> payload_bytes(c.blocks), found_bytes(c.blocks), sizes(pages);
+  std::vector<kvz_entry> found(pages);
+  std::vector<uint64_t> found_bytes(c.blocks), sizes(pages);
   std::vector<uint32_t> sums(c.blocks * kFewSumWords), ends(c.blocks), crcs(c.blocks);
   uint32_t status = KVZ_OK;
-  for (uint32_t b = 0; b < c.blocks; ++b) {
-    CHECK(kvz_cpu_encode(c.segments.data(), segments, &c.block_ids[b], 1, expected[b].data(), worst,
-                         &table[b * segments], &payload_bytes[b], 1) == KVZ_OK);
-  }
   const uint32_t header = 16 * below(8), strips = most_strips(c), launch = 1 + below(1000);
-  const uint32_t record_bytes = static_cast<uint32_t>((worst + header + 255) / 256 * 256);
+  const uint32_t record_bytes = static_cast<uint32_t>((expected.worst + header + 255) / 256 * 256);
   std::vector<uint4> host(record_bytes / 16 * c.blocks);
   memset(host.data(), 0xee, host.size() * 16);
   FewStore p = {};
@@ -620,7 +635,7 @@ void run_few(const Case& c) {
   p.general.team_bytes = fast_encode_bytes(strips);
   const int dtype = c.segments[0].dtype;
   const bool small = below(8) == 0;  // not enough room
-  if (small) p.host_units = below(static_cast<uint32_t>((payload_bytes[0] + header) / 16));
+  if (small) p.host_units = below(static_cast<uint32_t>((expected.payload_bytes[0] + header) / 16));
   emulation::launch(
       pages * ctas, (p.strips + 1) * 32, few_store_bytes(p.strips, strips),
       [&](uint8_t* shared) { dtype == KVZ_BF16 ? encode_few<KVZ_BF16>(p, shared) : encode_few<KVZ_FP16>(p, shared); },
@@ -629,29 +644,39 @@ void run_few(const Case& c) {
   uint64_t at = header;
   for (uint32_t b = 0; b < c.blocks; ++b) {
     const uint64_t record = at;
-    at += (payload_bytes[b] + header + 255) / 256 * 256;
+    at += (expected.payload_bytes[b] + header + 255) / 256 * 256;
     for (uint32_t s = 0; s < segments; ++s)
-      check_entry(c.segments[s], table[b * segments + s], found[b * segments + s]);
-    CHECK(ends[b] == launch && found_bytes[b] == payload_bytes[b]);
+      check_entry(c.segments[s], expected.table[b * segments + s], found[b * segments + s]);
+    CHECK(ends[b] == launch && found_bytes[b] == expected.payload_bytes[b]);
     CHECK(status == (small ? KVZ_OUT_OF_SPACE : KVZ_OK));
     if (small) continue;
-    CHECK(memcmp(reinterpret_cast<uint8_t*>(host.data()) + record, expected[b].data(), payload_bytes[b]) == 0);
-    CHECK(crcs[b] == crc_of(expected[b].data(), payload_bytes[b]));
+    CHECK(memcmp(reinterpret_cast<uint8_t*>(host.data()) + record, expected.payloads[b].data(),
+                 expected.payload_bytes[b]) == 0);
+    CHECK(crcs[b] == crc_of(expected.payloads[b].data(), expected.payload_bytes[b]));
   }
+}
 
+// Loads by the kernels for few pages: the same pages, and the same verdicts.
+void run_few_load(const Case& c) {
+  const Encoded encoded(c);
+  const std::vector<kvz_entry>& table = encoded.table;
+  const std::vector<uint64_t>& payload_bytes = encoded.payload_bytes;
+  const uint32_t segments = static_cast<uint32_t>(c.segments.size()), pages = segments * c.blocks;
+  const uint32_t strips = most_strips(c), launch = 1 + below(1000);
+  const int dtype = c.segments[0].dtype;
   for (int round = 0; round < 3; ++round) {
     Payloads payloads, arena;
     std::vector<kvz_entry> entries = table;
     for (uint32_t b = 0; b < c.blocks; ++b) {
       payloads.emplace_back(new uint4[payload_bytes[b] / 16]);
       arena.emplace_back(new uint4[payload_bytes[b] / 16]);
-      memcpy(payloads.back().get(), expected[b].data(), payload_bytes[b]);
+      memcpy(payloads.back().get(), encoded.payloads[b].data(), payload_bytes[b]);
     }
     if (round > 0) spoil(c, table, payload_bytes, payloads, entries);
     std::vector<Case> targets = two_targets(c);
     if (targets.empty()) return;
     Case &cpu = targets[0], &gpu = targets[1];
-    std::vector<uint32_t> bad(c.blocks), block_status(c.blocks, 99), scratch(2 * c.blocks);
+    std::vector<uint32_t> bad(c.blocks), block_status(c.blocks, 99), scratch(2 * c.blocks), ends(c.blocks);
     Counters counters = {};
     FewLoad d = {};
     d.general.segments = gpu.segments.data();
@@ -664,7 +689,7 @@ void run_few(const Case& c) {
     d.general.validate_lanes = kWarp;
     d.ends = ends.data();
     d.scratch = scratch.data();
-    d.launch = launch + 1;
+    d.launch = launch;
     d.parts = 1 + below(4);
     std::copy(entries.begin(), entries.end(), d.table);
     std::vector<uint32_t> verdict(c.blocks);
@@ -699,7 +724,7 @@ void run_few(const Case& c) {
     });
     CHECK(counters.done == 0 && counters.any_bad == 0);
     for (uint32_t b = 0; b < c.blocks; ++b) {
-      CHECK(ends[b] == launch + 1 && block_status[b] == verdict[b]);
+      CHECK(ends[b] == launch && block_status[b] == verdict[b]);
       CHECK(bad[b] == 0 && scratch[2 * b] == 0 && scratch[2 * b + 1] == 0);
     }
     for (uint32_t i = 0; i < segments; ++i) CHECK(cpu.memory[i] == gpu.memory[i]);
@@ -715,7 +740,9 @@ int main(int argc, char** argv) {
     g_random.seed(seed * 1000003 + g_case);
     run_case(make_case(g_case % 3 != 2, g_case % 5 >= 3));
     if (g_case % 4 == 0) run_checksums();
-    run_few(make_case(true, false, true));
+    const Case few = make_case(true, false, g_case % 2 == 0 ? Few::kStored : Few::kLoaded);
+    if (g_case % 2 == 0) run_few_store(few);
+    run_few_load(few);
   }
   CHECK(cases < 100 || g_rice_fast > 0);
   printf("%u cases equal\n", cases);
