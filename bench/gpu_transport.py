@@ -212,9 +212,12 @@ class Timeline:
 
 
 def parts_of(seconds: float, copies: Sequence[tuple[float, float]]) -> Row:
-    """A transfer's time by what the link does meanwhile, in microseconds."""
-    link = sum(end - begin for begin, end in copies)
-    first, last = copies[0][0], copies[-1][1]
+    """A transfer's time by what the link does meanwhile, in microseconds. Copies of two streams may overlap."""
+    first = last = min(begin for begin, _ in copies)
+    link = 0.0
+    for begin, end in sorted(copies):
+        link += max(0.0, end - max(begin, last))
+        last = max(last, end)
     parts = {"us": seconds, "before_us": first, "link_us": link, "idle_us": last - first - link}
     return {k: v * 1e6 for k, v in {**parts, "after_us": seconds - last}.items()} | {"chunks": len(copies)}
 

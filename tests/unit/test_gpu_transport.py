@@ -226,6 +226,8 @@ def test_where_the_time_of_a_transfer_goes(module: Any, results: Any, tmp_path: 
     assert module.parts_of(10.0, [(1.0, 3.0), (4.0, 8.0)]) == {
         "us": 10e6, "before_us": 1e6, "link_us": 6e6, "idle_us": 1e6, "after_us": 2e6, "chunks": 2
     }  # fmt: skip
+    overlapping = module.parts_of(10.0, [(1.0, 6.0), (4.0, 5.0), (5.0, 8.0)])
+    assert (overlapping["link_us"], overlapping["idle_us"], overlapping["after_us"]) == (7e6, 0.0, 2e6)
 
 
 def test_wrong_pages_are_found(module: Any) -> None:
