@@ -286,8 +286,11 @@ def test_the_default_of_a_codec_without_bounds_by_token_is_the_finer_of_the_two(
         assert engine.configure(codec="cuszp").bound == BoundPolicy.uncalibrated()
 
 
-def test_what_is_not_known_to_be_k_or_v_is_exact_by_default(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_known_to_be_k_or_v_is_exact_by_default(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     codec_or_skip("cuszp")
+    monkeypatch.setattr("kvzip._log._logged", set())
     x = np.random.default_rng(3).standard_normal((2, 16, 2, 32)).astype(np.float32)
     layouts = {
         "said": kvzip.BlockLayout.from_tensors([x], "NHD", kinds="k"),
