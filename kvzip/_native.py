@@ -123,9 +123,15 @@ def find_library() -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    remedy = "install kvzip with `pip install .` (needs a C++ compiler)"
+    if any(candidate.parents[1].joinpath("pyproject.toml").is_file() for candidate in candidates):
+        remedy = (
+            "these are kvzip's sources, which Python finds before the installed package when it is started in their "
+            "folder: start it in another one, or install with `pip install -e .`"
+        )
     raise BackendUnavailableError(
         f"the native library {LIBRARY_NAME} was not found in {', '.join(sorted({str(c.parent) for c in candidates}))}: "
-        f"install kvzip with `pip install .` (needs a C++ compiler), or set {_config.LIBRARY.name} to its path"
+        f"{remedy}, or set {_config.LIBRARY.name} to its path"
     )
 
 

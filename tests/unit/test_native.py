@@ -669,6 +669,15 @@ def test_the_installed_library_is_found(unloaded: pytest.MonkeyPatch) -> None:
         _native.find_library()
 
 
+def test_sources_that_python_found_first_are_named(unloaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unloaded.delenv("KVZIP_LIBRARY", raising=False)
+    unloaded.setattr(_native, "LIBRARY_NAME", "libkvzip_other.so")
+    unloaded.setattr(sys.modules["kvzip"], "__path__", [str(tmp_path / "kvzip")])
+    (tmp_path / "pyproject.toml").touch()
+    with pytest.raises(BackendUnavailableError, match="start it in another one, or install with `pip"):
+        _native.find_library()
+
+
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVZIP_THREADS", "3")
     assert _config.threads() == 3
