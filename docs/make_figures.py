@@ -168,9 +168,10 @@ def headlines() -> str:
         pair = [rows.get(("round robin", tier, "half", long)) for tier in ("kvzip", "native")]
         if pair[0] and pair[1]:
             lines.append(
-                f"**{pair[0]['ttft_return_ms']:,.0f} ms to the first token** when one of {pair[0]['sessions']} "
-                f"sessions of {long:,} tokens comes back to vLLM with {pair[0]['budget_gib']:g} GiB of host memory, "
-                f"{pair[1]['ttft_return_ms']:,.0f} ms with vLLM's own offloading."
+                f"**{pair[0]['ttft_return_ms']:,.0f} ms to the first token** at `{pair[0]['bound']}` when one of "
+                f"{pair[0]['sessions']} sessions of {long:,} tokens comes back to vLLM with "
+                f"{pair[0]['budget_gib']:g} GiB of host memory, {pair[1]['ttft_return_ms']:,.0f} ms with vLLM's own "
+                "offloading."
             )
     return "".join(
         textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) + "\n"

@@ -645,9 +645,8 @@ class CudaDriver:
         """Bind a store (``kvz_cuda_store``); see `kvzip.transport.SwapCall`."""
         native = _StoreArgs(encode=_encode_args(encode), move=_move_args(move), few=_few_args(few))
         native.order, native.device = order, device
-        library = self._library
-        what = "storing from the GPU"
-        return _SwapCall(self, library.kvz_cuda_store, library.kvz_cuda_store_wait, native, stream, what, encode)
+        call, wait = self._library.kvz_cuda_store, self._library.kvz_cuda_store_wait
+        return _SwapCall(self, call, wait, native, stream, "storing from the GPU", encode)
 
     def load_call(
         self, decode: DecodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
@@ -655,10 +654,8 @@ class CudaDriver:
         """Bind a load (``kvz_cuda_load``); see `kvzip.transport.SwapCall`."""
         native = _LoadArgs(decode=_decode_args(decode), move=_move_args(move), few=_few_args(few))
         native.order, native.device = order, device
-        library = self._library
-        return _SwapCall(
-            self, library.kvz_cuda_load, library.kvz_cuda_load_wait, native, stream, "loading to the GPU", decode
-        )
+        call, wait = self._library.kvz_cuda_load, self._library.kvz_cuda_load_wait
+        return _SwapCall(self, call, wait, native, stream, "loading to the GPU", decode)
 
 
 class _Forked:

@@ -201,9 +201,7 @@ class SwapEngine:
         self._raw = get_codec(RAW)
         self._raw_settings = {reason: Settings(self._raw, _LOSSLESS, self._raw.modes[0], reason) for reason in Reason}
         # On a GPU, with a controller: the next one may have to wait for it.
-        self._last_store: ReferenceType[Transfer] | None = (
-            None  # on a GPU, with a controller: the next one may have to wait for it
-        )
+        self._last_store: ReferenceType[Transfer] | None = None
         self._last_load: ReferenceType[Transfer] | None = None
         self._profiles: dict[tuple[str, int, str], Profile] = {}  # by the identity of the bound, which they keep
         self._threads = threads

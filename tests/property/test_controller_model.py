@@ -274,7 +274,7 @@ def test_costs_that_were_measured(kind: str) -> None:
     """One controller through all cases of the benchmark: bounds, sizes, an idle GPU and busy ones, in their order."""
     found = ROOT / "bench" / "results" / "h100_controller.json"
     if not found.exists():
-        pytest.skip("bench/ is not part of this installation")
+        pytest.skip("the source distribution has no bench/results")
     cases: dict[tuple[str, str, int], dict[tuple[str, str], dict[str, Any]]] = {}
     for row in json.loads(found.read_text(encoding="utf-8"))[kind]:
         cases.setdefault((row["load"], row["profile"], row["pages"]), {})[row["way"], row["direction"]] = row

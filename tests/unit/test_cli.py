@@ -141,12 +141,6 @@ def test_demo_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("mode", ["fixed", "plain", "outlier"])
 @pytest.mark.parametrize("bound", ["1e-3", "abs:1e-2", "lossless"])
 def test_demo_with_the_default_codec(bound: str, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        from kvzip import _native
-
-        _native.library()
-    except kvzip.BackendUnavailableError as error:
-        pytest.skip(f"the native library is not built here: {error}")
     status, out, _ = run(capsys, "demo", "--bound", bound, "--mode", mode, "--json")
     result = strict(out)
     assert (status, result["violations"], result["codec"], result["mode"]) == (0, 0, "cuszp", mode)

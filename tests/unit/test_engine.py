@@ -59,7 +59,7 @@ def held(engine: kvzip.SwapEngine) -> list[int]:
 
 def test_a_store_may_have_a_bound_of_its_own() -> None:
     x = pages()
-    with kvzip.SwapEngine(1 << 20, codec=codec_or_skip("cuszp"), bound=ErrorBound.relative(1e-1)) as engine:
+    with kvzip.SwapEngine(1 << 20, codec="cuszp", bound=ErrorBound.relative(1e-1)) as engine:
         engine.store(K[:1], view(x, [0]))
         engine.store(K[1:2], view(x, [0]), bound=ErrorBound.lossless())
         coarse, exact = engine.record_sizes(K[:2])
@@ -102,17 +102,6 @@ def test_keys_and_the_bytes_of_the_pool_that_their_records_take(engine: kvzip.Sw
         engine.record_sizes(K[0])
 
 
-def codec_or_skip(name: str) -> str:
-    if name == "cuszp":
-        from kvzip import _native
-
-        try:
-            _native.library()
-        except BackendUnavailableError as error:
-            pytest.skip(f"the native library is not built here: {error}")
-    return name
-
-
 # ---- contents
 
 
@@ -124,7 +113,7 @@ def test_what_is_loaded_is_what_was_stored(codec: str, bound: ErrorBound) -> Non
     x[::7, 1, 1, 3] = -np.inf
     order = np.random.default_rng(1).permutation(64)
     y = np.full_like(x, 7)
-    with kvzip.SwapEngine(1 << 20, codec=codec_or_skip(codec), bound=bound) as engine:
+    with kvzip.SwapEngine(1 << 20, codec=codec, bound=bound) as engine:
         stored = engine.store(K, view(x), measure_error=True)
         assert stored.done()
         result = stored.result()
@@ -149,7 +138,6 @@ def test_what_is_loaded_is_what_was_stored(codec: str, bound: ErrorBound) -> Non
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "uint8"])
 def test_torch_tensors(dtype: str, codec: str) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    codec_or_skip(codec)
     shape = (12, 2, 16, 2, 8)
     x = (torch.randn(shape) * 20).to(getattr(torch, dtype))
     y = torch.full_like(x, 3)
@@ -229,7 +217,6 @@ def test_nothing_to_do(engine: kvzip.SwapEngine) -> None:
 
 
 def test_settings_change_and_old_records_load() -> None:
-    codec_or_skip("cuszp")
     x = pages(5)
     y = np.zeros_like(x)
     with kvzip.SwapEngine(1 << 20) as engine:
@@ -256,7 +243,6 @@ def test_settings_change_and_old_records_load() -> None:
 
 
 def test_the_default_is_the_uncalibrated_policy_in_the_mode_that_suits_it() -> None:
-    codec_or_skip("cuszp")
     with kvzip.SwapEngine(1 << 20) as engine:
         assert (engine.settings.codec.name, engine.settings.bound) == ("cuszp", BoundPolicy.uncalibrated())
         assert engine.settings.mode == "rice"
@@ -289,7 +275,6 @@ def test_the_default_of_a_codec_without_bounds_by_token_is_the_finer_of_the_two(
 def test_what_is_not_known_to_be_k_or_v_is_exact_by_default(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec_or_skip("cuszp")
     monkeypatch.setattr("kvzip._log._logged", set())
     x = np.random.default_rng(3).standard_normal((2, 16, 2, 32)).astype(np.float32)
     layouts = {
@@ -473,7 +458,6 @@ def test_as_many_as_fit_are_taken(engine: kvzip.SwapEngine) -> None:
 
 def test_a_store_whose_codec_shrinks_needs_its_real_bytes_alone() -> None:
     """The worst case does not fit, the encoded blocks do."""
-    codec_or_skip("cuszp")
     x = np.zeros((30, 64, 2, 64), np.float32)  # 32 KiB each; constant pages take 16 bytes
     with kvzip.SwapEngine(64 << 10, bound=ErrorBound.lossless()) as engine:
         engine.store([b"%d" % i for i in range(30)], view(x))
@@ -572,7 +556,7 @@ def flip(engine: kvzip.SwapEngine, key: bytes, at: int) -> None:
 def test_a_damaged_record_is_refused_and_the_rest_goes_on(at: int, codec: str) -> None:
     x = pages()
     y = np.full_like(x, 7)
-    with kvzip.SwapEngine(1 << 20, codec=codec_or_skip(codec)) as engine:
+    with kvzip.SwapEngine(1 << 20, codec=codec) as engine:
         engine.store(K[:4], view(x, range(4)))
         flip(engine, K[2], at % len(engine.read_record(K[2])))
         for keys in ([K[2]], K[:4]):
@@ -894,7 +878,6 @@ def in_threads(count: int, work: Any) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "cuszp"])
 def test_threads_with_keys_of_their_own(codec: str) -> None:
-    codec_or_skip(codec)
     with kvzip.SwapEngine(1 << 20, codec=codec, bound=ErrorBound.lossless(), threads=2) as engine:
 
         def work(number: int) -> None:

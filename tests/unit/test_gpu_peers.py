@@ -21,8 +21,6 @@ SAMPLE = ROOT / "kvzip" / "data" / "smollm2_sample.npy"
 
 @pytest.fixture(scope="module")
 def peers() -> Any:
-    if not (ROOT / "bench" / "gpu_peers.py").exists():
-        pytest.skip("bench/ is not part of this installation")
     return load_script("bench/gpu_peers.py")
 
 
