@@ -90,8 +90,7 @@ def _shapes(model: LanguageModel, sums: dict[int, Any], token: Any) -> list[tupl
     if not sums:
         raise ConfigError(
             f"no attention of {model.name} goes through transformers' ALL_ATTENTION_FUNCTIONS (it has none, or "
-            "computes it by itself), so its queries cannot be seen: use bounds that need no table, such as "
-            "k=1e-3,v=rms:0.15"
+            "computes it by itself), so its queries cannot be seen: use the default bounds, which need no table"
         )
     cache = cache_utils.DynamicCache(config=model.model.config)
     with suppress(ValueError), torch.inference_mode():  # of models that take a cache of their own alone
