@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import triton_bridge as bridge
+from fake_cuda import FakeTensor
 from triton_bridge import torch
 
 from kvzip import (
@@ -34,6 +35,7 @@ from kvzip.backends import portable, triton
 from kvzip.backends.base import EncodeRequest
 from kvzip.backends.cuszp import CuszpCodec
 from kvzip.backends.portable import PortableCodec, codec_for, device_codec
+from kvzip.cuda_codec import CudaCodec
 from kvzip.interop.torch import to_device, to_host
 from kvzip.torch_swap import TorchSwap
 from kvzip.transport import Staging
@@ -126,6 +128,22 @@ def test_triton_refuses_damaged_records(on_triton: PortableCodec) -> None:
         with pytest.raises(CorruptRecordError):
             on_triton.decode_blocks(target, bad_payloads, list(bad_table))
     assert all((t == 7).all() for t in target.tensors)
+
+
+@pytest.mark.parametrize("coding", [1, 4, 6, 0x12, 255])
+def test_a_raw_record_of_another_coding_is_refused_before_a_gpu_sees_it(coding: int) -> None:
+    """The kernels read all codings of `cuszp`: what the format forbids in `raw` must not depend on the device."""
+    codec = CudaCodec(get_codec("raw"))
+    values = np.zeros((1, 2, 16, 2, 64), np.uint16)
+    view = BlockView([values], "2NHD", dtype="bfloat16")
+    out = np.empty((1, codec.max_payload_bytes(view.layout)), np.uint8)
+    table, sizes = codec.encode_blocks(view, EncodeRequest(ErrorBound.lossless(), "none"), out)
+    table["coding"][0, 1], table["bound"][0, 1] = coding, 1.0
+    target = BlockView([FakeTensor(np.full_like(values, 7))], view.layout)
+    for blocks in (view, target):
+        with pytest.raises(CorruptRecordError, match=f"coding {coding} is not known to codec 'raw'"):
+            codec.decode_blocks(blocks, [out[0, : int(sizes[0])]], list(table))
+    assert (target.tensors[0].array == 7).all()
 
 
 # ---- which one -------------------------------------------------------------------------------------------------------
