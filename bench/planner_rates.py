@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvzip.planner import Line, Model
+from kvzip.planner import Curve, Line, Model
+from kvzip.transport import Staging
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parents[1] / "kvzip" / "data" / "planner.json"
 DIRECTIONS = ("out", "in")
-FITTED = ("kvzip-1e-3", "kvzip-1e-2", "kvzip-lossless")  # ways of the modes with fixed-length codes
-SMALLEST_BYTES = 32 << 20  # of a transfer that the line is fitted to: smaller ones take another path
+FIXED = ("kvzip-1e-3", "kvzip-1e-2", "kvzip-lossless")  # ways with codes of fixed length
+RICE = ("kvzip-uncalibrated-rice", "kvzip-calibrated-rice")
+SMALL_BYTES = Staging().small_bytes  # up to here transfers are queued whole, beyond they go in chunks
 LARGE_BYTES = 256 << 20  # of a copy that reaches the link's rate
 LLAMA_8B = {
     "num_hidden_layers": 32,
@@ -55,6 +58,20 @@ def fit(rows: list[Row]) -> Line:
     return Line(*(float(c) for c in constants))
 
 
+def curve(rows: list[Row], like: Curve | None = None) -> Curve:
+    """A line each for transfers that are queued whole and for those that go in chunks.
+
+    Where few small ones were measured, their line is that of `like`, moved.
+    """
+    small = [r for r in rows if r["raw_bytes"] <= SMALL_BYTES]
+    large = [r for r in rows if r["raw_bytes"] > SMALL_BYTES]
+    ends = max(r["raw_bytes"] for r in small), min(r["raw_bytes"] for r in large)
+    if like is None:
+        return Curve(fit(small), fit(large), *ends)
+    more = statistics.median(r["us"] * 1e-6 - like.small(r["raw_bytes"], r["raw_bytes"] / r["ratio"]) for r in small)
+    return Curve(replace(like.small, seconds=like.small.seconds + max(0.0, more)), fit(large), *ends)
+
+
 def rates(gpu: str = "h100") -> Row:
     """The table, from the results on one kind of GPU."""
     transport = read(f"{gpu}_transport.json")
@@ -67,7 +84,8 @@ def rates(gpu: str = "h100") -> Row:
 
     link = {d: statistics.median(r["gb_per_s"] for r in of("raw-link", d, LARGE_BYTES)) for d in DIRECTIONS}
     smallest = {d: min(of("raw-link", d, 0), key=lambda r: r["raw_bytes"]) for d in DIRECTIONS}
-    encoded = {d: fit([r for way in FITTED for r in of(way, d, SMALLEST_BYTES)]) for d in DIRECTIONS}
+    fixed = {d: curve([r for way in FIXED for r in of(way, d, 0)]) for d in DIRECTIONS}
+    ricing = {d: curve([r for way in RICE for r in of(way, d, 0)], fixed[d]) for d in DIRECTIONS}
     sources = [f"{gpu}_transport.json", f"{gpu}_rice.json", f"{gpu}_vllm_sessions.json", "pool.json"]
     environment = transport["environment"]
     link_name = f"PCIe {environment['pcie_link_gen_max']}.0 x{environment['pcie_link_width_current']}"
@@ -83,7 +101,9 @@ def rates(gpu: str = "h100") -> Row:
             }
             for d in DIRECTIONS
         },
-        "encoded": {d: vars(encoded[d]) for d in DIRECTIONS},
+        "encoded": {
+            mode: {d: asdict(curves[d]) for d in DIRECTIONS} for mode, curves in (("fixed", fixed), ("rice", ricing))
+        },
         "rice_gb_per_s": {
             d: statistics.median(r[f"{op}_gb_per_s"]["median"] for r in rice)
             for d, op in (("out", "encode"), ("in", "decode"))

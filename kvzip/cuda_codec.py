@@ -99,7 +99,9 @@ class CudaCodec(PortableCodec):
         table = np.ascontiguousarray(tables, ENTRY_DTYPE)
         sizes = np.array([payload.size for payload in payloads], np.int64)
         if (sizes % ALIGNMENT).any() or (self.name == "raw" and table["coding"].any()):
-            self.validate_blocks(blocks.layout, payloads, tables)  # which says what is wrong: the kernels know more codings
+            self.validate_blocks(
+                blocks.layout, payloads, tables
+            )  # which says what is wrong: the kernels know more codings
         segments = _native.segments_array(blocks)
         pages, count = len(segments), len(payloads)
         extended = Extended.RICE if (table["coding"] & 0x0F > Coding.LOSSLESS).any() else Extended.NONE

@@ -3,8 +3,9 @@
 """What a host pool holds and what its transfers take, estimated without a GPU: ``kvzip plan``.
 
 The estimate of a transfer is a straight line, ``fixed + encoded bytes / link + raw bytes / codec``, because chunks of a
-large transfer overlap: what is left is what the link takes, and the coding that it waits for. `Rates` has the measured
-constants. docs/explanation/break-even.md has the model, and what it leaves out.
+large transfer overlap: what is left is what the link takes, and the coding that it waits for. Small transfers, which
+take another path, have a line of their own. `Rates` has the measured constants. docs/explanation/break-even.md has the
+model, and what it leaves out.
 """
 
 from __future__ import annotations
@@ -142,6 +143,37 @@ class Line:
         """Seconds that the transfer takes."""
         return self.seconds + self.seconds_per_encoded_byte * encoded_bytes + self.seconds_per_raw_byte * raw_bytes
 
+    def behind(self, slower: float) -> Line:
+        """The same where the link takes so many times as long."""
+        return replace(self, seconds_per_encoded_byte=self.seconds_per_encoded_byte * slower)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Time of a transfer of any size: a line each for small and for large ones, and between them a weighted mean.
+
+    Attributes:
+        small: of transfers that are queued whole.
+        large: of those that go in chunks.
+        small_bytes: raw bytes of the largest small one that was measured; `small` alone holds up to there.
+        large_bytes: raw bytes of the smallest large one; `large` alone holds from there.
+    """
+
+    small: Line
+    large: Line
+    small_bytes: float
+    large_bytes: float
+
+    def __call__(self, raw_bytes: float, encoded_bytes: float) -> float:
+        """Seconds that the transfer takes."""
+        part = (raw_bytes - self.small_bytes) / (self.large_bytes - self.small_bytes)
+        part = min(max(part, 0.0), 1.0)
+        return (1 - part) * self.small(raw_bytes, encoded_bytes) + part * self.large(raw_bytes, encoded_bytes)
+
+    def behind(self, slower: float) -> Curve:
+        """The same where the link takes so many times as long."""
+        return replace(self, small=self.small.behind(slower), large=self.large.behind(slower))
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -152,7 +184,8 @@ class Rates:
         sources: files of bench/results/ that they come from.
         link_gb_per_s: 1e9 bytes a second of one large copy, by direction, ``"out"`` (GPU to host) and ``"in"``.
         raw: transfers of raw bytes as one large copy, by direction.
-        encoded: transfers by kvzip in the modes with fixed-length codes, by direction.
+        encoded: transfers by kvzip, by mode (``"rice"``, or ``"fixed"`` for those with codes of fixed length) and
+            direction.
         rice_gb_per_s: what the mode ``rice`` encodes (``"out"``) and decodes (``"in"``) of raw data.
         prefill_flop_per_s: floating-point operations a second of a prefill.
         pool_payload_fraction: part of a pool's bytes that hold records.
@@ -162,7 +195,7 @@ class Rates:
     sources: tuple[str, ...]
     link_gb_per_s: Mapping[str, float]
     raw: Mapping[str, Line]
-    encoded: Mapping[str, Line]
+    encoded: Mapping[str, Mapping[str, Curve]]
     rice_gb_per_s: Mapping[str, float]
     prefill_flop_per_s: float
     pool_payload_fraction: float
@@ -172,8 +205,11 @@ class Rates:
         """Those of an H100, from the table that ships with kvzip (bench/planner_rates.py makes it)."""
         table = json.loads((resources.files("kvzip") / "data" / "planner.json").read_text(encoding="utf-8"))
         table["sources"] = tuple(table["sources"])
-        for name in ("raw", "encoded"):
-            table[name] = {direction: Line(**line) for direction, line in table[name].items()}
+        table["raw"] = {direction: Line(**line) for direction, line in table["raw"].items()}
+        for curves in table["encoded"].values():
+            for direction, curve in curves.items():
+                lines = {name: Line(**curve[name]) for name in ("small", "large")}
+                curves[direction] = Curve(**{**curve, **lines})
         return cls(**table)
 
     def with_link(self, gb_per_s: float) -> Rates:
@@ -185,13 +221,16 @@ class Rates:
         if not 1e-6 <= gb_per_s < math.inf:
             raise ConfigError(f"link of {gb_per_s} GB/s: use a positive rate, 55 is what PCIe 5.0 x16 reaches")
 
-        def behind(direction: str, line: Line) -> Line:
-            slower = self.link_gb_per_s[direction] / gb_per_s
-            return replace(line, seconds_per_encoded_byte=line.seconds_per_encoded_byte * slower)
-
-        raw, encoded = ({d: behind(d, line) for d, line in lines.items()} for lines in (self.raw, self.encoded))
-        link = dict.fromkeys(self.link_gb_per_s, gb_per_s)
-        return replace(self, link_gb_per_s=link, raw=raw, encoded=encoded)
+        slower = {direction: rate / gb_per_s for direction, rate in self.link_gb_per_s.items()}
+        return replace(
+            self,
+            link_gb_per_s=dict.fromkeys(self.link_gb_per_s, gb_per_s),
+            raw={direction: line.behind(slower[direction]) for direction, line in self.raw.items()},
+            encoded={
+                mode: {direction: curve.behind(slower[direction]) for direction, curve in curves.items()}
+                for mode, curves in self.encoded.items()
+            },
+        )
 
     def transfer_seconds(self, direction: str, raw_bytes: float, *, ratio: float | None, mode: str = "fixed") -> float:
         """Time of one transfer, from the call to its end.
@@ -204,10 +243,10 @@ class Rates:
         """
         if ratio is None:
             return self.raw[direction](0, raw_bytes)
-        line = self.encoded[direction]
-        seconds = line(raw_bytes, raw_bytes / ratio)
-        if mode == "rice":  # slower than the link where the ratio is high
-            return max(seconds, line.seconds + raw_bytes / self.rice_gb_per_s[direction] / 1e9)
+        curve = self.encoded["rice" if mode == "rice" else "fixed"][direction]
+        seconds = curve(raw_bytes, raw_bytes / ratio)
+        if mode == "rice":  # slower than a fast link where the ratio is high
+            return max(seconds, curve(0, 0) + raw_bytes / self.rice_gb_per_s[direction] / 1e9)
         return seconds
 
 
@@ -263,7 +302,7 @@ class Plan:
         return None if flop is None else flop / self.rates.prefill_flop_per_s
 
     def break_even(self) -> dict[str, int | None]:
-        """Fewest tokens from which on something pays; None where it never does, or too little is known.
+        """Fewest tokens from which on something pays; None where it does not for many, or too little is known.
 
         Returns:
             The number by the names of `BREAK_EVENS`.
@@ -315,10 +354,15 @@ class Plan:
 
 
 def _first(holds: Callable[[int], bool]) -> int | None:
-    """The smallest number from which on a condition holds that holds for good once it does; None if it never does."""
+    """The smallest number from which on a condition holds for good; None if it does not for the largest one.
+
+    Numbers above it are looked at in steps of an eighth: narrower gaps are passed over.
+    """
     if not holds(_MOST_TOKENS):
         return None
-    low, high = 0, _MOST_TOKENS
+    low = high = _MOST_TOKENS
+    while low > 0 and holds(low):
+        low, high = low * 7 // 8, low
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
