@@ -99,9 +99,8 @@ class CudaCodec(PortableCodec):
         table = np.ascontiguousarray(tables, ENTRY_DTYPE)
         sizes = np.array([payload.size for payload in payloads], np.int64)
         if (sizes % ALIGNMENT).any() or (self.name == "raw" and table["coding"].any()):
-            self.validate_blocks(
-                blocks.layout, payloads, tables
-            )  # which says what is wrong: the kernels know more codings
+            # The host says what is wrong: the kernels would read all codings of `cuszp` in a raw record.
+            self.validate_blocks(blocks.layout, payloads, tables)
         segments = _native.segments_array(blocks)
         pages, count = len(segments), len(payloads)
         extended = Extended.RICE if (table["coding"] & 0x0F > Coding.LOSSLESS).any() else Extended.NONE
