@@ -18,8 +18,6 @@ its segment table are forged; a quarter of the launches have the checksums of th
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -55,6 +53,7 @@ from cuda_bridge import (
     GpuDecode,
     Spec,
 )
+from scripts import give_result, seeded_parser
 
 from kvzip.benchmark import host_environment
 
@@ -356,17 +355,12 @@ def run(
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="hostile records against the CUDA decoder")
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = seeded_parser("hostile records against the CUDA decoder", "cases", 100_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="cases of a launch")
-    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     result = run(*bridge.load(), options.cases, options.seed, options.seconds, options.blocks)
-    print(json.dumps(result, indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    give_result(result, options.json)
     return 0
 
 

@@ -11,8 +11,6 @@ and leave all other blocks as they were.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -22,6 +20,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scripts import give_result, seeded_parser
 
 from kvzip import BlockView, CorruptRecordError, ErrorBound, HostPool, KvzipError, SwapEngine
 from kvzip.benchmark import host_environment
@@ -228,16 +231,11 @@ def run(cases: int, seed: int, most_seconds: float = float("inf")) -> dict[str, 
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="hostile records in small transfers to a GPU")
-    parser.add_argument("--cases", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = seeded_parser("hostile records in small transfers to a GPU", "cases", 20_000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     result = run(options.cases, options.seed, options.seconds)
-    print(json.dumps(result, indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    give_result(result, options.json)
     return 0
 
 

@@ -15,7 +15,6 @@ memory, streams, events, threads; over the run, memory and file descriptors stay
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -40,6 +39,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_cuda import FakeDriver, FakeTensor, cuda_error
+from scripts import give_result, seeded_parser
 
 import kvzip
 from kvzip import (
@@ -786,13 +786,10 @@ def check_flat(marks: Sequence[dict[str, int]]) -> None:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="random operations with faults against a model")
-    parser.add_argument("--operations", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = seeded_parser("random operations with faults against a model", "operations", 100_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first episode")
     parser.add_argument("--only", type=int, help="run this episode alone")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     if options.only is not None:
         options.first, options.operations = options.only, EPISODE
@@ -807,9 +804,7 @@ def main() -> int:
         result = run(options.operations, options.seed, options.first, progress)
         if options.operations >= 4 * EPISODE:
             check_flat(result["resources"][0])
-    print(json.dumps(result, indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    give_result(result, options.json)
     return 0
 
 
