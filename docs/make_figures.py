@@ -15,7 +15,7 @@ import math
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -381,27 +381,43 @@ def policy_section() -> list[str]:
     return [*parts, table(["trace", "policy", *(f"{f:.0%}" for f in fractions), "all"], lines)]
 
 
-def share_section(rows: list[dict[str, Any]]) -> list[str]:
-    """How close large transfers come to what the link and the ratio allow."""
+def _by_size(rows: list[dict[str, Any]], key: str, cell: Callable[[float], str]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table of transfers from 64 MiB on: a line a way, a column a size and direction."""
     sizes = sorted({r["raw_bytes"] for r in rows if r["raw_bytes"] >= 64 << 20})
-    cells = {(r["way"], r["raw_bytes"], r["direction"]): r.get("efficiency") for r in rows}
+    cells = {(r["way"], r["raw_bytes"], r["direction"]): r.get(key) for r in rows}
     lines = [
         [
             WAYS[way],
-            *(f"{share:.2f}" if (share := cells.get((way, n, d))) else "" for n in sizes for d in ("out", "in")),
+            *(cell(found) if (found := cells.get((way, n, d))) else "" for n in sizes for d in ("out", "in")),
         ]
         for way in WAYS
-        if way != "raw-link" and any((way, n, "out") in cells for n in sizes)
+        if any((way, n, "out") in cells for n in sizes)
     ]
+    return ["way", *(f"{n >> 20:,} MiB {d}" for n in sizes for d in ("out", "in"))], lines
+
+
+def share_section(rows: list[dict[str, Any]]) -> list[str]:
+    """How close large transfers come to what the link and the ratio allow, and what they cost the host."""
+    head, lines = _by_size([r for r in rows if r["way"] != "raw-link"], "efficiency", lambda share: f"{share:.2f}")
     if not lines:
         return []
-    return [
+    parts = [
         "### Share of ratio x link, from 64 MiB on\n",
         paragraph(
             "A transfer's rate over the ratio times the rate of one plain copy of as many raw bytes in the same run; "
             "1 would be a link that is never idle. The aim is 0.95."
         ),
-        table(["way", *(f"{n >> 20:,} MiB {d}" for n in sizes for d in ("out", "in"))], lines),
+        table(head, lines),
+    ]
+    head, lines = _by_size(rows, "cpu_s_per_gib", lambda seconds: f"{seconds * 1e3:.1f}")
+    return [
+        *parts,
+        "### CPU time of the host, milliseconds for a GiB of raw data\n",
+        paragraph(
+            "Of all threads of the process, from the call until the data is there. Who waits for one copy of raw bytes "
+            "spins all that time; kvzip's threads sleep while the link is at work."
+        ),
+        table(head, lines),
     ]
 
 
@@ -776,8 +792,24 @@ def pinned_section() -> list[str]:
     ]
     if data.get("memory_rows"):
         parts += [
-            "Device memory that an engine holds, with the default `Staging`:\n",
-            table(["after", "MiB"], [[r["what"], f"{r['device_bytes'] / 2**20:.0f}"] for r in data["memory_rows"]]),
+            paragraph(
+                "Memory that an engine holds beside the pool, with the default `Staging`, MiB. On the device: in all; "
+                "of it staging arenas, workspaces and tables; and what CUDA takes by itself for kernels (code, local "
+                "memory) and streams. On the host: pinned tables."
+            ),
+            table(
+                ["after", "device", "staging and tables", "CUDA's own", "pinned on the host so far"],
+                [
+                    [
+                        r["what"],
+                        *(
+                            f"{r[key] / 2**20:.0f}"
+                            for key in ("device_bytes", "allocated_bytes", "other_bytes", "pinned_host_bytes_so_far")
+                        ),
+                    ]
+                    for r in data["memory_rows"]
+                ],
+            ),
         ]
     return parts
 
