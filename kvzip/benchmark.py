@@ -36,7 +36,7 @@ from kvzip.demo import choose_device, paged, read_input
 from kvzip.engine import SwapEngine
 from kvzip.errors import ConfigError
 from kvzip.interop.torch import LinkCopy, copy_to, describe_gpu
-from kvzip.memory import PageableMemory, PinnedMemory
+from kvzip.memory import memory_for
 from kvzip.pool import HostPool
 from kvzip.record import header_nbytes
 from kvzip.transfer import Transfer
@@ -358,12 +358,11 @@ def run(
     done = itertools.count(1)
     rows: list[Row] = []
     codec_rows: list[Row] = []
-    resource = PageableMemory() if device == "cpu" else PinnedMemory()
     coder = get_codec(codec)
     chosen = [coder.default_bound() if bound is None else bound for bound in bounds]
     with ExitStack() as stack:
         capacity = (len(source) + 1) * (max_record_bytes(coder, layout) + 4096)
-        pool = stack.enter_context(HostPool(capacity, resource=resource))
+        pool = stack.enter_context(HostPool(capacity, resource=memory_for(device)))
         if device == "cuda":
             link = LinkCopy(largest * layout.nbytes, device)
             for blocks in sizes:

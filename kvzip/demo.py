@@ -21,7 +21,7 @@ from kvzip.coding import compare_blocks, max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import BackendUnavailableError, ConfigError
 from kvzip.interop.torch import copy_to, host_bits
-from kvzip.memory import PageableMemory, PinnedMemory
+from kvzip.memory import memory_for
 from kvzip.pool import HostPool
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
@@ -193,7 +193,7 @@ def run(
         with SwapEngine(1 << 20, codec=codec, mode=mode) as probe:
             budget_bytes = (count + 1) * (max_record_bytes(probe.settings.codec, layout) + 4096)
     with (
-        HostPool(budget_bytes, resource=PageableMemory() if device == "cpu" else PinnedMemory()) as pool,
+        HostPool(budget_bytes, resource=memory_for(device)) as pool,
         SwapEngine(pool, codec=codec, bound=bound, mode=mode, threads=threads) as engine,
     ):
         batch = max(1, min(_BATCH, budget_bytes // 4 // layout.nbytes))

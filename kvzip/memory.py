@@ -44,7 +44,15 @@ from kvzip import _cuda, _native
 from kvzip.errors import BackendUnavailableError, ConfigError, NativeError
 from kvzip.interop.torch import gpu_problem, host_register, host_unregister
 
-__all__ = ["MemoryResource", "PageableMemory", "PinnedMemory", "Region", "numa_node_of_gpu", "numa_nodes"]
+__all__ = [
+    "MemoryResource",
+    "PageableMemory",
+    "PinnedMemory",
+    "Region",
+    "memory_for",
+    "numa_node_of_gpu",
+    "numa_nodes",
+]
 
 Bytes = npt.NDArray[np.uint8]
 #: Called as ``progress(done_bytes, total_bytes)`` in the thread that allocates, after each piece.
@@ -57,7 +65,7 @@ _STATUS_NO_CUDA = 5  # KVZ_NO_CUDA of csrc/cuszp/kvz.h
 _NODES = Path("/sys/devices/system/node")
 _PCI = Path("/sys/bus/pci/devices")
 _CGROUP = Path("/sys/fs/cgroup")
-_MPOL_BIND = 2
+_MPOL_PREFERRED, _MPOL_BIND = 1, 2
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 
 # Regions whose unregistration failed: unmapping memory that the driver still considers pinned would let it write to
@@ -207,6 +215,8 @@ class PinnedMemory:
     Args:
         numa_node: the node to take the memory from, usually `numa_node_of_gpu`. None leaves it to the system. Without
             effect on a machine of one node.
+        numa_strict: refuse what the node has no room for, or where nothing can be placed. False: take from other nodes
+            what this one does not give.
         piece_bytes: bytes that one registration covers, a multiple of 2 MiB. Copies must not cross a piece.
         threads: threads for the first touch; 0 means one per usable core, 16 at most.
         huge_pages: ask for transparent huge pages where the system offers them.
@@ -224,6 +234,7 @@ class PinnedMemory:
         self,
         *,
         numa_node: int | None = None,
+        numa_strict: bool = True,
         piece_bytes: int = 1 << 30,
         threads: int = 0,
         huge_pages: bool = True,
@@ -241,6 +252,7 @@ class PinnedMemory:
         if numa_node is not None and len(nodes) > 1 and numa_node not in nodes:
             raise ConfigError(f"numa_node={numa_node} does not exist: this machine has the nodes {list(nodes)}")
         self._numa_node = numa_node if len(nodes) > 1 else None
+        self._numa_strict = numa_strict
         self._piece_bytes = piece_bytes
         self._threads = threads
         self._huge_pages = huge_pages
@@ -260,7 +272,7 @@ class PinnedMemory:
         register, unregister = self._register, self._unregister
         if register is None or unregister is None:
             register, unregister = _native_functions()
-        _check_available(nbytes, self._numa_node)
+        _check_available(nbytes, self._numa_node if self._numa_strict else None)
         mapping = _map(nbytes, self._huge_pages)
         array = _as_array(mapping)
         base = int(array.ctypes.data)
@@ -269,7 +281,7 @@ class PinnedMemory:
         if hasattr(mmap, "MADV_DONTFORK"):
             mapping.madvise(mmap.MADV_DONTFORK)
         if self._numa_node is not None:
-            cpus = _bind(base, nbytes, self._numa_node)
+            cpus = _bind(base, nbytes, self._numa_node, self._numa_strict)
         threads = self._threads or min(len(cpus) if cpus else _usable_cores(), _MAX_TOUCH_THREADS)
         workers = ThreadPoolExecutor(threads, "kvzip-touch", initializer=_stay_on, initargs=(cpus,))
         pieces: list[tuple[int, int, list[Future[None]]]] = []
@@ -326,6 +338,25 @@ class _Release:
                 "CUDA context is destroyed",
                 status=failed[0],
             )
+
+
+def memory_for(device: str, *, progress: Progress | None = None) -> MemoryResource:
+    """Memory for a pool of blocks that lie on a device.
+
+    Args:
+        device: as `BlockView.device` has it. ``"cpu"``: pageable memory. ``"cuda:1"``: pinned memory of the NUMA node
+            that this GPU is attached to, as far as that has room and the system says which one it is. ``"cuda"`` is the
+            thread's current GPU.
+        progress: as `PinnedMemory` calls it.
+    """
+    if device == "cpu":
+        return PageableMemory()
+    node = None
+    if len(numa_nodes()) > 1 and not _cuda.unavailable():
+        driver, index = _cuda.driver(), device.partition(":")[2]
+        node = numa_node_of_gpu(driver.device_info(int(index) if index else driver.get_device()).pci_bus_id)
+        node = node if node in numa_nodes() else None
+    return PinnedMemory(numa_node=node, numa_strict=False, progress=progress)
 
 
 def numa_nodes() -> tuple[int, ...]:
@@ -402,8 +433,8 @@ def _stay_on(cpus: frozenset[int] | None) -> None:
         os.sched_setaffinity(0, cpus)
 
 
-def _bind(address: int, nbytes: int, node: int) -> frozenset[int] | None:
-    """Have the pages of a fresh mapping come from one node.
+def _bind(address: int, nbytes: int, node: int, strict: bool) -> frozenset[int] | None:
+    """Have the pages of a fresh mapping come from one node, as far as it has some unless `strict`.
 
     Two means, because each is forbidden somewhere: ``mbind`` (container runtimes often filter it), and touching from
     the node's own cores (a process may be confined to others).
@@ -411,12 +442,12 @@ def _bind(address: int, nbytes: int, node: int) -> frozenset[int] | None:
     Returns:
         The usable cores of the node, for the threads that touch, or None where there are none.
     """
-    bound = _mbind(address, nbytes, node)
+    bound = _mbind(address, nbytes, node, _MPOL_BIND if strict else _MPOL_PREFERRED)
     try:
         cpus = frozenset(_parse_list((_NODES / f"node{node}" / "cpulist").read_text())) & os.sched_getaffinity(0)
     except (OSError, ValueError):
         cpus = frozenset()
-    if not bound and not cpus:
+    if strict and not bound and not cpus:
         raise ConfigError(
             f"memory cannot be placed on numa_node={node}: mbind is not permitted here and the process may not run on "
             "the node's cores; allow either (CAP_SYS_NICE, or a wider CPU set), or leave numa_node out"
@@ -424,7 +455,7 @@ def _bind(address: int, nbytes: int, node: int) -> frozenset[int] | None:
     return cpus or None
 
 
-def _mbind(address: int, nbytes: int, node: int) -> bool:
+def _mbind(address: int, nbytes: int, node: int, policy: int) -> bool:
     number = _SYS_MBIND.get(platform.machine()) if sys.platform == "linux" else None
     if number is None:
         return False
@@ -437,7 +468,7 @@ def _mbind(address: int, nbytes: int, node: int) -> bool:
         ctypes.c_long(number),
         ctypes.c_void_p(address),
         ctypes.c_ulong(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE),
-        ctypes.c_ulong(_MPOL_BIND),
+        ctypes.c_ulong(policy),
         mask,
         ctypes.c_ulong(len(mask) * bits + 1),
         ctypes.c_ulong(0),

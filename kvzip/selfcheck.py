@@ -26,7 +26,7 @@ from kvzip.coding import compare_blocks, max_record_bytes
 from kvzip.demo import choose_device, paged, read_input
 from kvzip.engine import SwapEngine
 from kvzip.interop.torch import copy_to, host_bits
-from kvzip.memory import PageableMemory, PinnedMemory
+from kvzip.memory import memory_for
 from kvzip.pool import HostPool
 from kvzip.types import BlockLayout, BlockView, DType
 
@@ -172,7 +172,7 @@ def store_and_load(case: Case, device: str = "cpu", threads: int = 1) -> tuple[D
     keys = [b"%d" % number for number in range(len(source))]
     capacity = (len(keys) + 1) * (max_record_bytes(get_codec("cuszp"), layout) + 4096)
     with (
-        HostPool(capacity, resource=PageableMemory() if device == "cpu" else PinnedMemory()) as pool,
+        HostPool(capacity, resource=memory_for(device)) as pool,
         SwapEngine(pool, bound=parse_bounds(case.bound), mode=case.mode, threads=threads) as engine,
     ):
         engine.store(keys, source).wait()

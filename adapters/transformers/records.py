@@ -21,7 +21,7 @@ from kvzip.bounds import BoundPolicy
 from kvzip.coding import max_record_bytes
 from kvzip.engine import SwapEngine
 from kvzip.errors import KvzipError, PoolExhaustedError
-from kvzip.memory import PageableMemory, PinnedMemory
+from kvzip.memory import memory_for
 from kvzip.pool import HostPool
 from kvzip.transfer import Transfer
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound, SegmentLayout
@@ -88,8 +88,8 @@ class Records:
         self._own_pool: HostPool | None = None
         if not isinstance(pool, HostPool):
             (torch,) = require("torch")
-            resource = PinnedMemory() if torch.cuda.is_available() else PageableMemory()
-            pool = self._own_pool = HostPool(pool, resource=resource)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            pool = self._own_pool = HostPool(pool, resource=memory_for(device))
         try:
             self.engine = SwapEngine(pool, bound=bound, mode=mode, codec=codec, threads=threads)
         except BaseException:

@@ -20,12 +20,13 @@ from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from kvzip.engine import SwapEngine
 from kvzip.errors import ConfigError
 from kvzip.integrity import Integrity
-from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory
+from kvzip.memory import memory_for
 from kvzip.policy import LRU
 from kvzip.pool import HostPool
 from kvzip.transport import Staging
 
 _log = logging.getLogger("kvzip")
+_PROGRESS_BYTES = 16 << 30  # of pinned memory between two lines in the log
 
 #: Set in ``kv_connector_extra_config`` by the connector: sizes and failures can be reported.
 CONNECTED = "_kvzip_connected"
@@ -201,8 +202,7 @@ class KvzipOffloadingSpec(OffloadingSpec):
 
     def _engine(self, policy: LRU, device: str) -> SwapEngine:
         settings = self.settings
-        resource: MemoryResource = PageableMemory() if device == "cpu" else PinnedMemory()
-        pool = HostPool(self.pool_bytes, resource=resource)
+        pool = HostPool(self.pool_bytes, resource=memory_for(device, progress=_log_progress))
         try:
             return SwapEngine(
                 pool,
@@ -219,6 +219,12 @@ class KvzipOffloadingSpec(OffloadingSpec):
         except BaseException:
             pool.close()
             raise
+
+
+def _log_progress(done: int, total: int) -> None:
+    """Say how far the pinning of a large pool has come: it takes seconds."""
+    if done % _PROGRESS_BYTES == 0 and done < total:
+        _log.info("kvzip: %d of %d GiB of host memory are pinned", done >> 30, total >> 30)
 
 
 def _group_of(key: bytes) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 from kvzip._log import log_once
 from kvzip.engine import SwapEngine
 from kvzip.errors import ConfigError, CorruptRecordError, LayoutError
-from kvzip.memory import PageableMemory, PinnedMemory
+from kvzip.memory import memory_for
 from kvzip.pool import HostPool
 from kvzip.record import RecordHeader, read_header
 from kvzip.types import BlockLayout, BlockView, ErrorBound
@@ -328,8 +328,7 @@ class CompressedSwapManager:
 
     def _engine_for(self, cache: Any) -> SwapEngine:
         if self._engine is None:
-            resource = PageableMemory() if cache.device.type == "cpu" else PinnedMemory()
-            pool = HostPool(self._capacity_bytes, resource=resource)
+            pool = HostPool(self._capacity_bytes, resource=memory_for(str(cache.device)))
             self._engine = SwapEngine(pool, bound=self.bound, mode=self._mode, threads=self._threads)
         return self._engine
 

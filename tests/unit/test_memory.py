@@ -9,13 +9,14 @@ import mmap
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kvzip import _cuda, _native, memory
 from kvzip.errors import BackendUnavailableError, ConfigError, NativeError
-from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory, Region
+from kvzip.memory import MemoryResource, PageableMemory, PinnedMemory, Region, memory_for
 
 MIB = 1 << 20
 
@@ -337,7 +338,7 @@ def test_numa_node_is_bound_by_mbind_and_by_the_cores_that_touch(
     bound: list[tuple[int, int]] = []
     stayed: list[Callable[[], object] | frozenset[int] | None] = []
 
-    def mbind(address: int, nbytes: int, node: int) -> bool:
+    def mbind(address: int, nbytes: int, node: int, policy: int) -> bool:
         bound.append((nbytes, node))
         return False  # not permitted, as in many containers: the cores decide
 
@@ -353,13 +354,43 @@ def test_numa_node_is_bound_by_mbind_and_by_the_cores_that_touch(
     (tmp_path / "node1" / "cpulist").write_text("4096\n")
     with pytest.raises(ConfigError, match="CAP_SYS_NICE"):
         Cuda().memory(numa_node=1).allocate(100)
+    with Cuda().memory(numa_node=1, numa_strict=False).allocate(9 * MIB):  # more than it has, and nothing is permitted
+        assert stayed[-1] is None
+
+
+@linux
+def test_a_pool_lies_near_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert isinstance(memory_for("cpu"), PageableMemory)
+    gpus = {0: "0000:c1:00.0", 1: "0000:41:00.0", 2: "0000:42:00.0", 3: "0000:43:00.0"}
+    driver = SimpleNamespace(device_info=lambda index: SimpleNamespace(pci_bus_id=gpus[index]), get_device=lambda: 1)
+    monkeypatch.setattr(_cuda, "unavailable", lambda: "")
+    monkeypatch.setattr(_cuda, "driver", lambda: driver)
+    monkeypatch.setattr(memory, "_PCI", tmp_path)
+    for index, text in enumerate(("0", "1", "-1", "7")):  # two nodes, none that is known, one that is offline
+        (tmp_path / gpus[index]).mkdir()
+        (tmp_path / gpus[index] / "numa_node").write_text(text)
+    monkeypatch.setattr(memory, "_NODES", nodes(tmp_path, "0-1\n", "0\n"))
+    found = {device: memory_for(device) for device in ("cuda:0", "cuda", "cuda:2", "cuda:3")}
+    assert [made._numa_node for made in found.values() if isinstance(made, PinnedMemory)] == [0, 1, None, None]
+    policies: list[tuple[int, int]] = []
+    monkeypatch.setattr(memory, "_mbind", lambda address, nbytes, node, policy: policies.append((node, policy)) or True)
+    monkeypatch.setattr(memory, "_native_functions", lambda: (Cuda().register, lambda address: 0))
+    with found["cuda"].allocate(9 * MIB) as region:  # more than the node has free: the rest comes from the others
+        assert region.pinned
+    assert policies == [(1, memory._MPOL_PREFERRED)]
+    monkeypatch.setattr(memory, "_NODES", tmp_path / "missing")
+    one = memory_for("cuda:1")
+    assert isinstance(one, PinnedMemory)
+    assert one._numa_node is None
 
 
 @linux
 def test_mbind_reports_a_node_that_does_not_exist() -> None:
     with PageableMemory().allocate(2 * mmap.PAGESIZE + 1) as region:
-        assert memory._mbind(region.address, region.nbytes, 1000) is False
-        assert isinstance(memory._mbind(region.address, region.nbytes, memory.numa_nodes()[0]), bool)
+        assert memory._mbind(region.address, region.nbytes, 1000, memory._MPOL_BIND) is False
+        node = memory.numa_nodes()[0]
+        for policy in (memory._MPOL_BIND, memory._MPOL_PREFERRED):
+            assert isinstance(memory._mbind(region.address, region.nbytes, node, policy), bool)
 
 
 def test_numa_nodes_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvzip import _config, _native
+from kvzip import _config, _cuda, _native
 from kvzip.errors import (
     BackendUnavailableError,
     ConfigError,
@@ -659,6 +661,35 @@ def test_another_version_is_refused(unloaded: pytest.MonkeyPatch, tmp_path: Path
     unloaded.setenv("KVZIP_LIBRARY", str(library))
     with pytest.raises(BackendUnavailableError, match=message):
         _native.library()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text", "words"),
+    [
+        (_native.NO_CUDA, 0, "", "built without CUDA: reinstall kvzip with KVZIP_CUDA=on"),
+        (
+            _native.CUDA_ERROR,
+            35,
+            "cudaErrorInsufficientDriver: too old",
+            r"too old \(CUDA error 35\).*driver for CUDA 13",
+        ),
+        (_native.CUDA_ERROR, 100, "cudaErrorNoDevice: none", r"none.*machine with an NVIDIA GPU.*CUDA_VISIBLE_DEVICES"),
+        (_native.CUDA_ERROR, 802, "cudaErrorSystemNotReady: wait", r"wait \(CUDA error 802\).*nvidia-smi"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_says_why_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: int, text: str, words: str
+) -> None:
+    def last_error(into: Any, nbytes: int) -> int:
+        into.value = text.encode()
+        return code
+
+    library = SimpleNamespace(kvz_cuda_available=lambda count: status, kvz_cuda_last_error=last_error)
+    monkeypatch.setattr(_cuda, "_bind", lambda: library)
+    monkeypatch.setattr(_cuda, "_driver", None)
+    with pytest.raises(BackendUnavailableError, match=words):
+        _cuda.driver()
+    assert re.search(words, _cuda.unavailable())
 
 
 def test_the_installed_library_is_found(unloaded: pytest.MonkeyPatch) -> None:
