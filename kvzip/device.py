@@ -433,7 +433,6 @@ class DeviceSwap:
             return None
         room: Room | None = None
         try:
-            index.check_open()
             with queue.lock:
                 if self._closed:
                     return None
@@ -448,9 +447,7 @@ class DeviceSwap:
                     return None
                 ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
                 if ticket is not None:
-                    transfer = QueuedTransfer(
-                        queue, self._driver, self._device, ticket.event, ticket.wait, small.give_event
-                    )
+                    transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
                     evicted = index.report_evicted()
                     land = partial(self._land_store, keys, blocks.nbytes, plan, room, ticket, evicted, started)
                     queue.add(transfer, land)
@@ -497,26 +494,24 @@ class DeviceSwap:
             payload_bytes, joined = sizes.tolist(), rows.tobytes()
             if max(payload_bytes) > plan.record_bytes - contents.header_bytes:
                 raise NativeError(f"the table of sizes of {count} blocks encoded on the GPU contradicts itself")
-            size = len(joined) // count
-            tables = [joined] if count == 1 else [joined[at : at + size] for at in range(0, len(joined), size)]
+            if count == 1:
+                tables, record_bytes = [joined], payload_bytes[0] + contents.header_bytes
+            else:
+                size = len(joined) // count
+                tables = [joined[at : at + size] for at in range(0, len(joined), size)]
+                record_bytes = sum(payload_bytes) + count * contents.header_bytes
             self._index.land(room, keys, payload_bytes, crcs.tolist(), tables, contents, header_of)
         except BaseException:
+            room.close()
             self._index.withdraw_report(evicted)
             with self._failures("store"):
                 raise
         finally:
-            room.close()
             self._stores.end(ticket)
-        result = TransferResult(
-            count,
-            raw_bytes,
-            sum(payload_bytes) + count * contents.header_bytes,
-            time.perf_counter() - started,
-            evicted,
-            fallback_reasons(joined, reason)
-            if reason or joined[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0")
-            else {},
-        )
+        fallbacks: Mapping[str, int] = {}
+        if reason or joined[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0"):
+            fallbacks = fallback_reasons(joined, reason)
+        result = TransferResult(count, raw_bytes, record_bytes, time.perf_counter() - started, evicted, fallbacks)
         self._host.count_store(result)
         return result
 
@@ -558,9 +553,7 @@ class DeviceSwap:
                     return None
                 ticket = small.load(plan, out.block_ids, records, after)
                 if ticket is not None:
-                    transfer = QueuedTransfer(
-                        queue, self._driver, self._device, ticket.event, ticket.wait, small.give_event
-                    )
+                    transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
                     queue.add(transfer, partial(self._land_load, keys, entries, out.nbytes, ticket, started))
                     self._reaper.notice()
                     return transfer

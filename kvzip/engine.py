@@ -718,7 +718,9 @@ class SwapEngine:
 
     def count_store(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
-        self._count("store", result)
+        self._ended.append(("store", result))
+        if len(self._ended) > _MOST_ENDED:
+            self._count_ended()
         if result.violations:
             _log.error(
                 "%d values of a store of %d blocks are outside their bound: the codec is at fault",
@@ -728,31 +730,27 @@ class SwapEngine:
 
     def count_load(self, result: TransferResult) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
-        self._count("load", result)
-
-    def _count(self, operation: str, result: TransferResult) -> None:
-        """Remember what ended; counting it would take as long as a small copy."""
-        self._ended.append((operation, result))
+        self._ended.append(("load", result))
         if len(self._ended) > _MOST_ENDED:
-            with self._lock:
-                self._count_ended()
+            self._count_ended()
 
     def _count_ended(self) -> None:
-        """Bring the counters up to date; the lock is held."""
-        totals = self._totals
-        while self._ended:
-            operation, result = self._ended.popleft()
-            what = "stored" if operation == "store" else "loaded"
-            totals[what + "_blocks"] += result.blocks
-            totals[what + "_raw_bytes"] += result.raw_bytes
-            if operation == "store":
-                totals["stored_record_bytes"] += result.record_bytes
-                self._fallbacks.update(result.fallbacks)
-            if result.violations is not None:
-                totals["verified_blocks"] += result.blocks
-                totals["violations"] += result.violations
-            self._seconds[operation] += result.seconds
-            self._meter.finished(operation, result.raw_bytes, result.record_bytes, result.seconds)
+        """Bring the counters up to date: at every transfer it would take as long as a small copy."""
+        with self._lock:
+            totals = self._totals
+            while self._ended:
+                operation, result = self._ended.popleft()
+                what = "stored" if operation == "store" else "loaded"
+                totals[what + "_blocks"] += result.blocks
+                totals[what + "_raw_bytes"] += result.raw_bytes
+                if operation == "store":
+                    totals["stored_record_bytes"] += result.record_bytes
+                    self._fallbacks.update(result.fallbacks)
+                if result.violations is not None:
+                    totals["verified_blocks"] += result.blocks
+                    totals["violations"] += result.violations
+                self._seconds[operation] += result.seconds
+                self._meter.finished(operation, result.raw_bytes, result.record_bytes, result.seconds)
 
     def count_fallback(self, reason: str, pages: int) -> None:
         """See `kvzip.device.HostPaths`; for the engine's own use."""
@@ -998,8 +996,6 @@ def _key_list(keys: object) -> list[bytes]:
     if type(keys) is not list and (isinstance(keys, (bytes, str)) or not isinstance(keys, Iterable)):
         raise ConfigError(f"keys is the single key {keys!r}: give a list of keys")
     names: list[bytes] = list(keys)
-    if len(names) == 1 and type(names[0]) is bytes:
-        return names
     for name in names if set(map(type, names)) != {bytes} else ():
         if not isinstance(name, bytes):
             raise ConfigError(f"key {name!r} is of type {type(name).__name__}: keys are bytes")
@@ -1007,6 +1003,8 @@ def _key_list(keys: object) -> list[bytes]:
 
 
 def _check_keys(keys: object, blocks: BlockView, *, repeats: bool = False) -> list[bytes]:
+    if type(keys) is list and len(keys) == 1 == len(blocks.block_ids) and type(keys[0]) is bytes:
+        return keys[:]  # where blocks come one by one, as a rule
     names = _key_list(keys)
     if len(names) != len(blocks):
         raise ConfigError(f"{len(names)} keys for {len(blocks)} blocks: give one key a block")

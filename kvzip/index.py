@@ -125,6 +125,7 @@ class RecordIndex:
         self._raw_bytes = self._record_bytes = self._pinned = 0
         self._leavable = 0  # bytes of extents of entries that are not protected
         self._freed = threading.Condition(self.lock)
+        self._waiting = 0  # for that; loads end often, and to tell nobody takes time too
         self._loads = 0  # begun and not ended
         self._why_closed = ""
 
@@ -179,9 +180,9 @@ class RecordIndex:
                 if nbytes > self.pool.free_bytes:
                     # Nothing leaves before it is certain that enough may. Loads that end give bytes back; what others
                     # on this pool hold, nobody says.
-                    self._freed.wait_for(
+                    self._wait(
                         lambda: nbytes <= self.room(keys, replacing=replacing) or self._loads == 0,
-                        timeout=_LOADS_TIMEOUT_SECONDS,
+                        _LOADS_TIMEOUT_SECONDS,
                     )
                     if nbytes > self.room(keys, replacing=replacing):
                         raise self.refuse(nbytes, len(keys), keys, replacing=replacing)
@@ -199,12 +200,13 @@ class RecordIndex:
         What leaves for it leaves at most the pool's headroom free: the bytes that are left over stay free, and the next
         store needs to evict so much less.
         """
-        with self.lock:
-            room = self.pool.try_take(nbytes)
-            if room is None and nbytes <= self.pool.headroom_bytes and nbytes <= self.room(keys):
-                self._make_room(nbytes, keys, replacing=False)
-                room = self.pool.try_take(nbytes)  # None: another engine on this pool was faster
-            return room
+        room = self.pool.try_take(nbytes)
+        if room is None and nbytes <= self.pool.headroom_bytes:
+            with self.lock:
+                if nbytes <= self.room(keys):
+                    self._make_room(nbytes, keys, replacing=False)
+                    room = self.pool.try_take(nbytes)  # None: another engine on this pool was faster
+        return room
 
     def enter(
         self,
@@ -248,7 +250,7 @@ class RecordIndex:
         with self.lock:
             if len(keys) == 1 and keys[0] not in self._entries:  # where blocks come one by one, as a rule
                 key, pins = keys[0], Pins()
-                (allocation,) = room.divide([before + payload_bytes[0]])
+                (allocation,) = room.divide((before + payload_bytes[0],))
                 entry = Entry(allocation, contents, tables[0], payload_crc32c[0], 0, pins, False, False, header)
                 try:
                     self._policy.insert(key, allocation.nbytes)
@@ -368,6 +370,8 @@ class RecordIndex:
 
     def report_evicted(self) -> int:
         """Records that were evicted and not reported yet: by the store under way, or by one before it that failed."""
+        if self._reported == self.evicted:  # as a rule
+            return 0
         with self.lock:
             found, self._reported = self.evicted - self._reported, self.evicted
             return found
@@ -388,17 +392,15 @@ class RecordIndex:
         """
         with self.lock:
             self.check_open()
+            held, touch = self._entries, self._policy.touch
             try:
-                entries = [self._entries[key] for key in keys]
+                entries = [held[key] for key in keys]
             except KeyError:
                 entries = self.find(keys)  # says which are missing
-            touch = self._policy.touch
-            leavable = 0
             for entry in entries:
                 if entry.loads == 0 and entry.pins.count == 0:
-                    leavable += entry.allocation.extent_nbytes
+                    self._leavable -= entry.allocation.extent_nbytes
                 entry.loads += 1
-            self._leavable -= leavable
             for key in keys:
                 touch(key)
             self._loads += 1
@@ -415,7 +417,8 @@ class RecordIndex:
                     elif entry.pins.count == 0:
                         self._leavable += entry.allocation.extent_nbytes
             self._loads -= 1
-            self._freed.notify_all()
+            if self._waiting:
+                self._freed.notify_all()
 
     # ---- the rest
 
@@ -505,7 +508,7 @@ class RecordIndex:
             if self._why_closed:
                 return False
             self._why_closed = "the engine is closed: make a new one"  # no load begins from here on
-            self._freed.wait_for(lambda: self._loads == 0)
+            self._wait(lambda: self._loads == 0)
             for key in list(self._entries):
                 self._remove(key, evicted=False)
             return True
@@ -521,11 +524,20 @@ class RecordIndex:
         """In a forked child: hold nothing any more, and touch neither the pool nor a lock of the parent's threads."""
         self.lock = threading.RLock()
         self._freed = threading.Condition(self.lock)
+        self._waiting = 0
         self._why_closed = why
         for entry in self._entries.values():
             entry.pins.entry = None
         self._entries = {}
         self._raw_bytes = self._record_bytes = self._pinned = self._leavable = self._loads = 0
+
+    def _wait(self, until: Callable[[], bool], timeout_seconds: float | None = None) -> None:
+        """Wait for records that are freed, or at most for so long; the lock is held."""
+        self._waiting += 1
+        try:
+            self._freed.wait_for(until, timeout_seconds)
+        finally:
+            self._waiting -= 1
 
     def _count(self, entry: Entry, sign: int) -> None:
         """Add an entry to the sums, or take it out."""

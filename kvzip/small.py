@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -98,7 +99,7 @@ class Plan:
         header_bytes: bytes of a record before its payload.
         record_bytes: most bytes of a record in the arena.
         extended: what pages may have, to decode them (`kvzip.transport.DecodeArgs`).
-        calls: bound calls and the arrays behind them, by ticket and number of blocks.
+        tickets: calls with their memory, by its number and the number of blocks.
         context: what the engine keeps with it.
     """
 
@@ -108,27 +109,36 @@ class Plan:
     header_bytes: int
     record_bytes: int
     extended: int = 0
-    calls: dict[tuple[int, int], _Bound] = field(default_factory=dict)
+    tickets: dict[tuple[int, int], Ticket] = field(default_factory=dict)
     context: Any = None
 
 
 def _set_words(words: memoryview, values: Sequence[int]) -> None:
-    """Write numbers into a table: few of them one by one, which is faster than an array's assignment."""
-    if len(values) <= 16:
-        for i, value in enumerate(values):
-            words[i] = value
-    else:
-        np.frombuffer(words, words.format)[:] = values
+    """Write numbers into a whole table: faster than an array's assignment where they are few."""
+    words[:] = array(words.format, values)
 
 
-@dataclass(frozen=True, eq=False)
-class _Bound:
-    """A call with its memory: views of the ticket's tables, quicker to the touch than arrays where they are short."""
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """Host memory of a transfer under way, and the call that is bound to it; the same for many, one at a time.
 
+    Attributes:
+        number: of the memory.
+        call: queues the work.
+        wait: waits for its end, as `kvzip.transport.SwapCall.wait`.
+        words: numbers for the kernels. Views are quicker to the touch than arrays where they are short.
+        runs: for more than one run of host memory.
+        arrays: the results, to be read when `wait` has said so: see `SmallStores` and `SmallLoads`.
+        event: recorded behind the work; 0 where a transfer has taken it, or when the work has ended.
+    """
+
+    number: int
     call: SwapCall
+    wait: Callable[[int, int], bool]
     words: memoryview
     runs: npt.NDArray[Any]
     arrays: tuple[memoryview, ...]
+    event: int = 0
 
 
 class _Direction(abc.ABC):
@@ -143,9 +153,9 @@ class _Direction(abc.ABC):
         self._staging = staging
         self._free = list(range(TICKETS - 1, -1, -1))
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._last: Plan | None = None  # that was asked for
         self._plans_end = 0
         self._events: list[int] = []
-        self._closed = False
         with contextlib.ExitStack() as undo:  # a GPU that is full must not get fuller at every try
             self._stream = driver.stream_create()
             undo.callback(driver.stream_destroy, self._stream)
@@ -167,6 +177,11 @@ class _Direction(abc.ABC):
             self._arena = self._memory.address("arena")
             undo.pop_all()
 
+    def _find(self, *keep: object) -> Plan | None:
+        """The plan that was made for these objects."""
+        self._last = found = self._plans.get(tuple(map(id, keep)))
+        return found
+
     def _new_plan(
         self,
         key: tuple[int, ...],
@@ -185,6 +200,7 @@ class _Direction(abc.ABC):
             if len(self._free) < TICKETS:
                 return None
             self._plans.clear()
+            self._last = None
             self._tables.clear()
             self._plans_end = 0
         self._tables.place(bounds, segments)
@@ -205,59 +221,53 @@ class _Direction(abc.ABC):
         """Whether a ticket has room for the tables."""
 
     @abc.abstractmethod
-    def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
-        """The call for so many blocks, with the memory of a ticket."""
+    def _bind(self, plan: Plan, number: int, blocks: int) -> Ticket:
+        """The ticket for so many blocks, with the memory of this number."""
 
-    def _ticket_memory(self, ticket: int) -> tuple[npt.NDArray[np.uint8], int]:
-        at = ticket * TICKET_BYTES
+    def _ticket_memory(self, number: int) -> tuple[npt.NDArray[np.uint8], int]:
+        at = number * TICKET_BYTES
         return self._region.array[at : at + TICKET_BYTES], self._region.address + at
 
-    def _begin(self, plan: Plan, blocks: int, runs: Sequence[Run]) -> tuple[int, _Bound] | None:
-        """A free ticket's number and its call; None if there is none, or the transfer is too large."""
+    def _begin(self, plan: Plan, blocks: int, runs: Sequence[Run]) -> Ticket | None:
+        """A free ticket; None if there is none, or the transfer is too large."""
         if not self._free or len(runs) > MOST_RUNS:
             return None
-        bound = plan.calls.get((self._free[-1], blocks))
-        if bound is None:
+        number = self._free[-1]
+        ticket = plan.tickets.get((number, blocks))
+        if ticket is None:
             if not self.fits(len(plan.segments), blocks):
                 return None
             memory, workspace = self._memory, self._driver.workspace_bytes(len(plan.segments), blocks)
             if blocks * plan.record_bytes > memory.size("arena") or workspace > memory.size("workspace"):
                 return None
-            bound = plan.calls[self._free[-1], blocks] = self._bind(plan, self._free[-1], blocks)
-        return self._free.pop(), bound
+            ticket = plan.tickets[number, blocks] = self._bind(plan, number, blocks)
+        self._free.pop()
+        return ticket
 
-    def _queue(self, number: int, bound: _Bound, runs: Sequence[Run], after: int) -> Ticket:
-        event = 0
+    def _queue(self, ticket: Ticket, runs: Sequence[Run], after: int) -> None:
         try:
-            event = self._events.pop() if self._events else self._driver.event_create()
+            ticket.event = self._events.pop() if self._events else self._driver.event_create()
             _, address, nbytes = runs[0]
             if len(runs) > 1:
-                bound.runs[: len(runs)] = runs
-            bound.call(after, event, len(runs), address, nbytes)
+                ticket.runs[: len(runs)] = runs
+            ticket.call(after, ticket.event, len(runs), address, nbytes)
         except BaseException:
             with contextlib.suppress(KvzipError):
                 self._driver.stream_synchronize(self._stream)
-            self._free.append(number)
-            if event:
-                self._events.append(event)
+            self.end(ticket)
             raise
-        return Ticket(number, event, bound.call.wait, bound.arrays)
 
     def end(self, ticket: Ticket) -> None:
         """Give a ticket back, once its work has ended and its arrays were read."""
         self._free.append(ticket.number)
-
-    def give_event(self, event: int) -> None:
-        """Give an event back, when nobody can wait for it any more."""
-        if self._closed:
-            self._driver.event_destroy(event)
-        else:
-            self._events.append(event)
+        if ticket.event:
+            self._events.append(ticket.event)
+            ticket.event = 0
 
     def close(self) -> None:
         """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
         self._plans.clear()
-        self._closed = True
+        self._last = None
         with contextlib.ExitStack() as each:
             each.callback(self._driver.stream_destroy, self._stream)
             each.callback(self._region.close)
@@ -269,30 +279,17 @@ class _Direction(abc.ABC):
             self._driver.stream_synchronize(self._stream)
 
 
-@dataclass(eq=False, slots=True)
-class Ticket:
-    """A transfer under way.
-
-    Attributes:
-        number: of its host memory.
-        event: recorded behind its work.
-        wait: waits for the end of its work, as `kvzip.transport.SwapCall.wait`.
-        arrays: its results, to be read when that has said so: see `SmallStores` and `SmallLoads`.
-    """
-
-    number: int
-    event: int
-    wait: Callable[[int, int], bool]
-    arrays: tuple[memoryview, ...]
-
-
 class SmallStores(_Direction):
     """The way out. A ticket's arrays: status, payload_bytes, payload_crc32c, and all tables as bytes."""
 
     def plan_for(self, blocks: BlockView, codec: object, request: EncodeRequest) -> Plan | None:
         """The plan for views that share their tensors and layout with `blocks`, if there is one."""
-        key = (id(blocks.addresses), id(blocks.layout), id(codec), id(request))
-        return self._plans.get(key)
+        last = self._last
+        if last is not None:  # a swap asks for the same again and again
+            addresses, layout, known, asked = last.keep
+            if addresses is blocks.addresses and layout is blocks.layout and codec is known and request is asked:
+                return last
+        return self._find(blocks.addresses, blocks.layout, codec, request)
 
     def new_plan(
         self, blocks: BlockView, codec: object, request: EncodeRequest, coding: int | Sequence[int]
@@ -316,16 +313,16 @@ class SmallStores(_Direction):
             runs: host memory for the records in the order of the arena; worst case.
             after: stream whose queued work comes before.
         """
-        begun = self._begin(plan, len(block_ids), runs)
-        if begun is None:
-            return None
-        number, bound = begun
-        _set_words(bound.words, block_ids.tolist())
-        return self._queue(number, bound, runs, after)
+        numbers = block_ids.tolist()
+        ticket = self._begin(plan, len(numbers), runs)
+        if ticket is not None:
+            _set_words(ticket.words, numbers)
+            self._queue(ticket, runs, after)
+        return ticket
 
-    def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
+    def _bind(self, plan: Plan, number: int, blocks: int) -> Ticket:
         fields = _store_fields(len(plan.segments), blocks)
-        host, host_at = self._ticket_memory(ticket)
+        host, host_at = self._ticket_memory(number)
         memory, device_at = self._memory, self._memory.address("meta")
         first, last = fields.offset("status"), fields.offset("payload_crc32c")
         encode = EncodeArgs(
@@ -369,8 +366,11 @@ class SmallStores(_Direction):
         )
         names = ("status", "payload_bytes", "payload_crc32c")
         table = fields.array(host, "table").view(np.uint8)
-        return _Bound(
-            self._driver.store_call(encode, move, few, self._order, self._device, self._stream),
+        call = self._driver.store_call(encode, move, few, self._order, self._device, self._stream)
+        return Ticket(
+            number,
+            call,
+            call.wait,
             fields.array(host, "words").data,
             fields.array(host, "runs"),
             (*(fields.array(host, name).data for name in names), table.data),
@@ -382,7 +382,12 @@ class SmallLoads(_Direction):
 
     def plan_for(self, blocks: BlockView, contents: object) -> Plan | None:
         """The plan for views that share their tensors and layout with `blocks`, and records of these contents."""
-        return self._plans.get((id(blocks.addresses), id(blocks.layout), id(contents)))
+        last = self._last
+        if last is not None:
+            addresses, layout, known, _ = last.keep
+            if addresses is blocks.addresses and layout is blocks.layout and contents is known:
+                return last
+        return self._find(blocks.addresses, blocks.layout, contents)
 
     def new_plan(self, blocks: BlockView, contents: object, view: BlockView, extended: int) -> Plan | None:
         """Make it; None while there is no room for one and transfers are under way.
@@ -411,21 +416,21 @@ class SmallLoads(_Direction):
             records: where they lie and what is known of them.
             after: stream whose queued work comes before.
         """
-        begun = self._begin(plan, len(block_ids), records.runs)
-        if begun is None:
-            return None
-        number, bound = begun
-        base, offsets = self._arena + plan.header_bytes, records.offsets
-        payloads = [base + offset for offset in offsets]
-        _set_words(bound.words, [*block_ids.tolist(), *payloads, *records.payload_bytes, *offsets])
-        _, crcs, table = bound.arrays
-        _set_words(crcs, records.payload_crc32c)
-        table[:] = records.tables
-        return self._queue(number, bound, records.runs, after)
+        numbers = block_ids.tolist()
+        ticket = self._begin(plan, len(numbers), records.runs)
+        if ticket is not None:
+            base, offsets = self._arena + plan.header_bytes, records.offsets
+            payloads = [base + offset for offset in offsets]
+            _set_words(ticket.words, [*numbers, *payloads, *records.payload_bytes, *offsets])
+            _, crcs, table = ticket.arrays
+            _set_words(crcs, records.payload_crc32c)
+            table[:] = records.tables
+            self._queue(ticket, records.runs, after)
+        return ticket
 
-    def _bind(self, plan: Plan, ticket: int, blocks: int) -> _Bound:
+    def _bind(self, plan: Plan, number: int, blocks: int) -> Ticket:
         fields = _load_fields(len(plan.segments), blocks)
-        host, host_at = self._ticket_memory(ticket)
+        host, host_at = self._ticket_memory(number)
         memory, device_at = self._memory, self._memory.address("meta")
         part = 8 * blocks  # bytes of a quarter of the words
         words, device_words = fields.address(host_at, "words"), fields.address(device_at, "words")
@@ -465,8 +470,11 @@ class SmallLoads(_Direction):
             block_ids=words,
         )
         status = fields.array(host, "block_status").view(np.uint8)
-        return _Bound(
-            self._driver.load_call(decode, move, few, self._order, self._device, self._stream),
+        call = self._driver.load_call(decode, move, few, self._order, self._device, self._stream)
+        return Ticket(
+            number,
+            call,
+            call.wait,
             fields.array(host, "words").data,
             fields.array(host, "runs"),
             (status.data, fields.array(host, "payload_crc32c").data, fields.array(host, "table").view(np.uint8).data),

@@ -91,6 +91,8 @@ class Transfer:
     read, until the transfer is done, or, for work on the GPU, behind `wait_stream`.
     """
 
+    _observer: Callable[[TransferResult], None] | None = None
+
     def __init__(self, driver: StreamDriver | None = None, device: int = 0) -> None:
         self._changed = threading.Condition(threading.Lock())  # of what follows
         self._ended = False
@@ -251,7 +253,7 @@ class Transfer:
 
     def _observe(self, observer: Callable[[TransferResult], None]) -> None:
         """Call this once with the result, if there is one, in whatever thread completes the transfer."""
-        self.__dict__["_observer"] = observer
+        self._observer = observer
         if self._result is not None:
             self._tell()
 
@@ -286,6 +288,20 @@ class Transfer:
 Land = Callable[[Exception | None], TransferResult]
 
 
+class QueuedWork(Protocol):
+    """Work of a transfer on the device (`kvzip.small.Ticket`).
+
+    Attributes:
+        event: recorded behind it; 0 where a transfer has taken it, or when the work has ended.
+        wait: waits for its end, as `StreamDriver.event_wait` for the event; may see it earlier.
+    """
+
+    event: int
+
+    @property
+    def wait(self) -> Callable[[int, int], bool]: ...  # noqa: D102
+
+
 class QueuedTransfer(Transfer):
     """A transfer whose work was queued whole on the device: whoever asks for its end completes it on the host.
 
@@ -293,27 +309,16 @@ class QueuedTransfer(Transfer):
         queue: where it stands.
         driver: device functions.
         device: index of the GPU.
-        event: recorded behind the work.
-        end: waits for it, as `StreamDriver.event_wait` for the event; may see it earlier.
-        give_event: takes the event back when nobody can wait for it any more.
+        work: its work; another transfer's when it has ended.
     """
 
-    def __init__(
-        self,
-        queue: TransferQueue,
-        driver: StreamDriver,
-        device: int,
-        event: int,
-        end: Callable[[int, int], bool],
-        give_event: Callable[[int], None],
-    ) -> None:
-        # Without the events of the base class, which cost more than a small copy: the queue's lock does.
+    def __init__(self, queue: TransferQueue, driver: StreamDriver, device: int, work: QueuedWork) -> None:
+        # Without the condition of the base class, which costs more than a small copy: the queue's lock does.
         self._queue = queue
         self._driver = driver
         self._device = device
-        self._event = event
-        self._end = end
-        self._give_event = give_event
+        self._work = work
+        self._event = 0  # its own only since somebody asked for it: else its work's
         self._ended = False
         self._result = None
         self._error = None
@@ -337,16 +342,33 @@ class QueuedTransfer(Transfer):
     def wait_stream(self, stream: object = None) -> None:
         """See `Transfer.wait_stream`. Does not block the host."""
         assert self._driver is not None
-        with OnDevice(self._driver, self._device):
-            self._driver.stream_wait_event(stream_handle(stream, self._device), self._event)
+        handle = stream_handle(stream, self._device)
+        with self._queue.lock:
+            event = self._event or self._work.event
+            if not self._ended:  # else the device has done it
+                with OnDevice(self._driver, self._device):
+                    self._driver.stream_wait_event(handle, event)
+
+    @property
+    def cuda_event(self) -> int:
+        """See `Transfer.cuda_event`; never 0."""
+        assert self._driver is not None
+        with self._queue.lock:
+            if not self._event:
+                if self._ended:  # an event that was never recorded has passed
+                    with OnDevice(self._driver, self._device):
+                        self._event = self._driver.event_create()
+                else:
+                    self._event, self._work.event = self._work.event, 0
+            return self._event
 
     def _release(self) -> bool:
-        return self._event != 0  # queued whole, and never again
+        return True  # queued whole, and never again
 
     def _finish(self, result: TransferResult) -> None:
         self._result = result
         self._ended = True
-        if "_observer" in self.__dict__:
+        if self._observer is not None:
             self._tell()
 
     def _fail(self, error: KvzipError) -> None:
@@ -357,10 +379,9 @@ class QueuedTransfer(Transfer):
         self._fail(error)
 
     def __del__(self) -> None:
-        event, self._event = getattr(self, "_event", 0), 0
-        if event:
+        if self._event and self._driver is not None:
             try:  # faster than suppress()
-                self._give_event(event)
+                self._driver.event_destroy(self._event)
             except KvzipError:  # at the interpreter's end the device may be gone already
                 return
 
@@ -439,7 +460,7 @@ class TransferQueue:
     @staticmethod
     def _wait(transfer: QueuedTransfer, timeout_seconds: float | None) -> bool:
         # Another thread may complete it meanwhile, and the memory that says so may be another transfer's by then.
-        end = transfer._end
+        end = transfer._work.wait
         if timeout_seconds is None:
             while not (end(_SPIN_US, _PATIENCE_US) or transfer._ended):
                 pass
