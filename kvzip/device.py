@@ -203,7 +203,7 @@ class DeviceSwap:
         if self.lost is not None:
             self._check_lost()
         try:
-            if len(parts) == 1 and not measure_error and self._packed and parts[0].blocks.nbytes <= self._small_bytes:
+            if len(parts) == 1 and not measure_error:
                 small = self._store_small(parts[0], codec, stream, started)
                 if small is not None:
                     return small
@@ -425,9 +425,10 @@ class DeviceSwap:
     def _store_small(self, part: Part, codec: Codec, stream: object, started: float) -> Transfer | None:
         """Queue a small store; None where a worker must do it: to wait, to keep the order, or to find out sizes."""
         keys, blocks, request = part
-        queue, index, count = self._small_out, self._index, len(keys)
-        if self._out.busy or not count or codec.name not in _NATIVE:
+        count, raw_bytes = len(keys), blocks.nbytes
+        if not 0 < raw_bytes <= self._small_bytes or not self._packed or self._out.busy or codec.name not in _NATIVE:
             return None
+        queue, index = self._small_out, self._index
         after = stream if type(stream) is int else stream_handle(stream, self._device)
         if not self._store_lock.acquire(blocking=False):
             return None
@@ -449,7 +450,7 @@ class DeviceSwap:
                 if ticket is not None:
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
                     evicted = index.report_evicted()
-                    land = partial(self._land_store, keys, blocks.nbytes, plan, room, ticket, evicted, started)
+                    land = partial(self._land_store, keys, raw_bytes, plan, room, ticket, evicted, started)
                     queue.add(transfer, land)
                     room = None
                     self._reaper.notice()
@@ -518,9 +519,6 @@ class DeviceSwap:
     def _room_runs(self, room: Room) -> list[Run]:
         """Runs of a room, by their place in an arena that is copied there."""
         base, at, runs = self._pool.address, 0, []
-        if len(room.runs) == 1:
-            offset, nbytes = room.runs[0]
-            return [(0, base + offset, nbytes)]
         for offset, nbytes in room.runs:
             runs.append((at, base + offset, nbytes))
             at += nbytes

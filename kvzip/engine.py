@@ -305,7 +305,10 @@ class SwapEngine:
                 blocks on a GPU it comes from the transfer.
         """
         names = _check_keys(keys, blocks)
-        settings, calm, step = self._under_pressure(bound)
+        settings = calm = self._settings
+        step: int | None = None
+        if bound is not None or self._gauge is not None:
+            settings, calm, step = self._under_pressure(bound)
         decision = None if self.controller is None and coding is None else self._decide(blocks, settings, coding)
         if coding == RAW or (decision is not None and decision.choice == RAW):
             reason = Reason.BREAK_EVEN if coding is None and settings.codec is not self._raw else settings.reason
@@ -320,7 +323,8 @@ class SwapEngine:
             self._index.check_open()
             watched = decision is not None and decision.watch != SKIP
             started = time.perf_counter() if watched else 0.0
-            transfer = self._device(blocks.device).store(parts, settings.codec, measure_error, stream)
+            swap = self._devices.get(blocks.device) or self._device(blocks.device)
+            transfer = swap.store(parts, settings.codec, measure_error, stream)
             if decision is not None:
                 self._last_store = ref(transfer)
             if step is not None:
@@ -345,8 +349,6 @@ class SwapEngine:
     ) -> tuple[Settings, Settings, int | None]:
         """What to code with; the same without pressure; and the step of the pressure, if it applies."""
         settings, gauge = self._settings, self._gauge
-        if bound is None and gauge is None:
-            return settings, settings, None
         steps = self._pressure.bounds if self._pressure else ()
         given: list[ErrorBound | BoundPolicy] = []
         if isinstance(bound, (list, tuple)):
@@ -610,7 +612,7 @@ class SwapEngine:
                 "the blocks to load into are read-only, or share memory among themselves: pass writable tensors whose "
                 "values do not overlap"
             )
-        if len(out) > 1 and len(set(out.block_ids.tolist())) != len(out):
+        if len(names) > 1 and len(set(out.block_ids.tolist())) != len(names):
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         try:
             entries = self._index.begin_load(names)
@@ -621,14 +623,15 @@ class SwapEngine:
             raise
         if out.device != "cpu":
             try:
-                swap = self._device(out.device)
+                swap = self._devices.get(out.device) or self._device(out.device)
             except BaseException:
                 self._index.end_load(entries)
                 raise
+            if self.controller is None:
+                return swap.load(names, entries, out, stream)
             watch = self._watch_load(out, entries)
             transfer = swap.load(names, entries, out, stream)
-            if self.controller is not None:
-                self._last_load = ref(transfer)
+            self._last_load = ref(transfer)
             if watch != SKIP:
                 self._load_begun(out.device, entries, watch, transfer, started)
             return transfer

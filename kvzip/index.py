@@ -250,7 +250,7 @@ class RecordIndex:
         with self.lock:
             if len(keys) == 1 and keys[0] not in self._entries:  # where blocks come one by one, as a rule
                 key, pins = keys[0], Pins()
-                (allocation,) = room.divide((before + payload_bytes[0],))
+                allocation = room.cut(before + payload_bytes[0])
                 entry = Entry(allocation, contents, tables[0], payload_crc32c[0], 0, pins, False, False, header)
                 try:
                     self._policy.insert(key, allocation.nbytes)

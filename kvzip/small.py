@@ -232,25 +232,28 @@ class _Direction(abc.ABC):
         """A free ticket; None if there is none, or the transfer is too large."""
         if not self._free or len(runs) > MOST_RUNS:
             return None
-        number = self._free[-1]
-        ticket = plan.tickets.get((number, blocks))
-        if ticket is None:
-            if not self.fits(len(plan.segments), blocks):
-                return None
-            memory, workspace = self._memory, self._driver.workspace_bytes(len(plan.segments), blocks)
-            if blocks * plan.record_bytes > memory.size("arena") or workspace > memory.size("workspace"):
-                return None
-            ticket = plan.tickets[number, blocks] = self._bind(plan, number, blocks)
-        self._free.pop()
+        ticket = plan.tickets.get((self._free[-1], blocks)) or self._new_ticket(plan, self._free[-1], blocks)
+        if ticket is not None:
+            self._free.pop()
+        return ticket
+
+    def _new_ticket(self, plan: Plan, number: int, blocks: int) -> Ticket | None:
+        if not self.fits(len(plan.segments), blocks):
+            return None
+        memory, workspace = self._memory, self._driver.workspace_bytes(len(plan.segments), blocks)
+        if blocks * plan.record_bytes > memory.size("arena") or workspace > memory.size("workspace"):
+            return None
+        ticket = plan.tickets[number, blocks] = self._bind(plan, number, blocks)
         return ticket
 
     def _queue(self, ticket: Ticket, runs: Sequence[Run], after: int) -> None:
         try:
-            ticket.event = self._events.pop() if self._events else self._driver.event_create()
+            ticket.event = event = self._events.pop() if self._events else self._driver.event_create()
+            count = len(runs)
+            if count > 1:
+                ticket.runs[:count] = runs
             _, address, nbytes = runs[0]
-            if len(runs) > 1:
-                ticket.runs[: len(runs)] = runs
-            ticket.call(after, ticket.event, len(runs), address, nbytes)
+            ticket.call(after, event, count, address, nbytes)
         except BaseException:
             with contextlib.suppress(KvzipError):
                 self._driver.stream_synchronize(self._stream)
