@@ -279,9 +279,9 @@ class DeviceSwap:
 
     def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
-        started = time.perf_counter()
         job: Job | None = None
         try:
+            started = time.perf_counter()
             if self.lost is not None:
                 self._check_lost()
             if out.nbytes <= self._small_bytes and (small := self._load_small(keys, entries, out, stream, started)):
@@ -446,21 +446,29 @@ class DeviceSwap:
                 room = index.take_ahead(count * plan.record_bytes, keys)
                 if room is None:
                     return None
-                ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
-                if ticket is not None:
+                ticket: Ticket | None = None
+                try:
+                    ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
+                    if ticket is None:
+                        return None
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
                     evicted = index.report_evicted()
                     land = partial(self._land_store, keys, raw_bytes, plan, room, ticket, evicted, started)
                     queue.add(transfer, land)
-                    room = None
                     self._reaper.notice()
-                    return transfer
+                except BaseException:
+                    _give_up(ticket, queue, small)
+                    raise
+                room = None
+                return transfer
         except NativeError as error:  # the long way stores raw what cannot be encoded, and reports what is broken
             _log.info("a small store goes the long way: %s", str(error))
         finally:
-            self._store_lock.release()
-            if room is not None:
-                room.close()
+            try:
+                if room is not None:
+                    room.close()
+            finally:
+                self._store_lock.release()
         return None
 
     def _new_plan(self, part: Part, codec: Codec) -> Plan | None:
@@ -549,12 +557,18 @@ class DeviceSwap:
                     plan = small.new_plan(out, contents, _with_tables(view, contents.tables), contents.extended)
                 if plan is None:
                     return None
-                ticket = small.load(plan, out.block_ids, records, after)
-                if ticket is not None:
+                ticket: Ticket | None = None
+                try:
+                    ticket = small.load(plan, out.block_ids, records, after)
+                    if ticket is None:
+                        return None
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
                     queue.add(transfer, partial(self._land_load, keys, entries, out.nbytes, ticket, started))
                     self._reaper.notice()
-                    return transfer
+                except BaseException:
+                    _give_up(ticket, queue, small)
+                    raise
+                return transfer
         except NativeError as error:
             _log.info("a small load goes the long way: %s", str(error))
         return None
@@ -929,6 +943,16 @@ class DeviceSwap:
             )
 
         yield from self._transport.into.run(out, records, after, lambda stream: None)
+
+
+def _give_up(ticket: Ticket | None, queue: TransferQueue, small: SmallStores | SmallLoads) -> None:
+    """Nobody will ask for what the device has begun, as after Ctrl-C: wait for it, before its memory is given away.
+
+    The queue's lock is held. Blocks the host.
+    """
+    if ticket is not None:
+        queue.withdraw(ticket)
+        small.give_up(ticket)
 
 
 def _release(

@@ -229,13 +229,10 @@ class _Direction(abc.ABC):
         return self._region.array[at : at + TICKET_BYTES], self._region.address + at
 
     def _begin(self, plan: Plan, blocks: int, runs: Sequence[Run]) -> Ticket | None:
-        """A free ticket; None if there is none, or the transfer is too large."""
+        """A free ticket, for `_queue` to take; None if there is none, or the transfer is too large."""
         if not self._free or len(runs) > MOST_RUNS:
             return None
-        ticket = plan.tickets.get((self._free[-1], blocks)) or self._new_ticket(plan, self._free[-1], blocks)
-        if ticket is not None:
-            self._free.pop()
-        return ticket
+        return plan.tickets.get((self._free[-1], blocks)) or self._new_ticket(plan, self._free[-1], blocks)
 
     def _new_ticket(self, plan: Plan, number: int, blocks: int) -> Ticket | None:
         if not self.fits(len(plan.segments), blocks):
@@ -254,11 +251,18 @@ class _Direction(abc.ABC):
                 ticket.runs[:count] = runs
             _, address, nbytes = runs[0]
             ticket.call(after, event, count, address, nbytes)
+            self._free.pop()
         except BaseException:
-            with contextlib.suppress(KvzipError):
-                self._driver.stream_synchronize(self._stream)
-            self.end(ticket)
+            self.give_up(ticket)
             raise
+
+    def give_up(self, ticket: Ticket) -> None:
+        """Give a ticket back whose work the device may have: wait for it. Blocks the host."""
+        with contextlib.suppress(KvzipError):
+            self._driver.stream_synchronize(self._stream)
+        if ticket.number in self._free:  # it was not taken yet
+            self._free.remove(ticket.number)
+        self.end(ticket)
 
     def end(self, ticket: Ticket) -> None:
         """Give a ticket back, once its work has ended and its arrays were read."""

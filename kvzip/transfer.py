@@ -92,6 +92,7 @@ class Transfer:
     """
 
     _observer: Callable[[TransferResult], None] | None = None
+    _event = 0  # for one that was interrupted while it was made
 
     def __init__(self, driver: StreamDriver | None = None, device: int = 0) -> None:
         self._changed = threading.Condition(threading.Lock())  # of what follows
@@ -411,6 +412,11 @@ class TransferQueue:
             land: completes it on the host, once its event has passed; with an error it cleans up and raises it.
         """
         self._pending.append((transfer, land))
+
+    def withdraw(self, work: QueuedWork) -> None:
+        """Forget a transfer that was just added; `lock` is held since before that."""
+        if self._pending and self._pending[-1][0]._work is work:
+            self._pending.pop()
 
     def complete(self, transfer: QueuedTransfer, timeout_seconds: float | None = None, *, wait: bool = True) -> bool:
         """Wait for a transfer, and complete all up to it: later ones may replace the records of earlier ones.

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dis
 import gc
+import linecache
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import fake_cuda
@@ -24,6 +27,7 @@ import pytest
 from fake_cuda import FakeDriver, cuda_error
 from test_device import BLOCKS, Rig, Zlib
 
+import kvzip
 from kvzip import (
     BlockView,
     ConfigError,
@@ -37,7 +41,7 @@ from kvzip import (
 )
 from kvzip.errors import NativeError
 from kvzip.policy import LRU
-from kvzip.small import Ticket
+from kvzip.small import TICKETS, Ticket
 from kvzip.transfer import TransferResult
 from kvzip.transport import Staging
 from kvzip.worker import Job, in_one_step
@@ -467,6 +471,98 @@ def test_a_timeout_that_is_no_number(small: bool, timeout: Any) -> None:
             transfer.wait(timeout)
     assert transfer.result(float("inf")).blocks == BLOCKS
     del transfer
+    rig.close()
+
+
+FILES = {str(Path(kvzip.__file__).with_name(f"{name}.py")) for name in ("device", "small", "transfer")}
+
+
+def interrupt(number: int, work: Callable[[], object]) -> bool:
+    """Do it with a KeyboardInterrupt where Python may raise one in these files, the n-th time; whether it came so far.
+
+    Python looks for signals behind calls of what is not Python, where loops begin anew, and where functions begin.
+    Before its first `try` a function can do nothing about one, nor between a lock's `acquire` and the `try` behind it,
+    nor where a `with` has let a lock go.
+    """
+    seen, came, looks = 0, False, False
+
+    def local(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal seen, came, looks
+        if event == "opcode":
+            code, line = frame.f_code, linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            name = dis.opname[code.co_code[frame.f_lasti]]
+            seen += looks
+            if seen == number and not came:
+                came = True
+                raise KeyboardInterrupt
+            safe = "acquire(" in line or line.lstrip().startswith("with ")
+            looks = name.startswith(("CALL", "JUMP_BACKWARD")) and not safe
+        return local
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal looks
+        looks = False  # not where a function of Python's returns to
+        frame.f_trace_opcodes = frame.f_code.co_filename in FILES
+        return local if frame.f_trace_opcodes else None
+
+    gc.disable()  # or it interrupts a finalizer of another test
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+        gc.enable()
+    return came
+
+
+@pytest.mark.parametrize("what", ["store", "load"])
+def test_ctrl_c_at_any_step_of_a_small_transfer(what: str) -> None:
+    """No byte is given away that the device still uses, and nothing is left behind."""
+    rig = exact_rig(True, capacity=200_000, reaper_seconds=0.001)
+    rig.engine.store(rig.keys[:4], rig.view[range(4)]).wait(10)
+    rig.engine.load(rig.keys[:4], rig.view[range(4)]).wait(10)
+    synchronize = rig.driver.stream_synchronize
+
+    def finish(stream: int) -> None:
+        rig.driver.hold.set()
+        synchronize(stream)
+
+    rig.driver.stream_synchronize = finish  # type: ignore[method-assign]
+    for number in range(1, 2000):
+        rig.driver.hold.clear()  # the device has not come to it yet
+        if what == "store":
+            came = interrupt(number, lambda: rig.engine.store([b"new"], rig.view[[5]]))
+        else:
+            came = interrupt(number, lambda: rig.engine.load([rig.keys[0]], rig.view[[0]]))
+        rooms = []
+        for nbytes in [rig.pool.extent_bytes << i for i in range(16)][::-1]:
+            while (room := rig.pool.try_take(nbytes)) is not None:
+                rooms.append(room)
+        given = [rig.pool._region.array[at : at + nbytes] for room in rooms for at, nbytes in room.runs]
+        for part in given:
+            part[:] = 0x77
+        rig.driver.hold.set()
+        rig.driver._work()
+        assert all((part == 0x77).all() for part in given), f"step {number}: written to what was given away"
+        for room in rooms:
+            room.close()
+        rig.swap._small_out.drain()
+        rig.swap._small_into.drain()
+        assert not rig.engine._store_lock.locked()
+        assert rig.engine._index._loads == 0
+        assert len(rig.swap._stores._free) == len(rig.swap._loads._free) == TICKETS  # type: ignore[union-attr]
+        rig.engine.discard([b"new"])
+        check_whole(rig)
+        if not came:
+            break
+    else:
+        raise AssertionError("a small transfer has more steps than were tried")
+    assert number > 10
+    rig.poison()
+    rig.engine.load(rig.keys[:4], rig.view[range(4)]).wait(10)
+    assert all(np.array_equal(a[:4], o[:4]) for a, o in zip(rig.arrays, rig.original, strict=True))
     rig.close()
 
 
