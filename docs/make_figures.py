@@ -1137,6 +1137,19 @@ def lmcache() -> str:
     return table(["serde", "ratio", "largest error, K", "V"], lines) + "\n" + paragraph(about)
 
 
+def _fuzz_runs(pattern: str) -> tuple[dict[str, Any], int, int, int, str] | None:
+    """Environment of runs with several seeds, their cases, how many were refused and accepted, and links to them."""
+    files = sorted(RESULTS.glob(pattern))
+    if not files:
+        return None
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    cases, refused, accepted = (sum(run[what] for run in runs) for what in ("cases", "refused", "accepted"))
+    links = ", ".join(
+        f"[seed {r['settings']['seed']}](../../bench/results/{f.name})" for f, r in zip(files, runs, strict=True)
+    )
+    return runs[0]["environment"], cases, refused, accepted, links
+
+
 def faults() -> str:
     """What ``docs/reference/faults.md`` says of long runs; a list, as its tables name a test in every row."""
     lines = []
@@ -1151,13 +1164,8 @@ def faults() -> str:
             f"{first / 1024:.1f} MiB after a quarter of it and {last / 1024:.1f} MiB at the end "
             f"([all of it](../../bench/results/{name}))."
         )
-    files = sorted(RESULTS.glob("fuzz_cpu*.json"))
-    if files:
-        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        cases, refused, accepted = (sum(run[what] for run in runs) for what in ("cases", "refused", "accepted"))
-        links = ", ".join(
-            f"[seed {r['settings']['seed']}](../../bench/results/{f.name})" for f, r in zip(files, runs, strict=True)
-        )
+    if (several := _fuzz_runs("fuzz_cpu*.json")) is not None:
+        _, cases, refused, accepted, links = several
         lines.append(
             f"**Records against the CPU decoder**: {cases:,} damaged, cut, spliced and forged records under "
             f"AddressSanitizer and UndefinedBehaviorSanitizer; {refused:,} were refused, and the reference codec reads "
@@ -1169,6 +1177,12 @@ def faults() -> str:
             f"**Records against the CUDA decoder**: {data['cases']:,} in {data['launches']:,} launches on an "
             f"{data['environment']['gpu']}; the verdicts ({data['refused']:,} refused) and the values were those of "
             f"the CPU decoder, and no byte beside the pages changed ([all of it](../../bench/results/{name}))."
+        )
+    if (several := _fuzz_runs("fuzz_small_*.json")) is not None:
+        environment, cases, refused, _, links = several
+        lines.append(
+            f"**Records in small transfers to a GPU**: {cases:,} on an {environment['gpu']}; the verdicts ({refused:,} "
+            f"refused) and the values were those of loads into host memory, and no other block changed ({links})."
         )
     if (found := load("memcheck_*.json")) is not None:
         name, data = found
