@@ -627,9 +627,11 @@ class CudaDriver:
 
     def copy_between(self, pieces: Sequence[Copy], after: int, done: int, stream: int) -> None:
         """Copies in stream order, behind an event if it is not 0; another event is recorded behind them."""
-        arrays = [_words(column) for column in zip(*pieces, strict=True)]
-        to, source, nbytes = map(ctypes.addressof, arrays)
-        status = self._library.kvz_cuda_copy_between(to, source, nbytes, len(pieces), after, done, stream)
+        count = len(pieces)
+        columns = _words(pieces[0] if count == 1 else [n for column in zip(*pieces, strict=True) for n in column])
+        to = ctypes.addressof(columns)
+        source, nbytes = to + 8 * count, to + 16 * count
+        status = self._library.kvz_cuda_copy_between(to, source, nbytes, count, after, done, stream)
         if status:
             self._check(status, f"copying {len(pieces)} pieces")
 

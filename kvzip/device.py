@@ -14,10 +14,11 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -47,8 +48,10 @@ from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
 from kvzip.transfer import OnDevice, QueuedTransfer, Transfer, TransferQueue, TransferResult
 from kvzip.transport import (
     BLOCKS,
+    MOST_KNOWN,
     RECORD_ALIGNMENT,
     CudaTransport,
+    DecodePipeline,
     Driver,
     EncodedChunk,
     Records,
@@ -130,6 +133,55 @@ class _StorePlan:
     reason: Reason
 
 
+class BegunLoad:
+    """The first records of a load that nobody has checked yet, on their way to a GPU; its thread has the turn.
+
+    Args:
+        entries: protected by `RecordIndex.begin_first`.
+        records: how they lie in the arena.
+        index: has them.
+        pipeline: moves them.
+        turn: a lock that is held.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        records: Records,
+        index: RecordIndex,
+        pipeline: DecodePipeline,
+        turn: threading.Lock,
+    ) -> None:
+        self.records = records
+        self.error: Exception | None = None  # what it failed with
+        self._entries, self._index, self._pipeline, self._turn = entries, index, pipeline, turn
+        self._taken = self._dropped = False
+
+    def take(self, entries: Sequence[Entry]) -> Records | None:
+        """Go on with it: whoever does drains the pipeline where it fails. None: other records are meant by now.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        self._taken = True
+        if self.error is not None:
+            raise self.error
+        return self.records if all(map(is_, self._entries, entries)) else None
+
+    def drop(self) -> None:
+        """End its turn, and what nobody has taken. May be called twice."""
+        if self._dropped:
+            return
+        self._dropped = True
+        try:
+            if not self._taken:
+                with suppress(CudaError):  # the next transfer finds out
+                    self._pipeline.drain()
+        finally:
+            self._index.end_load(self._entries)
+            self._turn.release()
+
+
 class DeviceSwap:
     """The GPU side of an engine.
 
@@ -168,10 +220,13 @@ class DeviceSwap:
         self._out = Worker(f"kvzip-out-{device}", self._driver, device)
         self._into = Worker(f"kvzip-in-{device}", self._driver, device)
         # Small transfers need a pool that kernels can address, in extents that match the arena's.
-        self._small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
+        #: most raw bytes of a transfer that is queued whole
+        self.small_bytes = self._transport.staging.small_bytes if pool.pinned else 0
         self._packed = pool.extent_bytes == RECORD_ALIGNMENT
         self._plans: dict[tuple[object, ...], _StorePlan] = {}
         self._marks: list[int] = []  # events that no transfer uses
+        self._turn = threading.Lock()  # held while a load begins
+        self._fitted: dict[tuple[int, ...], tuple[object, BlockLayout, tuple[ErrorBound, ...]]] = {}
         self._small_out = TransferQueue(self._driver, "store")
         self._small_into = TransferQueue(self._driver, "load")
         self._stores: SmallStores | None = None  # made at their first use, under the lock of their queue
@@ -277,25 +332,80 @@ class DeviceSwap:
             parts = here
         return self._host.store_blocks(parts, codec, measure_error)
 
-    def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
+    def begin_load(self, keys: Sequence[bytes], out: BlockView) -> BegunLoad | None:
+        """Begin to move the first records of a large load that is not checked yet: only staging memory changes.
+
+        What comes back goes on to `load`, or is dropped; until then no other load of this GPU begins. None where this
+        one cannot begin at once: `load` does without.
+        """
+        if not keys or not self._turn.acquire(blocking=False):
+            return None
+        begun: BegunLoad | None = None
+        entries: list[Entry] = []
+        try:
+            if self._closed or self.lost is not None or self._into.busy:
+                return None
+            found = self._index.begin_first(keys[: self._transport.into.first_chunk(out)])
+            if found is None:
+                return None
+            entries, contents = found, found[0].contents
+            if contents.codec in _NATIVE and all(entry.contents is contents for entry in entries):
+                pipeline = self._transport.into
+                begun = BegunLoad(entries, self._records(entries), self._index, pipeline, self._turn)
+                with OnDevice(self._driver, self._device):
+                    if not pipeline.begin(begun.records):
+                        begun = None
+        except Exception as error:  # the load reports it
+            if begun is None:
+                raise
+            begun.error = error
+        except BaseException:
+            if begun is not None:
+                begun.drop()
+            raise
+        finally:
+            if begun is None:
+                if entries:
+                    self._index.end_load(entries)
+                self._turn.release()
+        return begun
+
+    def load(
+        self,
+        keys: Sequence[bytes],
+        entries: Sequence[Entry],
+        out: BlockView,
+        stream: object,
+        begun: BegunLoad | None = None,
+    ) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
         job: Job | None = None
         try:
             started = time.perf_counter()
             if self.lost is not None:
                 self._check_lost()
-            if out.nbytes <= self._small_bytes and (small := self._load_small(keys, entries, out, stream, started)):
+            if (
+                begun is None
+                and out.nbytes <= self.small_bytes
+                and (small := self._load_small(keys, entries, out, stream, started))
+            ):
                 return small
             transfer = Transfer(self._driver, self._device)
             with OnDevice(self._driver, self._device):
                 after = self._mark(stream)
+                held = deque(entries)  # records that are still needed
 
                 def clean_up() -> None:
-                    self._index.end_load(entries)
+                    self._index.end_load(held)
                     self._give_mark(after)
 
-                job = Job(self._load_steps(keys, entries, out, after, transfer, started), clean_up, transfer, "load")
-                self._into.submit(job)
+                steps = self._load_steps(keys, entries, held, out, after, transfer, started, begun)
+                job = Job(steps, clean_up, transfer, "load")
+                if begun is not None:
+                    self._into.submit(job)
+                else:
+                    with self._turn:
+                        self._into.submit(job)
         except BaseException as error:
             if job is None:
                 self._index.end_load(entries)
@@ -303,27 +413,45 @@ class DeviceSwap:
                 job.clean_up()
             self._notice(error)
             raise
+        finally:
+            if begun is not None:
+                begun.drop()
         return transfer
 
     def _load_steps(
         self,
         keys: Sequence[bytes],
         entries: Sequence[Entry],
+        held: deque[Entry],
         out: BlockView,
         after: int,
         transfer: Transfer,
         started: float,
+        begun: BegunLoad | None,
     ) -> Steps[TransferResult]:
+        record_bytes = 0
+
+        def queued(stream: int) -> None:
+            nonlocal record_bytes
+            transfer._mark_queued(stream)
+            record_bytes = sum([entry.allocation.nbytes for entry in entries])  # while the last ones move
+
+        def let_go(first: int, last: int) -> None:
+            self._index.end_load([held.popleft() for _ in range(first, last)], ended=False)
+
         try:
+            ahead = None if begun is None else begun.take(entries)
             self._driver.set_device(self._device)
             if len(self._small_into):
                 yield BLOCKS
                 self._small_into.drain()
-            yield from self._load(keys, entries, out, after, transfer)
+            yield from self._load(keys, entries, out, after, queued, let_go, ahead)
         except BaseException:
             with self._failures("load"):
+                if begun is not None:
+                    self._transport.into.drain()
                 raise
-        record_bytes = sum([entry.allocation.nbytes for entry in entries])
+        record_bytes = record_bytes or sum([entry.allocation.nbytes for entry in entries])
         result = TransferResult(len(keys), out.nbytes, record_bytes, time.perf_counter() - started, 0, {})
         self._host.count_load(result)
         return result
@@ -333,9 +461,10 @@ class DeviceSwap:
 
         A GPU that fails now is logged: all that can be released is.
         """
-        if self._closed:
-            return
-        self._closed = True
+        with self._turn:  # whoever is beginning a load
+            if self._closed:
+                return
+            self._closed = True
         self._out.close()
         self._into.close()
         for pending in (self._small_out, self._small_into):
@@ -355,6 +484,7 @@ class DeviceSwap:
     def abandon(self, error: KvzipError) -> None:
         """In a forked child: the GPU, and what goes on there, are the parent's."""
         self._closed = True
+        self._turn = threading.Lock()
         self._dropped.detach()
         for part in (self._out, self._into, self._small_out, self._small_into):
             part.abandon(error)
@@ -426,7 +556,7 @@ class DeviceSwap:
         """Queue a small store; None where a worker must do it: to wait, to keep the order, or to find out sizes."""
         keys, blocks, request = part
         count, raw_bytes = len(keys), blocks.nbytes
-        if not 0 < raw_bytes <= self._small_bytes or not self._packed or self._out.busy or codec.name not in _NATIVE:
+        if not 0 < raw_bytes <= self.small_bytes or not self._packed or self._out.busy or codec.name not in _NATIVE:
             return None
         queue, index = self._small_out, self._index
         after = stream if type(stream) is int else stream_handle(stream, self._device)
@@ -851,23 +981,33 @@ class DeviceSwap:
     # ---- loads, in the worker
 
     def _load(
-        self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, after: int, transfer: Transfer
+        self,
+        keys: Sequence[bytes],
+        entries: Sequence[Entry],
+        out: BlockView,
+        after: int,
+        queued: Callable[[int], None],
+        let_go: Callable[[int, int], None],
+        ahead: Records | None,
     ) -> Steps[None]:
         first = entries[0].contents if entries else None
-        if first is not None and first.codec in _NATIVE and all(e.contents is first for e in entries):
-            # As a rule all are alike: the link has work before the records are looked at one by one.
-            layout = check_geometry(first.geometry, out.layout)
-            statuses = yield from self._transport.into.run(
-                _with_tables(out.with_groups(layout), first.tables),
+        if first is not None and first.codec in _NATIVE and all(entry.contents is first for entry in entries):
+            bad = yield from self._transport.into.run(
+                self._fit(out, first),
                 partial(self._records, entries),
                 after,
-                transfer._mark_queued,
+                queued,
                 extended=first.extended,
                 checked=self._host.checks_load(len(keys)),
+                begun=ahead,
+                moved=let_go,
             )
-            if statuses.any():
-                raise self._damaged(keys, np.flatnonzero(statuses).tolist())
+            if bad:
+                raise self._damaged(keys, bad)
             return
+        if ahead is not None:
+            yield BLOCKS
+            self._transport.into.drain()
         groups: dict[tuple[str, BlockLayout, NamedTables | None, int], list[int]] = {}
         alike: dict[int, list[int]] = {}
         for i, entry in enumerate(entries):
@@ -879,7 +1019,7 @@ class DeviceSwap:
             groups.setdefault((codec, layout, known.tables, known.extended), []).extend(members)
         others = [(name, layout, members) for (name, layout, _, _), members in groups.items() if name]
         native = [(how, members) for how, members in groups.items() if not how[0]]
-        bad: list[int] = []
+        bad = []
         for name, layout, members in others:
             try:
                 yield from self._load_by_host(name, layout, entries, members, out, after)
@@ -891,17 +1031,35 @@ class DeviceSwap:
                         bad.append(i)
         for number, ((_, layout, tables, extended), members) in enumerate(native):
             view = _with_tables(out[out.block_ids[members]].with_groups(layout), tables)
-            statuses = yield from self._transport.into.run(
+            damaged = yield from self._transport.into.run(
                 view,
                 partial(self._records, [entries[i] for i in members]),
                 after,
-                transfer._mark_queued if number == len(native) - 1 else (lambda stream: None),
+                queued if number == len(native) - 1 else (lambda stream: None),
                 extended=extended,
                 checked=self._host.checks_load(len(members)),
             )
-            bad += [members[i] for i in np.flatnonzero(statuses)]
+            bad += [members[i] for i in damaged]
         if bad:
             raise self._damaged(keys, bad)
+
+    def _fit(self, out: BlockView, contents: Contents) -> BlockView:
+        """The blocks, with the groups and the bounds that records of such contents were coded with.
+
+        Raises:
+            LayoutError: they do not fit.
+        """
+        keep = (contents, out.layout, out.bounds)
+        key = tuple(map(id, keep))
+        known = self._fitted.get(key)
+        if known is None:
+            view = _with_tables(out.with_groups(check_geometry(contents.geometry, out.layout)), contents.tables)
+            if len(self._fitted) >= MOST_KNOWN:
+                self._fitted.clear()
+            known = self._fitted[key] = (keep, view.layout, view.bounds)
+        view = out.with_groups(known[1])
+        view.bounds = known[2]
+        return view
 
     def _load_by_host(
         self,

@@ -607,6 +607,33 @@ class SwapEngine:
         """
         started = time.perf_counter()
         names = _check_keys(keys, out, repeats=True)
+        if out.device == "cpu":
+            return self._load_on_host(names, out, started)
+        made = self._devices.get(out.device)
+        begun = None
+        if made is not None and len(names) * out.layout.nbytes > made.small_bytes:
+            begun = made.begin_load(names, out)  # the link has work while the load is checked
+        try:
+            entries = self._begin_load(names, out)
+            try:
+                swap = made or self._device(out.device)
+                watch = SKIP if self.controller is None else self._watch_load(out, entries)
+            except BaseException:
+                self._index.end_load(entries)
+                raise
+        except BaseException:
+            if begun is not None:
+                begun.drop()
+            raise
+        transfer = swap.load(names, entries, out, stream, begun)
+        if self.controller is not None:
+            self._last_load = ref(transfer)
+            if watch != SKIP:
+                self._load_begun(out.device, entries, watch, transfer, started)
+        return transfer
+
+    def _begin_load(self, names: Sequence[bytes], out: BlockView) -> list[Entry]:
+        """Check that a load may begin, and protect its records."""
         if not out.writable:
             raise LayoutError(
                 "the blocks to load into are read-only, or share memory among themselves: pass writable tensors whose "
@@ -615,26 +642,15 @@ class SwapEngine:
         if len(names) > 1 and len(set(out.block_ids.tolist())) != len(names):
             raise LayoutError("a block number repeats in the blocks to load into: give each block once")
         try:
-            entries = self._index.begin_load(names)
+            return self._index.begin_load(names)
         except BlockNotFoundError as error:
             with self._lock:
                 self._totals["missing_blocks"] += len(error.keys)
                 self._meter.failed("load", error)
             raise
-        if out.device != "cpu":
-            try:
-                swap = self._devices.get(out.device) or self._device(out.device)
-            except BaseException:
-                self._index.end_load(entries)
-                raise
-            if self.controller is None:
-                return swap.load(names, entries, out, stream)
-            watch = self._watch_load(out, entries)
-            transfer = swap.load(names, entries, out, stream)
-            self._last_load = ref(transfer)
-            if watch != SKIP:
-                self._load_begun(out.device, entries, watch, transfer, started)
-            return transfer
+
+    def _load_on_host(self, names: Sequence[bytes], out: BlockView, started: float) -> Transfer:
+        entries = self._begin_load(names, out)
         try:
             with self.counting_failures("load"):
                 self.load_blocks(entries, out)

@@ -397,17 +397,30 @@ class RecordIndex:
                 entries = [held[key] for key in keys]
             except KeyError:
                 entries = self.find(keys)  # says which are missing
-            for entry in entries:
-                if entry.loads == 0 and entry.pins.count == 0:
-                    self._leavable -= entry.allocation.extent_nbytes
-                entry.loads += 1
+            self._protect(entries)
             for key in keys:
                 touch(key)
-            self._loads += 1
             return entries
 
-    def end_load(self, entries: Iterable[Entry]) -> None:
-        """Undo `begin_load`."""
+    def begin_first(self, keys: Sequence[bytes]) -> list[Entry] | None:
+        """Protect records as `begin_load` does, ahead of it: None where that will raise."""
+        with self.lock:
+            found = list(map(self._entries.get, keys))
+            entries = [entry for entry in found if entry is not None]
+            if self._why_closed or len(entries) < len(found):
+                return None
+            self._protect(entries)
+            return entries
+
+    def _protect(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if entry.loads == 0 and entry.pins.count == 0:
+                self._leavable -= entry.allocation.extent_nbytes
+            entry.loads += 1
+        self._loads += 1
+
+    def end_load(self, entries: Iterable[Entry], *, ended: bool = True) -> None:
+        """Undo `begin_load`; a load that has not ended lets go of some of its records, and of the others later."""
         with self.lock:
             for entry in entries:
                 entry.loads -= 1
@@ -416,7 +429,7 @@ class RecordIndex:
                         self._release(entry)
                     elif entry.pins.count == 0:
                         self._leavable += entry.allocation.extent_nbytes
-            self._loads -= 1
+            self._loads -= ended
             if self._waiting:
                 self._freed.notify_all()
 

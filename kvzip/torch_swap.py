@@ -9,12 +9,13 @@ with the same records.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from kvzip._process import when_dropped
 from kvzip.backends.base import Codec
@@ -105,7 +106,14 @@ class TorchSwap:
         self._out.submit(Job(in_one_step(run), lambda: None, transfer, "store"))
         return transfer
 
-    def load(self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object) -> Transfer:
+    small_bytes: ClassVar[int] = sys.maxsize  # nothing begins before it was checked
+
+    def begin_load(self, keys: Sequence[bytes], out: BlockView) -> None:
+        """See `kvzip.device.DeviceSwap`."""
+
+    def load(
+        self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object, begun: object = None
+    ) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
         started = time.perf_counter()
         try:

@@ -65,6 +65,7 @@ BLOCKS = Wait(blocks=True)
 MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
 MOST_TABLES = 1024  # channel tables of a direction on a device, unless one request has more
 SPIN_US = 50
+MOST_BEGUN = 64  # blocks whose records a load looks up before the first copy
 _EDGE_SPIN_US = 400  # at a transfer's ends, where the link is idle until the wait is over
 
 
@@ -366,6 +367,15 @@ class _Slot:
         self.bound: dict[tuple[int, ...], Any] = {}  # calls that know the slot's addresses
         self._segments: object = None  # what stands in front of the tables
 
+    def fits(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> bool:
+        """Whether there is room for a chunk."""
+        workspace = self._driver.workspace_bytes(pages, blocks)
+        return (
+            self._region is not None
+            and meta_bytes <= self._region.nbytes
+            and self.memory.fits(arena=arena_bytes, workspace=workspace, meta=meta_bytes)
+        )
+
     def fit(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> None:
         """Grow what is too small for a chunk. The slot must not be in use."""
         needed = {"arena": arena_bytes, "workspace": self._driver.workspace_bytes(pages, blocks), "meta": meta_bytes}
@@ -415,6 +425,31 @@ class _Slot:
             each.callback(self.memory.close)
             for event in (self.kernel_done, self.copy_done):
                 each.callback(self._driver.event_destroy, event)
+
+
+class _Arena:
+    """Device memory that the records of one chunk pass through on the way in."""
+
+    def __init__(self, driver: Driver, stream: int) -> None:
+        self._memory = DeviceMemory(driver, stream)
+        self.user: _Slot | None = None  # whose kernels read it last
+
+    @property
+    def address(self) -> int:
+        """Its address; 0 before it was needed."""
+        return self._memory.address("arena")
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self._memory.size("arena")
+
+    def fit(self, nbytes: int) -> None:
+        """Grow it where it is too small. It must not be in use."""
+        self._memory.fit(arena=nbytes)
+
+    def close(self) -> None:
+        self._memory.close()
 
 
 class Fields:
@@ -544,27 +579,49 @@ class Staging:
 
 
 @lru_cache(maxsize=64)
-def chunk_bounds(blocks: int, largest: int, *, short_end: bool = False) -> list[tuple[int, int]]:
-    """Cut a batch into chunks: a short one first, so that the link need not wait, then each twice as long.
+def chunk_bounds(blocks: int, largest: int) -> list[tuple[int, int]]:
+    """Cut a batch that is stored into chunks: a short one first, so that the link need not wait, then twice as long.
 
     Args:
         blocks: blocks of the batch.
         largest: most blocks of a chunk.
-        short_end: also end with short ones: what follows their copy is not hidden behind another.
     """
     eighth, quarter, half = (max(1, largest // n) for n in (8, 4, 2))
-    up, down = [quarter, quarter, half], [eighth, quarter, half] if short_end else []
-    left = blocks - sum(up) - sum(down)
-    middle = [largest] * (left // largest) + [left % largest] * (left % largest > 0)
-    sizes = up + middle + down[::-1]
+    up = [quarter, quarter, half]
+    left = blocks - sum(up)
+    sizes = up + [largest] * (left // largest) + [left % largest] * (left % largest > 0)
     if left < 0:  # few: halves of what is left
         sizes, left = [], blocks
         while left > eighth:
             sizes.append(max(1, min(largest, left // 2)))
             left -= sizes[-1]
         sizes += [left] * (left > 0)
-        if not short_end:
-            sizes.reverse()
+        sizes.reverse()
+    return _bounds(sizes)
+
+
+@lru_cache(maxsize=64)
+def tapered_bounds(blocks: int, largest: int) -> list[tuple[int, int]]:
+    """Cut a batch that is loaded into chunks which get shorter towards the end.
+
+    What follows the last copy is hidden behind no other: it should be short. Each chunk is about two thirds of the one
+    before, so that its copy takes as long as a slow decoder does for that one. The first one waits for nothing but the
+    look-up of its records: of these it has few.
+
+    Args:
+        blocks: blocks of the batch.
+        largest: most blocks of a chunk.
+    """
+    least, left = max(1, largest // 16), blocks
+    sizes: list[int] = []
+    while left > 0:
+        most = largest if sizes else min(largest, MOST_BEGUN)
+        sizes.append(min(left, most, max(least, -(-left * 3 // 10))))
+        left -= sizes[-1]
+    return _bounds(sizes)
+
+
+def _bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
     ends = list(accumulate(sizes))
     return list(zip([0, *ends], ends, strict=False))
 
@@ -616,7 +673,7 @@ class _Pipeline:
 
     COPY_STREAMS: ClassVar[int] = 1
 
-    def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
+    def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource, slots: int = 0) -> None:
         self._driver = driver
         self._staging = staging
         self._slots: list[_Slot] = []
@@ -627,7 +684,7 @@ class _Pipeline:
             for _ in range(self.COPY_STREAMS):
                 self._copies.append(driver.stream_create())
                 undo.callback(driver.stream_destroy, self._copies[-1])
-            for _ in range(staging.slots):
+            for _ in range(slots or staging.slots):
                 self._slots.append(_Slot(driver, resource, self._kernels))
                 undo.callback(self._slots[-1].close)
             undo.pop_all()
@@ -659,8 +716,9 @@ class _Pipeline:
         keep = (blocks.addresses, blocks.layout, blocks.bounds, bound, coding)
         return keep, tuple(map(id, keep))
 
-    def _chunks(self, blocks: int, layout: BlockLayout, *, short_end: bool = False) -> list[tuple[int, int]]:
-        return chunk_bounds(blocks, max(1, self._staging.chunk_bytes // layout.nbytes), short_end=short_end)
+    def _most_blocks(self, layout: BlockLayout) -> int:
+        """Most blocks of a chunk."""
+        return max(1, self._staging.chunk_bytes // layout.nbytes)
 
     def _next_slot(self) -> _Slot:
         slot = self._slots[self._turn]
@@ -716,7 +774,7 @@ class EncodePipeline(_Pipeline):
         yield BLOCKS
         try:
             launch = self._launcher(blocks, bound, coding, after)
-            for first, last in self._chunks(len(blocks), blocks.layout):
+            for first, last in chunk_bounds(len(blocks), self._most_blocks(blocks.layout)):
                 slot = self._next_slot()
                 while slot.busy:
                     yield from collect()
@@ -788,7 +846,7 @@ class EncodePipeline(_Pipeline):
             moved = bool(moving) and moving[0][0] is slot and self._driver.event_wait(slot.copy_done, 0, 0)
             return moved or not slot.busy
 
-        chunks = self._chunks(len(blocks), blocks.layout)
+        chunks = chunk_bounds(len(blocks), self._most_blocks(blocks.layout))
         pages, header, worst = len(blocks.layout.segments), header_nbytes(blocks.layout), blocks.layout.padded_nbytes
         if self._key(blocks, bound, coding)[1] not in self._known:
             yield BLOCKS
@@ -881,9 +939,47 @@ class EncodePipeline(_Pipeline):
 
 
 class DecodePipeline(_Pipeline):
-    """The way in. One transfer at a time."""
+    """The way in. One transfer at a time.
+
+    The host queues copies and kernels well ahead of the link: a chunk's tables have a slot of their own, of which there
+    are more than arenas, and a copy into an arena waits on the device for the kernels that read it before.
+    """
 
     COPY_STREAMS = 2  # in turn: the copy engine has the next chunk when one ends
+    AHEAD = 8  # chunks whose tables are under way
+
+    def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
+        super().__init__(driver, staging, resource, max(self.AHEAD, staging.slots))
+        self._arenas = [_Arena(driver, self._kernels) for _ in range(staging.slots)]
+
+    def first_chunk(self, blocks: BlockView) -> int:
+        """Blocks of the first chunk of a transfer of some."""
+        return tapered_bounds(len(blocks), self._most_blocks(blocks.layout))[0][1]
+
+    def begin(self, records: Records) -> bool:
+        """Copy the records of a transfer's first chunk to the device, ahead of the `run` that comes next.
+
+        What the pages hold does not change, and nothing of the transfer need be known yet. `drain` ends it where no
+        `run` comes.
+
+        Returns:
+            Whether there was room for it.
+
+        Raises:
+            CudaError: the device failed.
+        """
+        if records.arena_bytes > self._arenas[0].nbytes:
+            return False
+        self._copy(self._slots[0], self._arenas[0], records, self._copies[0])
+        return True
+
+    def _copy(self, slot: _Slot, arena: _Arena, records: Records, stream: int) -> None:
+        """Queue the copies of a chunk behind the kernels that read the arena last."""
+        after = arena.user.kernel_done if arena.user is not None and arena.user.busy else 0
+        slot.busy, arena.user = True, slot
+        base = arena.address
+        pieces = [(base + at, address, nbytes) for at, address, nbytes in records.runs]
+        self._driver.copy_between(pieces, after, slot.copy_done, stream)
 
     def run(
         self,
@@ -894,8 +990,10 @@ class DecodePipeline(_Pipeline):
         *,
         extended: int = 0,
         checked: bool = True,
-    ) -> Steps[npt.NDArray[np.uint32]]:
-        """Steps that copy records to the device and decode them into blocks; the first one begins the first copy.
+        begun: Records | None = None,
+        moved: Callable[[int, int], None] = lambda first, last: None,
+    ) -> Steps[list[int]]:
+        """Steps that copy records to the device and decode them into blocks; the first one queues what fits.
 
         Args:
             blocks: where the values go.
@@ -905,65 +1003,95 @@ class DecodePipeline(_Pipeline):
                 after the last value was written.
             extended: what pages may have; see `DecodeArgs`.
             checked: payloads' checksums are verified.
+            begun: the records of the first chunk, if `begin` has begun to copy them.
+            moved: called for blocks first to last - 1, but for the last ones, when their records are no longer needed.
 
         Returns:
-            A native status a block, shape ``[blocks]``: 0, or that a record is damaged (its pages were not written).
+            Positions of the blocks whose records are damaged: their pages were not written.
 
         Raises:
             CudaError: the device failed.
         """
-        statuses = np.zeros(len(blocks), np.uint32)
+        damaged: list[int] = []
+        copying: deque[tuple[_Slot, int, Records, int, int]] = deque()  # their kernels are not queued yet
         pending: deque[tuple[_Slot, _DecodeCall, int, int]] = deque()
 
         def collect() -> Steps[None]:
             slot, call, first, last = pending.popleft()
             yield Wait(slot.kernel_done, SPIN_US if len(pending) > 1 else _EDGE_SPIN_US)
             slot.busy = False
-            statuses[first:last] = call.block_status
+            statuses = call.block_status.tobytes()
+            if statuses.strip(b"\0"):
+                damaged.extend((first + np.flatnonzero(call.block_status)).tolist())
+            if pending:
+                moved(first, last)
 
-        if self._key(blocks, None, Coding.RAW)[1] not in self._known:
-            yield BLOCKS
+        def launch() -> Steps[None]:
+            slot, base, chunk, first, last = copying.popleft()
+            count = last - first
+            call = slot.bound.get((pages, count, extended, checked))
+            if call is None:
+                if not self._has_room(slot, pages, most):
+                    yield BLOCKS
+                call = self._bind(slot, pages, count, most, extended, checked)
+            if first == 0:
+                self._driver.stream_wait_event(self._kernels, after)
+            slot.give_segments(call.segments, segments)
+            words = call.words
+            words[:count] = blocks.block_ids[first:last]
+            words[count:] = [*[base + offset for offset in chunk.offsets], *chunk.payload_bytes]
+            call.payload_crc32c[:] = chunk.payload_crc32c
+            call.table.data[:] = chunk.tables
+            call.launch()
+            pending.append((slot, call, first, last))
+
+        most = self._most_blocks(blocks.layout)
+        lead = min(1, len(self._arenas) - 1)  # the link has the next copy before the host sees to the tables of one
         try:
+            if self._key(blocks, None, Coding.RAW)[1] not in self._known:
+                yield BLOCKS
             segments = self._segments(blocks, None, Coding.RAW)
             pages = len(segments)
-            for number, (first, last) in enumerate(self._chunks(len(blocks), blocks.layout, short_end=True)):
-                chunk = records(first, last)
-                slot, count = self._next_slot(), last - first
+            self._turn = 0  # transfers alike find the same calls
+            for arena in self._arenas[begun is not None :]:
+                arena.user = None  # of the transfer before
+            for number, (first, last) in enumerate(tapered_bounds(len(blocks), most)):
+                slot, arena = self._next_slot(), self._arenas[number % len(self._arenas)]
                 while slot.busy and pending:
                     yield from collect()
-                key = (pages, count, extended, checked)
-                call = slot.bound.get(key)
-                if call is None or chunk.arena_bytes > slot.memory.size("arena"):
-                    yield BLOCKS
-                    call = self._bind(slot, key, chunk.arena_bytes)
-                arena, copies = slot.arena, self._copies[number % self.COPY_STREAMS]
-                slot.busy = True
-                pieces = [(arena + at, address, nbytes) for at, address, nbytes in chunk.runs]
-                self._driver.copy_between(pieces, 0, slot.copy_done, copies)  # the link has work from here on
-                if first == 0:
-                    self._driver.stream_wait_event(self._kernels, after)
-                slot.give_segments(call.segments, segments)
-                words, base = call.words, arena + chunk.header_bytes
-                words[:count] = blocks.block_ids[first:last]
-                words[count:] = [*[base + offset for offset in chunk.offsets], *chunk.payload_bytes]
-                call.payload_crc32c[:] = chunk.payload_crc32c
-                call.table.data[:] = chunk.tables
-                call.launch()
-                pending.append((slot, call, first, last))
-                if first == 0:
-                    yield HAND_OVER
+                if first == 0 and begun is not None:
+                    chunk = begun
+                else:
+                    chunk = records(first, last)
+                    if chunk.arena_bytes > arena.nbytes:
+                        while copying:
+                            yield from launch()
+                        while arena.user is not None and arena.user.busy and pending:
+                            yield from collect()
+                        yield BLOCKS
+                        arena.fit(chunk.arena_bytes)
+                    self._copy(slot, arena, chunk, self._copies[number % self.COPY_STREAMS])
+                copying.append((slot, arena.address + chunk.header_bytes, chunk, first, last))
+                while len(copying) > lead:
+                    yield from launch()
+            while copying:
+                yield from launch()
             queued(self._kernels)
             while pending:
                 yield from collect()
-        finally:
+        except BaseException:
             self.drain()
-        return statuses
+            raise
+        return damaged
 
-    def _bind(self, slot: _Slot, key: tuple[int, int, int, bool], arena_bytes: int) -> _DecodeCall:
-        """The launch for a chunk: pages of a block, blocks, what pages may have, whether checksums are verified."""
-        pages, count, extended, checked = key
+    def _has_room(self, slot: _Slot, pages: int, most: int) -> bool:
+        """Whether a chunk of so many blocks fits into a slot's tables."""
+        return slot.fits(0, _decode_fields(pages, most).nbytes, pages, most)
+
+    def _bind(self, slot: _Slot, pages: int, count: int, most: int, extended: int, checked: bool) -> _DecodeCall:
+        """The launch for a chunk of so many blocks; the slot gets room for the most of a chunk."""
         fields = _decode_fields(pages, count)
-        slot.fit(arena_bytes, fields.nbytes, pages, count)
+        slot.fit(0, _decode_fields(pages, most).nbytes, pages, most)
         host, host_at, device_at = slot.host_meta, slot.host_meta_address, slot.device_meta
         arrays = {name: fields.array(host, name) for name in fields.names}
         arrays["table"] = arrays["table"].view(np.uint8)
@@ -989,8 +1117,15 @@ class DecodePipeline(_Pipeline):
             slot.kernel_done,
             self._kernels,
         )
-        made = slot.bound[key] = _DecodeCall(launch=launch, **arrays)
+        made = slot.bound[pages, count, extended, checked] = _DecodeCall(launch=launch, **arrays)
         return made
+
+    def close(self) -> None:
+        """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
+        with ExitStack() as each:
+            for arena in self._arenas:
+                each.callback(arena.close)
+            each.callback(super().close)
 
 
 class CudaTransport:

@@ -94,12 +94,13 @@ def check_whole(rig: Rig) -> None:
 
 
 def run_scenario(rig: Rig) -> list[str]:
-    """A store, one that replaces half of it and needs room, and a load; what each of them ended with."""
+    """A store, one that replaces half of it and needs room, and two loads; what each of them ended with."""
     ended = []
     for name, work in (
         ("store", lambda: rig.engine.store(rig.keys[:6], rig.view[range(6)])),
         ("replace", lambda: rig.engine.store(rig.keys[3:9], rig.view[range(3, 9)])),
         ("load", lambda: rig.engine.load(rig.keys[6:9], rig.view[range(6, 9)])),
+        ("again", lambda: rig.engine.load(rig.keys[6:9], rig.view[range(6, 9)])),  # begins before it is checked
     ):
         try:
             transfer = work()
@@ -136,7 +137,7 @@ def test_a_fault_at_any_call_of_the_device(small: bool, error: str) -> None:
         errors = {"CudaError", "TransferError", "BlockNotFoundError"} | (
             {"ZeroDivisionError"} if error == "other" else set()
         )
-        assert set(ended) <= {"store", "replace", "load", *errors}
+        assert set(ended) <= {"store", "replace", "load", "again", *errors}
         assert error != "other" or "CudaError" not in ended
         check_whole(rig)
         hit = len(calls) >= at_call
