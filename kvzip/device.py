@@ -270,17 +270,24 @@ class DeviceSwap:
     def _queue_store(
         self, parts: Sequence[Part], codec: Codec, measure_error: bool, stream: object, started: float
     ) -> Transfer:
-        with OnDevice(self._driver, self._device):
-            after = self._mark(stream)
-            transfer = Transfer(self._driver, self._device)
-            steps = self._store_steps(parts, codec, measure_error, after, transfer, started)
-            job = Job(steps, partial(self._give_mark, after), transfer, "store")
-            try:
+        transfer, after, job = Transfer(self._driver, self._device), 0, None
+        try:
+            with OnDevice(self._driver, self._device):
+                after = self._mark(stream)
+                steps = self._store_steps(parts, codec, measure_error, after, transfer, started)
+                job = Job(steps, partial(self._give_mark, after), transfer, "store")
                 self._out.submit(job)
-            except BaseException:
-                job.clean_up()
-                raise
+        except BaseException:
+            self._give_up(job, after)
+            raise
         return transfer
+
+    def _give_up(self, job: Job | None, after: int) -> None:
+        """A transfer could not be queued behind an event: see `Job.give_up`; `job` None if it was not made yet."""
+        if job is not None:
+            job.give_up()
+        elif after:
+            self._give_mark(after)
 
     def _store_steps(
         self,
@@ -380,6 +387,7 @@ class DeviceSwap:
     ) -> Transfer:
         """Queue a load of records that `RecordIndex.begin_load` protects; they are released when it has ended."""
         job: Job | None = None
+        after = 0
         try:
             started = time.perf_counter()
             if self.lost is not None:
@@ -409,8 +417,7 @@ class DeviceSwap:
         except BaseException as error:
             if job is None:
                 self._index.end_load(entries)
-            else:
-                job.clean_up()
+            self._give_up(job, after)
             self._notice(error)
             raise
         finally:
@@ -587,7 +594,7 @@ class DeviceSwap:
                     queue.add(transfer, land)
                     self._reaper.notice()
                 except BaseException:
-                    _give_up(ticket, queue, small)
+                    _forget(ticket, queue, small)
                     raise
                 room = None
                 return transfer
@@ -696,7 +703,7 @@ class DeviceSwap:
                     queue.add(transfer, partial(self._land_load, keys, entries, out.nbytes, ticket, started))
                     self._reaper.notice()
                 except BaseException:
-                    _give_up(ticket, queue, small)
+                    _forget(ticket, queue, small)
                     raise
                 return transfer
         except NativeError as error:
@@ -1103,7 +1110,7 @@ class DeviceSwap:
         yield from self._transport.into.run(out, records, after, lambda stream: None)
 
 
-def _give_up(ticket: Ticket | None, queue: TransferQueue, small: SmallStores | SmallLoads) -> None:
+def _forget(ticket: Ticket | None, queue: TransferQueue, small: SmallStores | SmallLoads) -> None:
     """Nobody will ask for what the device has begun, as after Ctrl-C: wait for it, before its memory is given away.
 
     The queue's lock is held. Blocks the host.

@@ -136,7 +136,7 @@ class TorchSwap:
         try:
             self._into.submit(job)
         except BaseException:
-            job.clean_up()
+            job.give_up()
             raise
         return transfer
 

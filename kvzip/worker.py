@@ -61,6 +61,11 @@ class Job:
         if clean_up is not None:
             clean_up()
 
+    def give_up(self) -> None:
+        """Clean up a job that `Worker.submit` has refused, or was interrupted with; one that has begun goes on."""
+        if not self.transfer._begun:
+            self.clean_up()
+
 
 class Worker:
     """Has jobs done in order, by a thread that is started with the first one, and by threads that wait for them.
@@ -86,24 +91,29 @@ class Worker:
 
         Raises:
             ConfigError: the worker is closed.
-            TransferError: the system gives no thread. In both cases the job was not queued.
+            TransferError: the system gives no thread. Whatever is raised, `Job.give_up` is for the caller.
         """
-        with self._lock:  # one thread, whoever comes first: a pipeline is not for two
-            if self._closed:
-                raise ConfigError("the engine is closed: make a new one")
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = self._start_thread(job.what)
-            job.transfer._accept(job.clean_up, lambda seconds: self._help(job, seconds))
-            at_once = not self._open and job.lock.acquire(blocking=False)
-            self._open.append(job)
+        at_once = False
         try:
+            with self._lock:  # one thread, whoever comes first: a pipeline is not for two
+                if self._closed:
+                    raise ConfigError("the engine is closed: make a new one")
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = self._start_thread(job.what)
+                job.transfer._accept(job.clean_up, lambda seconds: self._help(job, seconds))
+                at_once = not self._open and job.lock.acquire(blocking=False)
+                self._open.append(job)
             if at_once:
-                try:
-                    self._step(job)
-                finally:
-                    job.lock.release()
+                self._step(job)
+        except BaseException:  # Ctrl-C among others: nobody waits for the job
+            job.transfer.cancel()
+            raise
         finally:
-            self._wake.put(None)
+            try:
+                if at_once:
+                    job.lock.release()
+            finally:
+                self._wake.put(None)
 
     def _start_thread(self, what: str) -> threading.Thread:
         thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
