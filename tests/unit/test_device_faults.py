@@ -558,6 +558,7 @@ def test_ctrl_c_at_any_step_of_a_transfer(what: str, small: bool) -> None:
                 assert time.monotonic() < deadline, f"step {number}: a job that never ends"
                 time.sleep(0.0001)
         assert not rig.engine._store_lock.locked()
+        assert not rig.swap._turn.locked()
         assert rig.engine._index._loads == 0
         for direction in filter(None, (rig.swap._stores, rig.swap._loads)):
             assert len(direction._free) == TICKETS
