@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: The kvzip authors
+"""A GPU made of host memory that does nothing before it must, in the least convenient order that streams allow.
+
+Work is queued on streams and done when the host waits for something, one piece at a time, each from a stream chosen at
+random among those whose next piece need not wait. What depends on an order that no event stands for comes out wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fake_cuda import FakeDriver, at
+
+_ALIGNMENT = 256  # of records in an arena
+
+
+class OrderedDriver(FakeDriver):
+    """The device functions, late.
+
+    Args:
+        seed: of the order.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+        self._random = random.Random(seed)
+        self._queues: dict[int, deque[tuple[int, int, Callable[[], object] | None]]] = {}
+        self._recorded: dict[int, int] = {}  # how often an event was
+        self._passed: set[tuple[int, int]] = set()  # those of these that have passed
+
+    # ---- what is queued: (event, count to wait for, work)
+
+    def queue(self, stream: int, work: Callable[[], object]) -> None:
+        """Queue work of the caller's own on a stream."""
+        with self.lock:
+            self._queues.setdefault(stream, deque()).append((0, 0, work))
+
+    def stream_wait_event(self, stream: int, event: int) -> None:
+        with self.lock:
+            super().stream_wait_event(stream, event)
+            self._queues.setdefault(stream, deque()).append((event, self._recorded.get(event, 0), None))
+
+    def event_record(self, event: int, stream: int) -> None:
+        with self.lock:
+            super().event_record(event, stream)
+            count = self._recorded[event] = self._recorded.get(event, 0) + 1
+            self.queue(stream, lambda: self._passed.add((event, count)))
+
+    def event_destroy(self, event: int) -> None:
+        with self.lock:
+            super().event_destroy(event)
+
+    # ---- doing it
+
+    def _ready(self) -> list[int]:
+        return [stream for stream, queue in self._queues.items() if queue and self._has_passed(*queue[0][:2])]
+
+    def _advance(self, until: Callable[[], bool]) -> None:
+        while not until():
+            ready = self._ready()
+            assert ready, "the device waits for ever"
+            _, _, work = self._queues[self._random.choice(ready)].popleft()
+            if work is not None:
+                work()
+
+    def _has_passed(self, event: int, count: int) -> bool:
+        return count == 0 or (event, count) in self._passed
+
+    def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool:
+        with self.lock:
+            assert event in self.events
+            count = self._recorded.get(event, 0)
+            if timeout_us:
+                self._advance(lambda: self._has_passed(event, count))
+            elif (ready := self._ready()) and self._random.random() < 0.5:  # time passes
+                _, _, work = self._queues[self._random.choice(ready)].popleft()
+                if work is not None:
+                    work()
+            return self._has_passed(event, count)
+
+    def event_synchronize(self, event: int) -> None:
+        self.event_wait(event, 0, 1)
+
+    def stream_synchronize(self, stream: int) -> None:
+        with self.lock:
+            assert stream in self.streams
+            self._advance(lambda: not self._queues.get(stream))
+
+    def finish(self) -> None:
+        """Do everything that was queued."""
+        with self.lock:
+            self._advance(lambda: not any(self._queues.values()))
+
+    def free(self, address: int) -> None:
+        with self.lock:
+            if address:
+                self.finish()  # as cudaFree does
+            super().free(address)
+
+    # ---- work
+
+    def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None:
+        self.queue(stream, lambda: ctypes.memset(address, byte, nbytes))
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self.queue(stream, lambda: ctypes.memmove(to, source, nbytes))
+
+    def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self.queue(stream, lambda: ctypes.memmove(to, source, nbytes))
+
+    def copy_between(self, pieces: Any, after: int, done: int, stream: int) -> None:
+        with self.lock:
+            if after:
+                self.stream_wait_event(stream, after)
+            for piece in list(pieces):
+                self.queue(stream, lambda piece=piece: ctypes.memmove(*piece))
+            self.event_record(done, stream)
+
+    def encode_call(self, encode: Any, inputs: Any, results: Any, done: int, *streams: int) -> Any:
+        return OrderedEncodeCall(self, encode, inputs, results, done, *streams)
+
+    def outgoing(self, calls: Any, launched: int, to: int, room_bytes: int, *streams: int) -> Any:
+        return OrderedOutgoing(self, calls, launched, to, room_bytes)
+
+    def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, stream: int) -> Any:
+        def call() -> None:
+            with self.lock:
+                self.queue(stream, lambda: ctypes.memmove(*inputs))
+                self.stream_wait_event(stream, copied)
+                self.queue(stream, lambda: self.decode(decode, stream))
+                self.event_record(done, stream)
+
+        return call
+
+    def store_call(self, encode: Any, move: Any, few: Any, order: int, device: int, stream: int) -> Any:
+        return OrderedSwapCall(self, super().store_call(encode, move, few, order, device, stream), order, stream)
+
+    def load_call(self, decode: Any, move: Any, few: Any, order: int, device: int, stream: int) -> Any:
+        return OrderedSwapCall(self, super().load_call(decode, move, few, order, device, stream), order, stream)
+
+    def _do(self, work: Callable[[], object]) -> None:
+        work()
+
+
+class OrderedEncodeCall:
+    """A chunk's launch, and its copy where `OrderedOutgoing` makes that."""
+
+    def __init__(
+        self, driver: OrderedDriver, encode: Any, inputs: Any, results: Any, done: int, stream: int, *copy: int
+    ) -> None:
+        self.driver, self.encode, self.inputs, self.results = driver, encode, inputs, results
+        self.done, self.stream, self.copy_marks = done, stream, copy
+
+    def mark(self, begins: int, ends: int) -> None:
+        """Nobody measures here."""
+
+    def __call__(self) -> None:
+        driver, stream = self.driver, self.stream
+        with driver.lock:
+            driver.queue(stream, lambda: ctypes.memmove(*self.inputs))
+            driver.queue(stream, lambda: driver.encode(self.encode, stream))
+            driver.queue(stream, lambda: ctypes.memmove(*self.results))
+            driver.event_record(self.done, stream)
+
+
+class OrderedOutgoing:
+    """As kvz_cuda_encode_and_copy."""
+
+    def __init__(self, driver: OrderedDriver, calls: Any, launched: int, to: int, room_bytes: int) -> None:
+        self._driver, self._calls, self._launched = driver, list(calls), launched
+        self._to, self._room_bytes = to, room_bytes
+        self.copied = [0] * len(self._calls)
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        for i, call in enumerate(self._calls):
+            if self.copied[i]:
+                continue
+            while self._launched < min(len(self._calls), i + 2):
+                self._calls[self._launched]()
+                self._launched += 1
+            if not self._driver.event_wait(call.done, spin_us, timeout_us):
+                return False
+            a, to_host = call.encode, call.results[0] - call.results[1]
+            offset, size = (
+                int(at(address + to_host, np.uint64, a.num_blocks)[-1])
+                for address in (a.record_offsets, a.payload_bytes)
+            )
+            nbytes = -(-(offset + a.header_bytes + size) // _ALIGNMENT) * _ALIGNMENT
+            if at(a.status + to_host, np.uint32, 1)[0] or nbytes > min(self._room_bytes, a.arena_bytes):
+                break
+            copied, stream = call.copy_marks
+            self._driver.copy_between([(self._to, a.arena, nbytes)], 0, copied, stream)
+            self.copied[i] = nbytes
+            self._to, self._room_bytes = self._to + nbytes, self._room_bytes - nbytes
+        return True
+
+
+class OrderedSwapCall:
+    """A small transfer: queued whole, behind the work of another stream."""
+
+    def __init__(self, driver: OrderedDriver, call: Any, order: int, stream: int) -> None:
+        self._driver, self._call, self._order, self._stream = driver, call, order, stream
+        self._done = 0
+
+    def __call__(self, after: int, done: int, num_runs: int, address: int, nbytes: int) -> None:
+        driver, self._done = self._driver, done
+        with driver.lock:
+            driver.event_record(self._order, after)
+            driver.stream_wait_event(self._stream, self._order)
+            driver.queue(self._stream, lambda: self._call(after, done, num_runs, address, nbytes))
+            driver.event_record(done, self._stream)
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        return self._driver.event_wait(self._done, spin_us, timeout_us)
