@@ -114,6 +114,7 @@ class OrderedDriver(FakeDriver):
         self.queue(stream, lambda: ctypes.memmove(to, source, nbytes))
 
     def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        self._called("mapped_copy", held=False)
         self.queue(stream, lambda: ctypes.memmove(to, source, nbytes))
 
     def copy_between(self, pieces: Any, after: int, done: int, stream: int) -> None:
@@ -122,6 +123,7 @@ class OrderedDriver(FakeDriver):
                 self.stream_wait_event(stream, after)
             for piece in list(pieces):
                 self.queue(stream, lambda piece=piece: ctypes.memmove(*piece))
+                self._called("copy_between", held=False)  # may fail half-way
             self.event_record(done, stream)
 
     def encode_call(self, encode: Any, inputs: Any, results: Any, done: int, *streams: int) -> Any:
@@ -134,6 +136,7 @@ class OrderedDriver(FakeDriver):
         def call() -> None:
             with self.lock:
                 self.queue(stream, lambda: ctypes.memmove(*inputs))
+                self._called("decode_call", held=False)
                 self.stream_wait_event(stream, copied)
                 self.queue(stream, lambda: self.decode(decode, stream))
                 self.event_record(done, stream)
@@ -167,6 +170,7 @@ class OrderedEncodeCall:
         with driver.lock:
             driver.queue(stream, lambda: ctypes.memmove(*self.inputs))
             driver.queue(stream, lambda: driver.encode(self.encode, stream))
+            driver._called("encode_call", held=False)
             driver.queue(stream, lambda: ctypes.memmove(*self.results))
             driver.event_record(self.done, stream)
 
@@ -216,6 +220,7 @@ class OrderedSwapCall:
             driver.event_record(self._order, after)
             driver.stream_wait_event(self._stream, self._order)
             driver.queue(self._stream, lambda: self._call(after, done, num_runs, address, nbytes))
+            driver._called("swap_call", held=False)  # with its work queued
             driver.event_record(done, self._stream)
 
     def wait(self, spin_us: int, timeout_us: int) -> bool:

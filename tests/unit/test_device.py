@@ -41,6 +41,7 @@ from kvzip.errors import NativeError
 from kvzip.index import RecordIndex
 from kvzip.integrity import Integrity
 from kvzip.memory import PageableMemory, Region
+from kvzip.pool import Room
 from kvzip.pressure import BoundPressure
 from kvzip.record import Reason, read_header
 from kvzip.small import MOST_PLANS, TICKETS, SmallLoads, SmallStores
@@ -103,6 +104,21 @@ class Rig:
         assert not self.driver.memory
         assert not self.driver.events
         assert not self.driver.streams
+
+
+@contextlib.contextmanager
+def given_away(pool: HostPool) -> Iterator[list[np.ndarray]]:
+    """All free bytes of a pool, filled by somebody else."""
+    rooms: list[Room] = []
+    for nbytes in [pool.extent_bytes << i for i in range(20)][::-1]:
+        while (room := pool.try_take(nbytes)) is not None:
+            rooms.append(room)
+    parts = [pool._region.array[at : at + nbytes] for room in rooms for at, nbytes in room.runs]
+    for part in parts:
+        part[:] = 0x77
+    yield parts
+    for room in rooms:
+        room.close()
 
 
 @pytest.fixture(params=["worker", "small"])

@@ -25,7 +25,7 @@ import fake_cuda
 import numpy as np
 import pytest
 from fake_cuda import FakeDriver, cuda_error
-from test_device import BLOCKS, Rig, Zlib
+from test_device import BLOCKS, Rig, Zlib, given_away
 
 import kvzip
 from kvzip import (
@@ -538,18 +538,10 @@ def test_ctrl_c_at_any_step_of_a_transfer(what: str, small: bool) -> None:
             came = interrupt(number, lambda: rig.engine.store([b"new"], rig.view[[5]]))
         else:
             came = interrupt(number, lambda: rig.engine.load([rig.keys[0]], rig.view[[0]]))
-        rooms = []
-        for nbytes in [] if not small else [rig.pool.extent_bytes << i for i in range(16)][::-1]:
-            while (room := rig.pool.try_take(nbytes)) is not None:
-                rooms.append(room)
-        given = [rig.pool._region.array[at : at + nbytes] for room in rooms for at, nbytes in room.runs]
-        for part in given:
-            part[:] = 0x77
-        rig.driver.hold.set()
-        rig.driver._work()
-        assert all((part == 0x77).all() for part in given), f"step {number}: written to what was given away"
-        for room in rooms:
-            room.close()
+        with given_away(rig.pool) if small else contextlib.nullcontext([]) as parts:
+            rig.driver.hold.set()
+            rig.driver._work()
+            assert all((part == 0x77).all() for part in parts), f"step {number}: written to what was given away"
         rig.swap._small_out.drain()
         rig.swap._small_into.drain()
         for worker in (rig.swap._out, rig.swap._into):

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeTensor
+from fake_cuda import FakeTensor, cuda_error
 from ordered_cuda import OrderedDriver
-from test_device import Mapped
+from test_device import Mapped, given_away
 
-from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, Transfer
+from kvzip import BlockView, CudaError, ErrorBound, HostPool, SwapEngine, Transfer
 from kvzip.device import DeviceSwap
 from kvzip.memory import PageableMemory
 from kvzip.transport import CudaTransport, Staging
@@ -133,6 +133,40 @@ def test_transfers_in_the_least_convenient_order(seed: int) -> None:
         transfer.result(30)
     program.close()
     assert not any(isinstance(t, Exception) for t in under_way)
+
+
+FAILING = ("copy_between", "mapped_copy", "encode_call", "decode_call", "swap_call", "event_record", "malloc")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_calls_that_fail_in_the_least_convenient_order(seed: int) -> None:
+    """What a call had queued before it failed may still come: no byte is given away before that."""
+    program = Program(seed)
+    keep: dict[bytes, list[np.ndarray]] = {}
+    for number in range(16):
+        stream = program.random.choice(STREAMS)
+        program.driver.fail = {}
+        if program.random.random() < 0.5:
+            program.driver.fail[program.random.choice(FAILING)] = cuda_error()
+        keys, checks = list(keep), len(program.checks)
+        try:
+            if keys and number % 2:
+                program.load(stream, program.random.sample(keys, min(len(keys), 5))).result(30)
+            else:
+                program.store(stream, number).result(30)
+        except CudaError:
+            del program.checks[checks:]  # of a load that failed
+            with given_away(program.pool) as parts:
+                program.driver.finish()
+                assert all((part == 0x77).all() for part in parts), "written to what was given away"
+            keep = {key: keep[key] for key in keep if program.engine.contains(key)}
+        else:
+            keep.update(program.held)
+        program.held = dict(keep)
+    program.driver.fail = {}
+    for key in keep:
+        program.load(0, [key]).result(30)
+    program.close()
 
 
 def test_a_missing_wait_is_found() -> None:
