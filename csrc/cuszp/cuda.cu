@@ -225,7 +225,8 @@ Shape shape_of(const kvz_segment* segments, uint32_t count, uint32_t most_strips
     shape.fast = s.dtype == shape.dtype && strips != 0 && strips <= most_strips;
     if (!shape.fast) break;
     shape.within = shape.within || s.bound_kind > KVZ_BOUND_RELATIVE;
-    const uint32_t bytes = vectors_of(s) != 0 ? token_memory_bytes(s.tokens, s.heads, s.head_dim) : 0;
+    const uint32_t bytes =
+        vectors_of(s) != 0 ? token_memory_bytes(s.tokens, s.heads, s.head_dim, static_cast<uint32_t>(strips)) : 0;
     if (strips > shape.strips) shape.strips = static_cast<uint32_t>(strips);
     if (s.tokens * s.heads > shape.vectors) shape.vectors = s.tokens * s.heads;
     if (bytes > shape.token_bytes) shape.token_bytes = bytes;

@@ -101,6 +101,45 @@ KVZ_DEV float token_bound_fast(double r, float factor, float sum, uint32_t head_
   return token_bound(r, sum, head_dim, scale);
 }
 
+// Sums of the squares of 16 tokens x 64 channels, about: by tensor cores, which add in an order of their own. A lane
+// holds the chunks of 8 channels that chunk_of says of tokens lane / 4 and lane / 4 + 8; each token's values times
+// themselves are the diagonals of two matrices. By one warp.
+KVZ_DEV uint32_t chunk_of(uint32_t lane, uint32_t i) {  // so that the lanes' reads meet no bank twice
+  return (lane & 3u) + 4 * ((lane >> 2 & 1u) ^ i);
+}
+template <int DTYPE>
+KVZ_DEV void about_squares(const uint4 (&upper)[2], const uint4 (&lower)[2], uint32_t lane, float* sums) {
+  float first[4] = {}, second[4] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t front[4] = {upper[i].x, lower[i].x, upper[i].y, lower[i].y};
+    add_product<DTYPE>(first, front, upper[i].x, upper[i].y);
+    add_product<DTYPE>(second, front, lower[i].x, lower[i].y);
+    const uint32_t back[4] = {upper[i].z, lower[i].z, upper[i].w, lower[i].w};
+    add_product<DTYPE>(first, back, upper[i].z, upper[i].w);
+    add_product<DTYPE>(second, back, lower[i].z, lower[i].w);
+  }
+  if ((lane & 3u) == lane >> 3) {
+    const bool odd = (lane >> 2 & 1u) != 0;
+    sums[lane >> 2] = odd ? first[1] : first[0];
+    sums[(lane >> 2) + 8] = odd ? second[3] : second[2];
+  }
+}
+
+// A token's bound from such a sum, and whether it is that of token_bound beyond doubt. `scale` is that of the page.
+KVZ_DEV bool token_bound_about(float factor, float sum, uint32_t head_dim, float scale, float& bound) {
+#if defined(KVZ_EMULATE)
+  const float about = __builtin_sqrtf(sum / static_cast<float>(head_dim)) * factor;
+#else
+  const float about = __fsqrt_rn(sum * __frcp_rn(static_cast<float>(head_dim))) * factor;
+#endif
+  constexpr float kNear = 1.0f / 32768.0f, kLeastSum = 8.67361738e-19f;  // 2^-60: what is lost below it does not show
+  const uint32_t low = bits_of(about * (1.0f - kNear)), high = bits_of(about * (1.0f + kNear));
+  bound = float_of(low >> KVZ_SCALE_SHIFT << KVZ_SCALE_SHIFT);
+  return low >> KVZ_SCALE_SHIFT == high >> KVZ_SCALE_SHIFT && about > 1e-20f && about < 1e20f && sum >= kLeastSum &&
+         sum <= 1.0f / kLeastSum && sum * scale * scale >= kLeastSum && scale >= 9.5367431640625e-07f;
+}
+
 // Sum over a vector as the format adds it: neighbours first. By one warp, the same in all lanes.
 template <int DTYPE>
 KVZ_DEV float square_sum(const uint8_t* from, uint32_t dim, float scale, uint32_t lane, uint32_t& magnitudes) {

@@ -103,7 +103,7 @@ KVZ_DEV uint32_t narrow2(float low, float high) {
 
 KVZ_DEV uint32_t sign_fill_2(uint32_t q) { return (q >> 15 & 0x00010001u) * 0xffffu; }
 
-// The callers' results are representable: no rounding.
+// The callers' results are representable, or they want to know the sign alone: no rounding.
 KVZ_DEV uint32_t fma_bf16_2(uint32_t a, uint32_t b, uint32_t c) {
   const float low = float_of(a << 16) * float_of(b << 16) + float_of(c << 16);
   const float high = float_of(a & 0xffff0000u) * float_of(b & 0xffff0000u) + float_of(c & 0xffff0000u);
@@ -113,6 +113,27 @@ KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
   return fma_bf16_2(x, (bits_of(power) >> 16) * 0x00010001u, 0x80008000u);
 }
 KVZ_DEV float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+// Adds the product of two matrices: mma.m16n8k16.
+template <int DTYPE>
+KVZ_DEV void add_product(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
+  const auto dot = [](uint32_t x, uint32_t y) {
+    return widen<DTYPE>(x) * widen<DTYPE>(y) + widen<DTYPE>(x >> 16) * widen<DTYPE>(y >> 16);
+  };
+  for (uint32_t k = 0; k < 4; ++k) {
+    // Lane 4 r + k holds values 2 k and 2 k + 8 of rows r and r + 8, and those behind them; lane 4 column + k those of
+    // a column.
+    uint32_t x[4];
+    for (uint32_t i = 0; i < 4; ++i) x[i] = __shfl_sync(0xffffffffu, a[i], static_cast<int>(r * 4 + k));
+    for (uint32_t n = 0; n < 2; ++n) {
+      const int column = static_cast<int>((q * 2 + n) * 4 + k);
+      const uint32_t y0 = __shfl_sync(0xffffffffu, b0, column), y1 = __shfl_sync(0xffffffffu, b1, column);
+      sum[n] += dot(x[0], y0) + dot(x[2], y1);
+      sum[n + 2] += dot(x[1], y0) + dot(x[3], y1);
+    }
+  }
+}
 
 #else
 
@@ -246,6 +267,23 @@ KVZ_DEV uint32_t max2(uint32_t a, uint32_t b) {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   }
   return r;
+}
+
+// Adds the product of two matrices: mma.m16n8k16.
+template <int DTYPE>
+KVZ_DEV void add_product(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define KVZ_MMA(type)                                            \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type     \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, " \
+      "%1, %2, %3};"                                             \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if (DTYPE == KVZ_BF16) {
+    KVZ_MMA("bf16");
+  } else {
+    KVZ_MMA("f16");
+  }
+#undef KVZ_MMA
 }
 
 // The low half as float32; exact, as Traits::to_float for finite values.
@@ -528,9 +566,9 @@ struct Team {
   // Of pages with bounds by token:
   uint32_t vectors;      // tokens x heads
   uint32_t scale_bytes;  // before the classes of the quantised candidate
-  float* bounds;         // of each vector
+  uint32_t* bounds;      // of each vector, those of 16 tokens of a head beside each other: bound_word
   float* inverses;       // of their steps, a row for each number of significant bits
-  float* sums;           // of squares
+  float* sums;           // of the squares of a vector's parts
 };
 
 KVZ_DEV void sync_team(const Team& team) {

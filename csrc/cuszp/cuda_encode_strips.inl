@@ -23,21 +23,33 @@ KVZ_HD constexpr uint32_t fast_encode_bytes(uint32_t strips) {
   return team_head_bytes(strips) + strips * (kStripStateBytes + kStripClassBytes + kStripBytes);
 }
 
-// What a page with bounds by token needs beside that: scale bytes before the classes, and behind the strips the bounds,
+// What a page with bounds by token needs beside that: scale bytes before the classes, the bounds behind the strips,
 // sums of squares, and inverses of the steps.
 //
 // A sum is that of a token's neighbouring channels, as many as a power of two that divides head_dim; the tree of the
-// format adds them further. Inverses are those of the steps of 1 to 5 significant bits: a bound of a token has no more.
-// They stand in a row of 16 tokens for each number of bits, which has room for 20, so that lanes that read different
-// rows meet no bank twice.
-constexpr uint32_t kTokenSteps = 5, kTokenRow = 20;
+// format adds them further. Sums of whole strips lie where the classes will be, others behind the bounds.
+//
+// Inverses are those of the steps of 1 to 5 significant bits: a bound of a token has no more. 16 tokens of a head have
+// a row for each number of bits; rows lie so that lanes that read different ones meet no bank twice. They take the
+// place of the states, which the coder of these pages does without, and what they need more.
+constexpr uint32_t kTokenSteps = 5, kTokenRows = 88;
+KVZ_HD constexpr uint32_t token_row_at(uint32_t row) { return row * 16 + row / 2 * 4; }
+static_assert(token_row_at(kTokenSteps - 1) + 16 == kTokenRows, "rows end where those of the next tokens begin");
 KVZ_HD constexpr uint32_t sum_channels(uint32_t head_dim) {
   const uint32_t power = head_dim & (0u - head_dim);
   return power < kStripChannels ? power : kStripChannels;
 }
-KVZ_HD constexpr uint32_t token_memory_bytes(uint32_t tokens, uint32_t heads, uint32_t head_dim) {
+KVZ_HD constexpr uint32_t sum_bytes(uint32_t vectors, uint32_t head_dim) {
+  const uint32_t across = sum_channels(head_dim);
+  return across == kStripChannels ? 0 : vectors * (head_dim / across) * 4;
+}
+KVZ_HD constexpr uint32_t state_bytes(uint32_t strips, uint32_t vectors) {
+  const uint32_t states = strips * kStripStateBytes, inverses = vectors / 16 * kTokenRows * 4;
+  return states > inverses ? states : inverses;
+}
+KVZ_HD constexpr uint32_t token_memory_bytes(uint32_t tokens, uint32_t heads, uint32_t head_dim, uint32_t strips) {
   const uint32_t vectors = tokens * heads;  // a multiple of 16
-  return vectors * (1 + 4 + head_dim / sum_channels(head_dim) * 4) + vectors / 16 * kTokenSteps * kTokenRow * 4;
+  return vectors * (1 + 4) + sum_bytes(vectors, head_dim) + state_bytes(strips, vectors) - state_bytes(strips, 0);
 }
 
 KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, const kvz_segment& segment, uint32_t strips) {
@@ -54,14 +66,15 @@ KVZ_DEV Team team_of(const EncodeParams& p, uint8_t* memory, const kvz_segment& 
   t.words = reinterpret_cast<uint32_t*>(t.shared + 1);
   t.lossless_words = t.words + strips;
   t.states = reinterpret_cast<uint32_t*>(start + team_head_bytes(strips));
-  t.out = start + team_head_bytes(strips) + strips * kStripStateBytes;
-  const bool by_token = segment.bound_kind == KVZ_BOUND_TOKEN_RMS;
-  t.vectors = segment.tokens * segment.heads;
-  t.scale_bytes = by_token ? t.vectors : 0;
-  t.input = t.out + t.scale_bytes + strips * kStripClassBytes;
-  t.bounds = reinterpret_cast<float*>(t.input + strips * kStripBytes);
-  t.inverses = t.bounds + t.vectors;
-  t.sums = t.inverses + t.vectors / 16 * kTokenSteps * kTokenRow;
+  t.inverses = reinterpret_cast<float*>(t.states);
+  t.vectors = segment.bound_kind == KVZ_BOUND_TOKEN_RMS ? segment.tokens * segment.heads : 0;
+  t.scale_bytes = t.vectors;
+  t.out = start + team_head_bytes(strips) + state_bytes(strips, t.vectors);
+  uint8_t* const classes = t.out + t.scale_bytes;
+  t.input = classes + strips * kStripClassBytes;
+  t.bounds = reinterpret_cast<uint32_t*>(t.input + strips * kStripBytes);
+  t.sums = reinterpret_cast<float*>(
+      sum_channels(segment.head_dim) == kStripChannels ? classes : reinterpret_cast<uint8_t*>(t.bounds + t.vectors));
   return t;
 }
 
@@ -219,19 +232,26 @@ KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
   return (pair[0] + pair[1]) + (pair[2] + pair[3]);
 }
 
-// Bounds of all vectors into team.bounds: 0 of zeros, NaN where there is no usable one. `finite`: all values of the
-// page are. `largest` is their largest exponent field. By every thread of a team; team.inverses as well where
-// `INVERSES`.
-template <int DTYPE, bool INVERSES>
-KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, double r, uint32_t largest, bool finite) {
+// A bound in team.bounds: as bfloat16, which holds it, in both halves. That of zeros, which is 0, is one that no other
+// has, and that can be multiplied with.
+constexpr uint32_t kZeroBound = 0x00800080u, kNoBound = 0x7fc07fc0u;
+KVZ_DEV uint32_t bound_word(float bound) {
+  const uint32_t bits = bits_of(bound);
+  return bound == 0.0f ? kZeroBound : bits >> 16 | (bits & 0xffff0000u);
+}
+KVZ_DEV float bound_of_word(uint32_t word) { return word == kZeroBound ? 0.0f : float_of(word & 0xffff0000u); }
+
+// Sums of squares of the parts of all vectors, exactly as the format has them. `finite`: all values of the page are. By
+// every thread of a team.
+template <int DTYPE>
+KVZ_DEV void square_sums_of_team(const Team& team, const Strips& strips, float scale, bool finite) {
   const uint32_t lane = team.lane, across = sum_channels(strips.head_dim), per_row = strips.channels / across;
-  const float scale = square_scale<DTYPE>(largest), factor = token_factor(r, scale);
   const uint32_t chunk = lane & 7u;
 #pragma unroll 1
   for (uint32_t index = team.warp; index < strips.count; index += team.warps) {
     const Strip at = strip_at(strips, index);
     const uint32_t channel = at.channel + chunk * 8;
-    float* const sums = team.sums + at.row * 16 * per_row + channel / across;
+    float* const sums = team.sums + (at.row * per_row + channel / across) * 16;
     const uint4* const from = reinterpret_cast<const uint4*>(team.input + index * kStripBytes) + lane;
     float s[4];
 #pragma unroll
@@ -248,54 +268,135 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
         }
       }
       s[0] = s[0] + __shfl_xor_sync(kAllLanes, s[0], 4);
-      if (chunk < 4) sums[((chunk & 1u) * 8 + (chunk >> 1) * 4 + (lane >> 3)) * per_row] = s[0];
+      if (chunk < 4) sums[(chunk & 1u) * 8 + (chunk >> 1) * 4 + (lane >> 3)] = s[0];
       continue;
     }
     const bool writes = channel < strips.channels && (chunk * 8 & (across - 1)) == 0;
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
       for (uint32_t d = 1; d < across / 8; d *= 2) s[i] = s[i] + __shfl_xor_sync(kAllLanes, s[i], static_cast<int>(d));
-      if (writes) sums[(i * 4 + (lane >> 3)) * per_row] = s[i];
+      if (writes) sums[i * 4 + (lane >> 3)] = s[i];
     }
   }
-  sync_team(team);
-  uint32_t least = ~0u, most = 0;
-  const uint32_t heads = strips.channels / strips.head_dim, parts = strips.head_dim / across;
+}
+
+// Vectors are numbered so that those of 16 tokens of a head lie beside each other.
+struct Vector {
+  uint32_t token, head;
+};
+KVZ_DEV Vector vector_at(uint32_t v, uint32_t heads) {
+  const uint32_t block = v / 16, row = block < heads ? 0 : block / heads;
+  Vector at;
+  at.token = row * 16 + v % 16;
+  at.head = block - row * heads;
+  return at;
+}
+
+// Is a finite value of a vector not zero?
+template <int DTYPE>
+KVZ_DEV bool any_magnitude(const Team& team, const Strips& strips, const Vector& at) {
+  uint32_t any = 0;
+  for (uint32_t d = 0; d < strips.head_dim; d += 2) {
+    const uint32_t c = at.head * strips.head_dim + d;
+    const uint32_t strip = at.token / 16 * strips.per_row + c / kStripChannels;
+    uint32_t x = *reinterpret_cast<const uint32_t*>(team.input + strip * kStripBytes + at.token % 16 * 128 +
+                                                    c % kStripChannels * 2);
+    if (!is_finite<DTYPE>(x)) x &= 0xffff0000u;
+    if (!is_finite<DTYPE>(x >> 16)) x &= 0xffffu;
+    any |= x & 0x7fff7fffu;
+  }
+  return any != 0;
+}
+
+// Sums of squares of a page of whole strips into team.sums, about, and the extremes of what a lane sees; NaN wins. By
+// every thread of a team.
+template <int DTYPE>
+KVZ_DEV void about_squares_of_team(const Team& team, uint32_t count, uint32_t& low, uint32_t& high) {
+  const uint32_t lane = team.lane;
 #pragma unroll 1
-  for (uint32_t v = team.thread; v < team.vectors; v += team.threads) {
-    float* const part = team.sums + v * parts;
-    for (uint32_t n = parts; n > 1; n = (n + 1) / 2) {  // the zeros that fill the tree up change nothing
-      for (uint32_t i = 0; i < n / 2; ++i) part[i] = part[2 * i] + part[2 * i + 1];
-      if (n % 2 != 0) part[n / 2] = part[n - 1];
+  for (uint32_t index = team.warp; index < count; index += team.warps) {
+    const uint8_t* const rows = team.input + index * kStripBytes + (lane >> 2) * 128;
+    uint4 upper[2], lower[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      upper[i] = *reinterpret_cast<const uint4*>(rows + chunk_of(lane, i) * 16);
+      lower[i] = *reinterpret_cast<const uint4*>(rows + chunk_of(lane, i) * 16 + 8 * 128);
     }
-    float bound = token_bound_fast(r, factor, part[0], strips.head_dim, scale);
-    const uint32_t token = v / heads, head = v - token * heads;
-    if (bound == 0.0f) {
-      uint32_t any = 0;
-      for (uint32_t d = 0; d < strips.head_dim; d += 2) {
-        const uint32_t c = head * strips.head_dim + d;
-        const uint32_t strip = token / 16 * strips.per_row + c / kStripChannels;
-        uint32_t x = *reinterpret_cast<const uint32_t*>(team.input + strip * kStripBytes + token % 16 * 128 +
-                                                        c % kStripChannels * 2);
-        if (!is_finite<DTYPE>(x)) x &= 0xffff0000u;
-        if (!is_finite<DTYPE>(x >> 16)) x &= 0xffffu;
-        any |= x & 0x7fff7fffu;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t words[8] = {upper[i].x, upper[i].y, upper[i].z, upper[i].w,
+                                 lower[i].x, lower[i].y, lower[i].z, lower[i].w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        low = min2<DTYPE>(low, words[j]);
+        high = max2<DTYPE>(high, words[j]);
       }
-      if (any != 0) {
+    }
+    about_squares<DTYPE>(upper, lower, lane, team.sums + index * 16);
+  }
+}
+
+// Bounds of all vectors into team.bounds, from team.sums: 0 of zeros, NaN where there is no usable one. `scale` is that
+// of the page. `about`: the sums are of about_squares, and all values are finite. team.inverses as well where
+// `INVERSES`. By every thread of a team.
+template <int DTYPE, bool INVERSES>
+KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, double r, float scale, bool about) {
+  const uint32_t lane = team.lane;
+  const float factor = token_factor(r, scale), unscaled = token_factor(r, 1.0f);
+  uint32_t least = ~0u, most = 0;
+  const uint32_t heads = strips.channels / strips.head_dim, parts = strips.head_dim / sum_channels(strips.head_dim);
+#pragma unroll 1
+  for (uint32_t first = team.warp * kWarp; first < team.vectors; first += team.threads) {
+    const uint32_t v = first + lane;
+    const bool exists = v < team.vectors;
+    float* const part = team.sums + (exists ? v / 16 * parts * 16 + v % 16 : 0);
+    const Vector at = vector_at(exists ? v : 0, heads);
+    float bound = 0.0f;
+    bool sure = !exists, zero = false;
+    if (INVERSES && about) {
+      float sum = 0.0f;
+      for (uint32_t i = 0; i < parts; ++i) sum += part[i * 16];
+      sure = token_bound_about(unscaled, sum, strips.head_dim, scale, bound) || !exists;
+      zero = sum == 0.0f && exists && !any_magnitude<DTYPE>(team, strips, at);
+      // Rare: a bound near the next one.
+#pragma unroll 1
+      for (uint32_t doubts = __ballot_sync(kAllLanes, !sure && !zero); doubts != 0; doubts &= doubts - 1) {
+        const uint32_t source = static_cast<uint32_t>(__ffs(static_cast<int>(doubts)) - 1), u = first + source;
+        for (uint32_t i = 0; i < parts; ++i) {
+          const uint32_t strip = u / 16 * parts + i;
+          uint32_t x = *reinterpret_cast<const uint32_t*>(team.input + strip * kStripBytes + u % 16 * 128 + lane * 4);
+          const float a = widen<DTYPE>(x) * scale, b = widen_high<DTYPE>(x) * scale;
+          float s = fma_float(a, a, b * b);
+#pragma unroll
+          for (uint32_t d = 1; d < 32; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
+          if (lane == source) part[i * 16] = s;
+        }
+      }
+    }
+    if (!sure && !zero) {
+      for (uint32_t n = parts; n > 1; n = (n + 1) / 2) {  // the zeros that fill the tree up change nothing
+        for (uint32_t i = 0; i < n / 2; ++i) part[i * 16] = part[2 * i * 16] + part[(2 * i + 1) * 16];
+        if (n % 2 != 0) part[n / 2 * 16] = part[(n - 1) * 16];
+      }
+      bound = token_bound_fast(r, factor, part[0], strips.head_dim, scale);
+      if (bound == 0.0f && any_magnitude<DTYPE>(team, strips, at)) {
         bound = float_of(0x7fc00000u);
         least = 0;
       }
-    } else {
+    }
+    if (zero) bound = 0.0f;
+    if (!exists) continue;
+    if (bound > 0.0f) {
       least = bits_of(bound) < least ? bits_of(bound) : least;
       most = bits_of(bound) > most ? bits_of(bound) : most;
     }
-    team.bounds[v] = bound;
+    team.bounds[v] = bound_word(bound);
     if (INVERSES) {
-      float* const row = team.inverses + (token / 16 * heads + head) * (kTokenSteps * kTokenRow) + token % 16;
+      float* const rows = team.inverses + v / 16 * kTokenRows + v % 16;
 #pragma unroll
       for (uint32_t n = 1; n <= kTokenSteps; ++n) {
         const float step = step_of<DTYPE>(KVZ_FIXED, Traits<DTYPE>::kSignificant + 1 - static_cast<int>(n), bound);
-        row[(n - 1) * kTokenRow] = bound > 0.0f ? reciprocal(step) : 0.0f;
+        rows[token_row_at(n - 1)] = bound > 0.0f ? reciprocal(step) : 0.0f;
       }
     }
   }
@@ -303,23 +404,24 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
 }
 
 // The scale bytes of a page. By every thread of a team.
-KVZ_DEV void put_team_scales(const Team& team, float page) {
+KVZ_DEV void put_team_scales(const Team& team, const Strips& strips, float page) {
+  const uint32_t heads = strips.channels / strips.head_dim;
 #pragma unroll 1
-  for (uint32_t v = team.thread; v < team.scale_bytes; v += team.threads) {
-    const float bound = team.bounds[v];
-    team.out[v] = static_cast<uint8_t>(bound > 0.0f    ? scale_of(bound, page)
-                                       : bound == 0.0f ? static_cast<uint32_t>(KVZ_SCALE_ZERO)
-                                                       : 0u);
+  for (uint32_t v = team.thread; v < team.vectors; v += team.threads) {
+    const float bound = bound_of_word(team.bounds[v]);
+    const Vector at = vector_at(v, heads);
+    team.out[at.token * heads + at.head] = static_cast<uint8_t>(bound > 0.0f    ? scale_of(bound, page)
+                                                                : bound == 0.0f ? static_cast<uint32_t>(KVZ_SCALE_ZERO)
+                                                                                : 0u);
   }
 }
 
 // Bounds of a lane's column, for any coding and any values; NaN where there is none.
 struct ColumnBounds {
-  const float* vectors;  // of the first token, or null
-  uint32_t heads;
+  const uint32_t* vectors;  // of the first token, or null
   float channel[2];
   KVZ_DEV float at(uint32_t token, uint32_t half) const {
-    return vectors != nullptr ? vectors[token * heads] : channel[half];
+    return vectors != nullptr ? bound_of_word(vectors[token]) : channel[half];
   }
 };
 KVZ_DEV ColumnBounds column_bounds(const Team& team, const kvz_segment& segment, const Strips& strips, uint32_t index,
@@ -328,9 +430,8 @@ KVZ_DEV ColumnBounds column_bounds(const Team& team, const kvz_segment& segment,
   const Strip at = strip_at(strips, index);
   const uint32_t channel = at.channel + lane * 2;
   if (channel >= strips.channels) return b;
-  b.heads = segment.heads;
   if (segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
-    b.vectors = team.bounds + at.row * 16 * b.heads + channel / strips.head_dim;
+    b.vectors = team.bounds + (at.row * segment.heads + channel / strips.head_dim) * 16;
   } else {
     const float* const channels = reinterpret_cast<const float*>(segment.channel_bounds) + channel;
 #pragma unroll
@@ -397,8 +498,8 @@ KVZ_DEV_NOINLINE void bounded_codes(uint32_t* column, const ColumnBounds& bounds
 // The two above for the codings of differences, whose steps are powers of two, of both halves at a time. Bounds are
 // those of tokens, or `bound0` and `bound1`.
 template <int DTYPE, bool BY_TOKEN>
-KVZ_DEV_NOINLINE uint32_t difference_states(const uint32_t* column, const float* vectors, uint32_t heads, float bound0,
-                                            float bound1, uint32_t coding) {
+KVZ_DEV_NOINLINE uint32_t difference_states(const uint32_t* column, const uint32_t* vectors, float bound0, float bound1,
+                                            uint32_t coding) {
   using Tr = Traits<DTYPE>;
   const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
   float inverse0 = inverse_of_power(bound0), inverse1 = inverse_of_power(bound1);
@@ -408,7 +509,7 @@ KVZ_DEV_NOINLINE uint32_t difference_states(const uint32_t* column, const float*
   for (int t = 0; t < 16; ++t) {
     const uint32_t x = column[t * 32];
     if (BY_TOKEN) {
-      bound0 = bound1 = vectors[t * heads];
+      bound0 = bound1 = bound_of_word(vectors[t]);
       inverse0 = inverse1 = inverse_of_power(bound0);
     }
     const float value0 = widen<DTYPE>(x), value1 = widen_high<DTYPE>(x);
@@ -436,14 +537,14 @@ KVZ_DEV_NOINLINE uint32_t difference_states(const uint32_t* column, const float*
   return make_state(widths[0], widths[1]);
 }
 template <int DTYPE, bool BY_TOKEN>
-KVZ_DEV_NOINLINE void difference_codes(uint32_t* column, const float* vectors, uint32_t heads, float bound0,
-                                       float bound1, uint32_t raw) {
+KVZ_DEV_NOINLINE void difference_codes(uint32_t* column, const uint32_t* vectors, float bound0, float bound1,
+                                       uint32_t raw) {
   float inverse0 = inverse_of_power(bound0), inverse1 = inverse_of_power(bound1);
   uint32_t before0 = kCodeZero, before1 = kCodeZero;
 #pragma unroll
   for (int t = 0; t < 16; ++t) {
     const uint32_t x = column[t * 32];
-    if (BY_TOKEN) inverse0 = inverse1 = inverse_of_power(vectors[t * heads]);
+    if (BY_TOKEN) inverse0 = inverse1 = inverse_of_power(bound_of_word(vectors[t]));
     uint32_t u0, u1;
     quantise_2<DTYPE>(x, inverse0, inverse1, u0, u1);
     column[t * 32] = choose(raw, x, low_half(u0 - before0, u1 - before1));
@@ -556,12 +657,15 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
   float bound = 0.0f;
   if (lossy && low_key <= high_key && !constant && lossy_coding != KVZ_RAW) {
     if (steps == KVZ_STEPS_TOKEN) {
-      const Largest found = token_bounds_of_team<DTYPE, false>(team, strips, segment.bound, largest, false);
+      const float scale = square_scale<DTYPE>(largest);
+      square_sums_of_team<DTYPE>(team, strips, scale, false);
+      sync_team(team);
+      const Largest found = token_bounds_of_team<DTYPE, false>(team, strips, segment.bound, scale, false);
       bound = found.bound;
       if (!found.usable) {
         for (uint32_t v = thread; v < team.vectors; v += team.threads) {
-          const float b = team.bounds[v];
-          if (b > 0.0f && scale_of(b, bound) > KVZ_SCALE_LARGEST) team.bounds[v] = float_of(0x7fc00000u);
+          const float b = bound_of_word(team.bounds[v]);
+          if (b > 0.0f && scale_of(b, bound) > KVZ_SCALE_LARGEST) team.bounds[v] = kNoBound;
         }
         sync_team(team);
       }
@@ -611,8 +715,8 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
             } else {
               const uint32_t both =
                   steps == KVZ_STEPS_TOKEN
-                      ? difference_states<DTYPE, true>(column, bounds.vectors, bounds.heads, 0.0f, 0.0f, lossy_coding)
-                      : difference_states<DTYPE, false>(column, nullptr, 0, bounds.channel[0], bounds.channel[1],
+                      ? difference_states<DTYPE, true>(column, bounds.vectors, 0.0f, 0.0f, lossy_coding)
+                      : difference_states<DTYPE, false>(column, nullptr, bounds.channel[0], bounds.channel[1],
                                                         lossy_coding);
               w0 = both & 255u;
               w1 = both >> 8;
@@ -723,7 +827,7 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
   announce(tile_shared, team,
            make_entry(segment, size, static_cast<uint8_t>(quantised ? coding | steps : coding),
                       quantised ? bound : 0.0f, param, reason));
-  if (WITHIN && quantised) put_team_scales(team, bound);
+  if (WITHIN && quantised) put_team_scales(team, strips, bound);
 
   if (coding >= KVZ_FIXED) {
     // Words, round after round: all warps hold the planes of their strips in registers before one of them overwrites
@@ -762,9 +866,9 @@ KVZ_DEV_NOINLINE void encode_any(const EncodeParams& p, uint8_t* memory) {
             if (coding == KVZ_FIXED) {
               bounded_codes<DTYPE>(codes, bounds, g.width0, g.width1, g.raw);
             } else if (steps == KVZ_STEPS_TOKEN) {
-              difference_codes<DTYPE, true>(codes, bounds.vectors, bounds.heads, 0.0f, 0.0f, g.raw);
+              difference_codes<DTYPE, true>(codes, bounds.vectors, 0.0f, 0.0f, g.raw);
             } else {
-              difference_codes<DTYPE, false>(codes, nullptr, 0, bounds.channel[0], bounds.channel[1], g.raw);
+              difference_codes<DTYPE, false>(codes, nullptr, bounds.channel[0], bounds.channel[1], g.raw);
             }
           }
           __syncwarp();
@@ -1006,27 +1110,30 @@ struct ChannelCoder : FixedPlanes<DTYPE> {
 // A bound for each token and head.
 template <int DTYPE>
 struct TokenCoder : FixedPlanes<DTYPE> {
-  const float* inverses;  // as in Team
+  const float* inverses;   // as in Team
+  const uint32_t* bounds;  // as in Team
   const Strips& strips;
   uint32_t lane;
 
-  KVZ_DEV TokenCoder(const Team& team, const Strips& page) : inverses(team.inverses), strips(page), lane(team.lane) {}
+  KVZ_DEV TokenCoder(const Team& team, const Strips& page)
+      : inverses(team.inverses), bounds(team.bounds), strips(page), lane(team.lane) {}
 
-  // The inverses of a strip's tokens, at the power-of-two steps; kTokenRow further on those of another bit.
-  KVZ_DEV const float* inverses_at(uint32_t index) const {
+  // Number of the 16 tokens of a head that a lane's groups of a strip are of.
+  KVZ_DEV uint32_t tokens_at(uint32_t index) const {
     const Strip at = strip_at(strips, index);
     const uint32_t channel = at.channel + lane * 2 < strips.channels ? at.channel + lane * 2 : at.channel;
     const uint32_t head = (strips.head_dim & (strips.head_dim - 1)) == 0
                               ? channel >> (31 - __clz(static_cast<int>(strips.head_dim)))
                               : channel / strips.head_dim;
-    return inverses + (at.row * (strips.channels / strips.head_dim) + head) * (kTokenSteps * kTokenRow);
+    return at.row * (strips.channels / strips.head_dim) + head;
   }
-  // Distance of the row for a width.
-  KVZ_DEV static uint32_t row_of_width(uint32_t width) {
+  // Significant bits of the step of a width.
+  KVZ_DEV static uint32_t bits_of_width(uint32_t width) {
     constexpr uint32_t p = Traits<DTYPE>::kSignificant + 1;
     const uint32_t n = width < p ? p - width : 1;
-    return ((n < kTokenSteps ? n : kTokenSteps) - 1) * kTokenRow;
+    return n < kTokenSteps ? n : kTokenSteps;
   }
+  KVZ_DEV static uint32_t row_of_width(uint32_t width) { return token_row_at(bits_of_width(width) - 1); }
 
   // Least and largest of the values of both groups over their steps.
   KVZ_DEV static void extremes(const uint32_t* column, const float* row0, const float* row1, float (&low)[2],
@@ -1046,20 +1153,18 @@ struct TokenCoder : FixedPlanes<DTYPE> {
       }
     }
   }
-  // The same at the power-of-two steps, whose row this is.
-  KVZ_DEV static void extremes_of_powers(const uint32_t* column, const float* row, float (&low)[2], float (&high)[2]) {
-    if (DTYPE != KVZ_BF16) {
-      extremes(column, row, row, low, high);
-      return;
-    }
-    uint32_t low_2 = 0, high_2 = 0;  // bfloat16 holds the products
+  // The same at the power-of-two steps, of values that bfloat16 holds.
+  KVZ_DEV static void extremes_of_powers(const uint32_t (&x)[16], const uint4* steps, float (&low)[2],
+                                         float (&high)[2]) {
+    uint32_t low_2 = 0, high_2 = 0;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const float4 i = reinterpret_cast<const float4*>(row)[q];
-      const float inverse[4] = {i.x, i.y, i.z, i.w};
+      const uint4 four = steps[q];
+      const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t v = scale_bf16_2(column[(q * 4 + j) * 32], inverse[j]);
+        // 1 / 2^(k + 1) of 2^k: the exponents add up to 253, and no half borrows.
+        const uint32_t v = fma_bf16_2(x[q * 4 + j], 0x7e807e80u - (bound[j] & 0x7f807f80u), 0x80008000u);
         low_2 = q + j == 0 ? v : min2<DTYPE>(low_2, v);
         high_2 = q + j == 0 ? v : max2<DTYPE>(high_2, v);
       }
@@ -1069,11 +1174,57 @@ struct TokenCoder : FixedPlanes<DTYPE> {
     low[1] = widen_high<DTYPE>(low_2);
     high[1] = widen_high<DTYPE>(high_2);
   }
+  // Signs of the halves in which some code at the step of a width, 2 to 7, needs more bits. With C = 2^(width - 1), the
+  // code of x at the step S lies within -C and C - 1 when -(C + 1/2) S <= x < (C - 1/2) S: S / 2 is the bound without
+  // the bits that the step lacks, and a fused multiplication and addition has the sign of the exact difference.
+  //
+  // The codes are roundings of x times 1 / S rounded. That makes a difference where x lies at a limit exactly and 1 / S
+  // is not exact: tried out for all x, S and widths, with one exception (exceeds_apart).
+  KVZ_DEV static uint32_t exceeds(const uint32_t (&x)[16], const uint4* steps, uint32_t width0, uint32_t width1) {
+    const float c0 = static_cast<float>(1u << width0), c1 = static_cast<float>(1u << width1);
+    const uint32_t most = narrow2<KVZ_BF16>(1.0f - c0, 1.0f - c1), least = narrow2<KVZ_BF16>(c0 + 1.0f, c1 + 1.0f);
+    const uint32_t mask = mask_of(width0) | mask_of(width1) << 16;
+    uint32_t more = 0;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint4 four = steps[q];
+      const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t b = bound[j] & mask, v = x[q * 4 + j];
+        more = any_less(more, fma_bf16_2(b, least, v), fma_bf16_2(b, most, v));
+      }
+    }
+    return more;
+  }
+  // Of a bfloat16 bound, the bits that the step of a width keeps.
+  KVZ_DEV static uint32_t mask_of(uint32_t width) { return 0xffffu & ~((1u << (8 - bits_of_width(width))) - 1u); }
+  // more | negative | not positive, in one instruction.
+  KVZ_DEV static uint32_t any_less(uint32_t more, uint32_t negative, uint32_t positive) {
+    return more | negative | ~positive;
+  }
+  // Does a strip need the extremes of the products themselves? A width of 2 with a bound of 30 / 16: -2.5 steps become
+  // 3 codes.
+  KVZ_DEV bool exceeds_apart(const uint32_t* words, uint32_t less0, uint32_t less1) const {
+    const uint32_t least = less0 < less1 ? less0 : less1, most = less0 > less1 ? less0 : less1;
+    if (__any_sync(kAllLanes, least < 2 || most > 7)) return true;
+    return __any_sync(kAllLanes, least == 2) && __any_sync(kAllLanes, (words[lane & 15u] & 0x78u) == 0x70u);
+  }
+
   KVZ_DEV uint32_t classes(uint32_t index, const uint32_t* column, uint32_t, uint32_t, bool& bad) const {
-    const float* const rows = inverses_at(index);
+    const uint32_t tokens = tokens_at(index);
+    const float* const rows = inverses + tokens * kTokenRows;
+    const uint32_t* const words = bounds + tokens * 16;
+    uint32_t x[16];
     float low[2], high[2];
-    extremes_of_powers(column, rows, low, high);
-    uint32_t less[2], more[2], c = 0;
+    if (DTYPE == KVZ_BF16) {
+#pragma unroll
+      for (int t = 0; t < 16; ++t) x[t] = column[t * 32];
+      extremes_of_powers(x, reinterpret_cast<const uint4*>(words), low, high);
+    } else {
+      extremes(column, rows, rows, low, high);
+    }
+    uint32_t less[2], more[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float largest = -low[h] > high[h] ? -low[h] : high[h];
@@ -1082,7 +1233,12 @@ struct TokenCoder : FixedPlanes<DTYPE> {
       less[h] = static_cast<uint32_t>(top > 0 ? top : 0) & 15u;
       more[h] = static_cast<uint32_t>(top + 1) & 15u;
     }
+    if (DTYPE == KVZ_BF16 && !exceeds_apart(words, less[0], less[1])) {
+      const uint32_t exceeded = exceeds(x, reinterpret_cast<const uint4*>(words), less[0], less[1]);
+      return (exceeded & 0x8000u ? more[0] : less[0]) | (exceeded & 0x80000000u ? more[1] : less[1]) << 4;
+    }
     extremes(column, rows + row_of_width(less[0]), rows + row_of_width(less[1]), low, high);
+    uint32_t c = 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       c |= ((widest_code(low[h], high[h], 1.0f) >> less[h]) == 0 ? less[h] : more[h]) << (4 * h);
@@ -1091,7 +1247,7 @@ struct TokenCoder : FixedPlanes<DTYPE> {
   }
 
   KVZ_DEV void planes(uint32_t index, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
-    const float* const rows = inverses_at(index);
+    const float* const rows = inverses + tokens_at(index) * kTokenRows;
     const float4* const row0 = reinterpret_cast<const float4*>(rows + row_of_width(c & 15u));
     const float4* const row1 = reinterpret_cast<const float4*>(rows + row_of_width(c >> 4));
     const auto take = [](const float4* row, int t) {
@@ -1251,29 +1407,34 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
   // for both. Larger pages are looked at twice.
   uint32_t low[kBatch] = {};
   uint32_t page_low = kInfinity2, page_high = kInfinity2 | 0x80008000u;
-  const auto look_at = [&](uint32_t index, uint32_t& least, uint32_t& most) {
-    column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
-    if (!groups_at(strips, index, lane).inside) return;
-    page_low = min2<DTYPE>(page_low, least);
-    page_high = max2<DTYPE>(page_high, most);
-  };
-  if constexpr (kByGroup) {
-#pragma unroll
-    for (uint32_t j = 0; j < kBatch; ++j) {
-      const uint32_t index = j * warps + warp;
-      if (index >= count) break;
-      uint32_t most;
-      look_at(index, low[j], most);
-      team.states[index * kWarp + lane] = most;
-    }
-  }
-#pragma unroll 1
-  for (uint32_t index = (kByGroup ? kBatch : 0u) * warps + warp; index < count; index += warps) {
-    uint32_t least, most;
+  const bool about = CODING == kFixedByToken && sum_channels(strips.head_dim) == kStripChannels;
+  if (about) {
+    about_squares_of_team<DTYPE>(team, count, page_low, page_high);
+  } else {
+    const auto look_at = [&](uint32_t index, uint32_t& least, uint32_t& most) {
+      column_extremes<DTYPE>(column_of(input, index, lane), kMask, least, most);
+      if (!groups_at(strips, index, lane).inside) return;
+      page_low = min2<DTYPE>(page_low, least);
+      page_high = max2<DTYPE>(page_high, most);
+    };
     if constexpr (kByGroup) {
-      look_at(index, least, most);
-    } else {
-      row_extremes<DTYPE>(strips, input, index, lane, page_low, page_high);
+#pragma unroll
+      for (uint32_t j = 0; j < kBatch; ++j) {
+        const uint32_t index = j * warps + warp;
+        if (index >= count) break;
+        uint32_t most;
+        look_at(index, low[j], most);
+        team.states[index * kWarp + lane] = most;
+      }
+    }
+#pragma unroll 1
+    for (uint32_t index = (kByGroup ? kBatch : 0u) * warps + warp; index < count; index += warps) {
+      uint32_t least, most;
+      if constexpr (kByGroup) {
+        look_at(index, least, most);
+      } else {
+        row_extremes<DTYPE>(strips, input, index, lane, page_low, page_high);
+      }
     }
   }
   {
@@ -1298,12 +1459,16 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
   if constexpr (CODING == kFixedByPage) {
     bound = page_bound(segment.bound_kind, segment.bound, widen<DTYPE>(low_bits), widen<DTYPE>(high_bits));
   } else if constexpr (CODING == kFixedByToken) {
-    const uint32_t a = exponent_of<DTYPE>(low_bits), b = exponent_of<DTYPE>(high_bits);
-    const Largest found = token_bounds_of_team<DTYPE, true>(team, strips, segment.bound, a > b ? a : b, true);
-    const float least = widen<DTYPE>(low_bits), most = widen<DTYPE>(high_bits);
+    const uint32_t low_magnitude = low_bits & 0x7fffu, high_magnitude = high_bits & 0x7fffu;
+    const uint32_t magnitude = low_magnitude > high_magnitude ? low_magnitude : high_magnitude;
+    const float scale = square_scale<DTYPE>(exponent_of<DTYPE>(magnitude));
+    if (!about) {
+      square_sums_of_team<DTYPE>(team, strips, scale, true);
+      sync_team(team);
+    }
+    const Largest found = token_bounds_of_team<DTYPE, true>(team, strips, segment.bound, scale, about);
     bound = found.bound;
-    if (!found.usable ||
-        !((-least > most ? -least : most) + bound <= Traits<DTYPE>::to_float(Traits<DTYPE>::kMaxFinite)))
+    if (!found.usable || !(widen<DTYPE>(magnitude) + bound <= Traits<DTYPE>::to_float(Traits<DTYPE>::kMaxFinite)))
       return false;
   } else if constexpr (CODING == kFixedByChannel) {
     bound = channel_bounds_of_team(team, reinterpret_cast<const float*>(segment.channel_bounds), strips.channels);
@@ -1367,7 +1532,7 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
                                                           : 0u;
   announce(tile_shared, team,
            make_entry(segment, size, static_cast<uint8_t>(Coder::kCoding | kSteps), bound, param, KVZ_AS_ASKED));
-  if (CODING == kFixedByToken) put_team_scales(team, bound);
+  if (CODING == kFixedByToken) put_team_scales(team, strips, bound);
   pack_page(coder, team, strips, prefix, groups, scale_bytes);
   if (thread < units_of(size) * 16 - size) out[size + thread] = 0;
   return true;

@@ -432,7 +432,7 @@ void run_case(Case c) {
     uint32_t more = 0;
     bool within = below(2);
     for (const kvz_segment& s : c.segments) {
-      more = std::max(more, token_memory_bytes(s.tokens, s.heads, s.head_dim));
+      more = std::max(more, token_memory_bytes(s.tokens, s.heads, s.head_dim, static_cast<uint32_t>(strips_of_page(s))));
       within = within || s.bound_kind > KVZ_BOUND_RELATIVE;
     }
     p.team_bytes += more;
