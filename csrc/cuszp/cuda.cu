@@ -59,9 +59,7 @@ const void* function_of(Kernel kernel) {
     case kDecodeRice:
       return decode_rice_function();
     case kDecodeRiceBf16:
-    case kDecodeRiceBf16Two:
     case kDecodeRiceFp16:
-    case kDecodeRiceFp16Two:
       return decode_rice_fast_function(kernel);
     default:
       return general_function(kernel);
@@ -271,6 +269,15 @@ struct RiceShape {
 // Two strips a warp where a page has many: several CTAs fit on a multiprocessor.
 bool two_strips(uint64_t strips, uint32_t asked) {
   return strips > kRiceFastWarps || (asked == 0 ? strips > kRiceFastWarps / 2 : asked > 1);
+}
+
+// Warps of a page in the decoder of the Rice codings. With many pages there are three CTAs on a multiprocessor, so that
+// one loads while others decode; with few, all warps that it holds share one.
+uint32_t rice_decode_warps(uint32_t strips, uint32_t strips_per_warp, bool many) {
+  const uint32_t most = many ? kRiceFastWarps / 2 : kRiceFastWarps;
+  const uint32_t rounds = strips_per_warp != 0 ? strips_per_warp : (strips + most - 1) / most;
+  const uint32_t warps = (strips + rounds - 1) / rounds;
+  return warps < kRiceFastWarps ? warps : kRiceFastWarps;
 }
 
 // Strips of the largest page that fits into so much shared memory when encoding.
@@ -498,6 +505,8 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   shape.fast = shape.fast && fast_decode_bytes(shape.strips, shape.vectors) <= room;
   const uint32_t pages = a.num_segments * a.num_blocks;
 
+  const uint32_t multiprocessors = static_cast<uint32_t>(device->multiprocessors.load(std::memory_order_relaxed));
+
   DecodeParams p = {};
   p.segments = a.device_segments;
   p.block_ids = a.block_ids;
@@ -525,12 +534,9 @@ int32_t kvz_cuda_decode(const kvz_cuda_decode_args* args, void* stream) {
   if (a.extended & KVZ_EXTENDED_RICE) {
     const RiceShape rice(a.segments, a.num_segments);
     if (rice.decodes_fast) {
-      const bool two = two_strips(rice.strips, a.strips_per_warp);
       const uint32_t strips = static_cast<uint32_t>(rice.strips);
-      kernel = shape.dtype == KVZ_BF16 ? two ? kDecodeRiceBf16Two : kDecodeRiceBf16
-               : two                   ? kDecodeRiceFp16Two
-                                       : kDecodeRiceFp16;
-      threads = (two ? (strips + 1) / 2 : strips) * kWarp;
+      kernel = shape.dtype == KVZ_BF16 ? kDecodeRiceBf16 : kDecodeRiceFp16;
+      threads = rice_decode_warps(strips, a.strips_per_warp, pages > multiprocessors) * kWarp;
       shared_bytes = rice_fast_decode_bytes(strips);
       p.room_bytes = strips * 2048;
     } else {

@@ -204,8 +204,9 @@ KVZ_DEV void refuse(const CrcParams& a, uint32_t b) {
 
 // Piece `id` of all payloads, by one warp.
 KVZ_DEV void checksum_piece(const CrcParams& a, uint64_t id, uint32_t lane) {
-  const uint32_t b = static_cast<uint32_t>(id / a.most_pieces);
-  const uint32_t piece = static_cast<uint32_t>(id % a.most_pieces);  // counted from the end of the payload
+  // The last pieces of all payloads first: what does not exist comes at the end, where it delays nobody.
+  const uint32_t piece = static_cast<uint32_t>(id / a.count);  // counted from the end of the payload
+  const uint32_t b = static_cast<uint32_t>(id - static_cast<uint64_t>(piece) * a.count);
   const uint64_t size = a.payload_bytes[b], begin = a.offsets[b] + a.skip;
   // Payloads are padded to 16 bytes; one that is not, or leads out of memory, is no payload, and is not touched.
   if (size % 16 != 0 || size > static_cast<uint64_t>(a.most_pieces) * kPieceBytes || size > a.end ||

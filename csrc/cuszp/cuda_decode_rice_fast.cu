@@ -12,28 +12,20 @@ namespace {
 
 extern __shared__ __align__(16) uint8_t g_shared[];
 
-// Leaves the most warps on a multiprocessor. With 112 for two strips a warp, decoding was slower although less spills.
+// Leaves 24 warps on a multiprocessor. With 112, decoding was slower although less spills.
 constexpr int kRegisters = 80;
 
-template <int DTYPE, int S>
+template <int DTYPE>
 __global__ void __maxnreg__(kRegisters) decode_rice_fast_kernel(const __grid_constant__ DecodeParams p) {
   wait_for_previous_kernel();
-  decode_rice_fast<DTYPE, S>(p, g_shared);
+  decode_rice_fast<DTYPE>(p, g_shared);
 }
 
 }  // namespace
 
 const void* decode_rice_fast_function(Kernel kernel) {
-  switch (kernel) {
-    case kDecodeRiceBf16:
-      return reinterpret_cast<const void*>(decode_rice_fast_kernel<KVZ_BF16, 1>);
-    case kDecodeRiceBf16Two:
-      return reinterpret_cast<const void*>(decode_rice_fast_kernel<KVZ_BF16, 2>);
-    case kDecodeRiceFp16:
-      return reinterpret_cast<const void*>(decode_rice_fast_kernel<KVZ_FP16, 1>);
-    default:
-      return reinterpret_cast<const void*>(decode_rice_fast_kernel<KVZ_FP16, 2>);
-  }
+  return kernel == kDecodeRiceBf16 ? reinterpret_cast<const void*>(decode_rice_fast_kernel<KVZ_BF16>)
+                                   : reinterpret_cast<const void*>(decode_rice_fast_kernel<KVZ_FP16>);
 }
 
 }  // namespace gpu

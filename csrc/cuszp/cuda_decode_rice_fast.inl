@@ -353,7 +353,7 @@ KVZ_DEV void decode_strip(const DecodeParams& p, uint32_t index, const Geometry&
   }
 }
 
-template <int DTYPE, int CODING, int S>
+template <int DTYPE, int CODING>
 KVZ_DEV void decode_rice_fast_page(const DecodeParams& p, uint8_t* memory, uint32_t index, const DecodePage& at) {
   constexpr bool lossless = CODING == KVZ_LOSSLESS_RICE;
   const kvz_entry& entry = at.entry;
@@ -380,13 +380,17 @@ KVZ_DEV void decode_rice_fast_page(const DecodeParams& p, uint8_t* memory, uint3
   if (lossless) page = {stage[0] & 255u, stage[0] >> 8 & 255u, entry.param, (stage[0] >> 16 & 255u) != 0};
   const uint32_t head = lossless ? 4 : prefix, plane_words = (g.groups + 31) / 32;
   const RiceStrips strips = rice_strips_of(g);
-  RiceClasses c[S];
-#pragma unroll
-  for (uint32_t k = 0; k < S; ++k) {
-    const uint32_t strip = warp + k * warps;
-    c[k].at = rice_lane(g, strips, strip, lane);
-    read_classes<DTYPE, CODING>(g, page, stage + head / 4, c[k], lane);
-    if (lane == 31 && strip < strips.count) fast.strips[strip] = c[k].before >> 16;
+  // Classes are read twice, rather than kept: a warp may have any number of strips.
+  const auto classes_of = [&](uint32_t strip) {
+    RiceClasses c;
+    c.at = rice_lane(g, strips, strip, lane);
+    read_classes<DTYPE, CODING>(g, page, stage + head / 4, c, lane);
+    return c;
+  };
+#pragma unroll 1
+  for (uint32_t strip = warp; strip < strips.count; strip += warps) {
+    const RiceClasses c = classes_of(strip);
+    if (lane == 31) fast.strips[strip] = c.before >> 16;
   }
   __syncthreads();
   const uint32_t lengths = head / 2 + 2 * page.total_planes(lossless) * plane_words;
@@ -395,15 +399,12 @@ KVZ_DEV void decode_rice_fast_page(const DecodeParams& p, uint8_t* memory, uint3
   const uint32_t words_until = inclusive_sum(own_words, lane), streams_until = inclusive_sum(own_length, lane);
   const uint32_t words = lengths + strips.count, streams = words + __shfl_sync(kAllLanes, words_until, 31);
 #pragma unroll 1  // the code of one strip fits into the instruction cache
-  for (uint32_t k = 0; k < S; ++k) {
-    const uint32_t strip = warp + k * warps;
-    const uint32_t words_at = __shfl_sync(kAllLanes, words + words_until - own_words, static_cast<int>(strip & 31u));
-    const uint32_t stream = __shfl_sync(kAllLanes, streams + streams_until - own_length, static_cast<int>(strip & 31u));
-    const uint32_t length = __shfl_sync(kAllLanes, own_length, static_cast<int>(strip & 31u));
-    if (strip >= strips.count) break;
-    RiceClasses own = c[0];
-    if (S > 1 && k == 1) own = c[S - 1];
-    decode_strip<DTYPE, CODING>(p, index, g, bounds, doubled, own, page, stage, words_at, stream, length, lane);
+  for (uint32_t strip = warp; strip < strips.count; strip += warps) {
+    const uint32_t words_at = __shfl_sync(kAllLanes, words + words_until - own_words, static_cast<int>(strip));
+    const uint32_t stream = __shfl_sync(kAllLanes, streams + streams_until - own_length, static_cast<int>(strip));
+    const uint32_t length = __shfl_sync(kAllLanes, own_length, static_cast<int>(strip));
+    decode_strip<DTYPE, CODING>(p, index, g, bounds, doubled, classes_of(strip), page, stage, words_at, stream, length,
+                                lane);
   }
 }
 
@@ -421,25 +422,30 @@ KVZ_DEV_NOINLINE void decode_other_page(const DecodeParams& p, uint8_t* memory, 
 
 // Pages of all codings, of batches whose segments are all as rice_is_fast says, of one dtype. `room` is that for a
 // segment; forged ones may be larger.
-template <int DTYPE, int S>
+template <int DTYPE>
 KVZ_DEV void decode_rice_fast(const DecodeParams& p, uint8_t* memory) {
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const uint32_t pages = p.num_blocks * p.num_segments;
-  for (uint32_t page = blockIdx.x; page < pages; page += gridDim.x) {
+  uint32_t page = blockIdx.x, next = 0;
+  while (page < pages) {
+    // Pages differ in what they take: who is done with one takes the next.
+    if (threadIdx.x == 0) next = gridDim.x + atomicAdd(&p.counters->ticket, 1u);
     if (!block_is_refused(p, page / p.num_segments)) {
       const DecodePage at(p, page);
       const uint32_t coding = at.entry.coding & KVZ_CODING_MASK;
       const bool fits = at.entry.size <= p.room_bytes;
       if (coding == KVZ_RICE && fits && at.geometry.tokens * at.segment.heads <= kRiceFastVectors) {
-        decode_rice_fast_page<DTYPE, KVZ_RICE, S>(p, memory, page, at);
+        decode_rice_fast_page<DTYPE, KVZ_RICE>(p, memory, page, at);
       } else if (coding == KVZ_LOSSLESS_RICE && fits) {
-        decode_rice_fast_page<DTYPE, KVZ_LOSSLESS_RICE, S>(p, memory, page, at);
+        decode_rice_fast_page<DTYPE, KVZ_LOSSLESS_RICE>(p, memory, page, at);
       } else {
         decode_other_page<DTYPE>(p, memory, page);
       }
-      __syncthreads();
     }
-    if (pages - page <= gridDim.x) break;
+    __syncthreads();
+    if (threadIdx.x == 0) shared.page = next;
+    __syncthreads();
+    page = shared.page;
   }
   finish_decode(p, shared);
 }

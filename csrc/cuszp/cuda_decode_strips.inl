@@ -16,7 +16,7 @@ struct Ahead {
   uint64_t payload;
   int64_t block_id;
   kvz_segment segment;
-  uint32_t refused, unused;
+  uint32_t refused, page;
 };
 static_assert(sizeof(kvz_segment) % 8 == 0 && sizeof(Ahead) % 16 == 0, "copies are of 8 and 16 bytes");
 constexpr uint32_t kAheads = 3;  // this page, the next, and the one after it
@@ -432,9 +432,11 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
   // A page is decoded while the bytes of the next one arrive, if there is room for both: one begins where shared memory
   // does, the other ends where it ends. What is known of the page after that arrives meanwhile.
   const auto look_up = [&](uint32_t page, uint32_t slot) {
-    if (thread >= kWarp || page >= pages) return;
-    const uint32_t block = page / p.num_segments, segment = page - block * p.num_segments;
+    if (thread >= kWarp) return;
     Ahead& to = aheads[slot];
+    if (thread == 0) to.page = page;
+    if (page >= pages) return;
+    const uint32_t block = page / p.num_segments, segment = page - block * p.num_segments;
     constexpr uint32_t kPieces = sizeof(kvz_segment) / 8;
     if (thread < kPieces) {
       copy_async_few<8>(reinterpret_cast<uint8_t*>(&to.segment) + thread * 8,
@@ -450,9 +452,10 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     }
   };
   // The sizes were validated, and never exceed the room; a table that changes in between must not either.
-  const auto words_of = [&](uint32_t page, const Ahead& a) {  // bytes to fetch
+  const auto words_of = [&](const Ahead& a) {  // bytes to fetch
+    if (a.page >= pages) return 0u;
     const uint32_t bytes = units_of(a.entry.size) * 16;
-    return page < pages && a.refused == 0 && a.entry.coding >= KVZ_FIXED && bytes <= p.room_bytes ? bytes : 0u;
+    return a.refused == 0 && a.entry.coding >= KVZ_FIXED && bytes <= p.room_bytes ? bytes : 0u;
   };
   const auto start_of = [](const Ahead& a) {
     return reinterpret_cast<const uint8_t*>(a.payload) + static_cast<uint64_t>(a.entry.offset) * 16;
@@ -498,19 +501,27 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
     }
   };
 
-  uint32_t slot = 0, at = 0;
+  // The first two pages of a CTA are its own, those behind them go to whoever is free: pages differ in what they take,
+  // and multiprocessors in how quickly memory serves them. A ticket is taken while a page is decoded, for the next
+  // look.
+  uint32_t slot = 0, at = 0, ticket = 0;
   look_up(blockIdx.x, 0);
   look_up(blockIdx.x + step, 1);
+  if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
   copy_async_wait();
   __syncthreads();
-  fetch(aheads[0], words_of(blockIdx.x, aheads[0]), at);
-  for (uint32_t page = blockIdx.x; page < pages; page += step) {
+  fetch(aheads[0], words_of(aheads[0]), at);
+  while (true) {
     const uint32_t next_slot = slot == kAheads - 1 ? 0 : slot + 1;
     copy_async_wait();
     __syncthreads();
-    look_up(page + 2 * step, next_slot == kAheads - 1 ? 0 : next_slot + 1);
     const Ahead &now = aheads[slot], &next = aheads[next_slot];
-    const uint32_t here = words_of(page, now), follows = words_of(page + step, next);
+    if (now.page >= pages) break;
+    if (thread < kWarp) {
+      look_up(2 * step + __shfl_sync(kAllLanes, ticket, 0), next_slot == kAheads - 1 ? 0 : next_slot + 1);
+      if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
+    }
+    const uint32_t here = words_of(now), follows = words_of(next);
     const bool together = here + follows <= p.room_bytes;
     const uint32_t next_at = together && at == 0 ? p.room_bytes - follows : 0;
     if (together) fetch(next, follows, next_at);

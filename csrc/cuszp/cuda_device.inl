@@ -767,6 +767,11 @@ KVZ_DEV uint32_t words_of_class(uint32_t c, bool bytes, bool lossless, uint32_t 
 
 // Called by every thread of a CTA that has no page left. The last CTA reports and clears what the launch has used.
 KVZ_DEV void finish_decode(const DecodeParams& p, Shared& shared) {
+  if (p.block_status != nullptr) {  // each CTA some of them
+    for (uint32_t b = blockIdx.x * blockDim.x + threadIdx.x; b < p.num_blocks; b += gridDim.x * blockDim.x) {
+      p.block_status[b] = p.bad[b] != 0 ? KVZ_CORRUPT : KVZ_OK;
+    }
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -774,13 +779,10 @@ KVZ_DEV void finish_decode(const DecodeParams& p, Shared& shared) {
   }
   __syncthreads();
   if (!shared.last) return;
-  for (uint32_t b = threadIdx.x; b < p.num_blocks; b += blockDim.x) {
-    const bool bad = p.bad[b] != 0;
-    p.bad[b] = 0;
-    if (p.block_status != nullptr) p.block_status[b] = bad ? KVZ_CORRUPT : KVZ_OK;
-  }
+  for (uint32_t b = threadIdx.x; b < p.num_blocks; b += blockDim.x) p.bad[b] = 0;
   __syncthreads();
   if (threadIdx.x == 0) {
+    p.counters->ticket = 0;
     p.counters->done = 0;
     p.counters->any_bad = 0;
   }

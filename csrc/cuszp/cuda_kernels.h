@@ -25,9 +25,7 @@ enum Kernel {
   kDecodeGeneral,
   kDecodeRice,
   kDecodeRiceBf16,
-  kDecodeRiceBf16Two,
   kDecodeRiceFp16,
-  kDecodeRiceFp16Two,
   kKernels
 };
 

@@ -432,7 +432,8 @@ void run_case(Case c) {
     uint32_t more = 0;
     bool within = below(2);
     for (const kvz_segment& s : c.segments) {
-      more = std::max(more, token_memory_bytes(s.tokens, s.heads, s.head_dim, static_cast<uint32_t>(strips_of_page(s))));
+      more =
+          std::max(more, token_memory_bytes(s.tokens, s.heads, s.head_dim, static_cast<uint32_t>(strips_of_page(s))));
       within = within || s.bound_kind > KVZ_BOUND_RELATIVE;
     }
     p.team_bytes += more;
@@ -541,14 +542,10 @@ void run_case(Case c) {
     k.most_pieces = static_cast<uint32_t>((worst + worst / 8) / kPieceBytes) + 1;
     emulation::launch(1 + below(2), 64, 16, [&](uint8_t*) { check(d, k); });
     if (rice_fast) {
-      const uint32_t share = std::max(1 + below(2), strips > 16 ? 2u : 1u);
+      const uint32_t share = std::max(1 + below(4), strips > 16 ? 2u : 1u);
       d.room_bytes = strips * 2048;
       emulation::launch(ctas, (strips + share - 1) / share * 32, rice_fast_decode_bytes(strips), [&](uint8_t* shared) {
-        if (dtype == KVZ_BF16) {
-          share == 1 ? decode_rice_fast<KVZ_BF16, 1>(d, shared) : decode_rice_fast<KVZ_BF16, 2>(d, shared);
-        } else {
-          share == 1 ? decode_rice_fast<KVZ_FP16, 1>(d, shared) : decode_rice_fast<KVZ_FP16, 2>(d, shared);
-        }
+        dtype == KVZ_BF16 ? decode_rice_fast<KVZ_BF16>(d, shared) : decode_rice_fast<KVZ_FP16>(d, shared);
       });
     } else if (c.rice) {
       emulation::launch(ctas, warps * 32, rice_shared_bytes(warps, 32, 0, 0),
@@ -564,7 +561,7 @@ void run_case(Case c) {
     } else {
       emulation::launch(ctas, 64, kSharedBytes, [&](uint8_t* shared) { decode_general(d, shared); });
     }
-    CHECK(counters.done == 0 && counters.any_bad == 0);
+    CHECK(counters.ticket == 0 && counters.done == 0 && counters.any_bad == 0);
     for (uint32_t b = 0; b < c.blocks; ++b) {
       CHECK(block_status[b] == verdict[b]);
       CHECK(bad[b] == 0);
