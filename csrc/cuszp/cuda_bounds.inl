@@ -126,7 +126,19 @@ KVZ_DEV void about_squares(const uint4 (&upper)[2], const uint4 (&lower)[2], uin
   }
 }
 
-// A token's bound from such a sum, and whether it is that of token_bound beyond doubt. `scale` is that of the page.
+// The sum of a token's squares, scaled, as the format adds them. By one warp, the same in all lanes.
+template <int DTYPE>
+KVZ_DEV float square_sum_64(const uint8_t* row, float scale, uint32_t lane) {
+  const uint32_t x = *reinterpret_cast<const uint32_t*>(row + lane * 4);
+  const float a = widen<DTYPE>(x) * scale, b = widen_high<DTYPE>(x) * scale;
+  float s = fma_float(a, a, b * b);  // squares are exact: rounded as separate additions are
+#pragma unroll
+  for (uint32_t d = 1; d < 32; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
+  return s;
+}
+
+// A token's bound from a sum by tensor cores, and whether it is that of token_bound beyond doubt. `scale` is that of
+// the page.
 KVZ_DEV bool token_bound_about(float factor, float sum, uint32_t head_dim, float scale, float& bound) {
 #if defined(KVZ_EMULATE)
   const float about = __builtin_sqrtf(sum / static_cast<float>(head_dim)) * factor;

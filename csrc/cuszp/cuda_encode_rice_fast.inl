@@ -77,37 +77,25 @@ KVZ_DEV void strip_extremes(RiceStrip& s, uint32_t first_2, int32_t& low, int32_
   }
 }
 
-// Sum of the squares of a token's channels in this strip, as square_sum adds them: lane l has that of token
-// reverse(l % 16).
+// A strip into shared memory, for the sums of its tokens' squares, without what is not finite; and these, about.
 template <int DTYPE>
-KVZ_DEV float strip_squares(const RiceStrip& strip, float scale, uint32_t lane) {
-  float s[16];
+KVZ_DEV void strip_squares(const RiceStrip& strip, uint8_t* to, uint32_t lane, float* sums) {
   const bool clean = __all_sync(kAllLanes, nonfinite_2<DTYPE>(strip.low, strip.high) == 0);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     uint32_t v = strip.x[i];
     if (!clean) v &= ~sign_fill_2(nonfinite_2<DTYPE>(v, v));
-    float a, b;
-    if (DTYPE == KVZ_BF16) {  // exact: what is too small for that has the square 0 anyway
-      v = scale_bf16_2(v, scale);
-      a = widen<DTYPE>(v);
-      b = widen_high<DTYPE>(v);
-    } else {
-      a = widen<DTYPE>(v) * scale;
-      b = widen_high<DTYPE>(v) * scale;
-    }
-    s[i] = a * a + b * b;
+    reinterpret_cast<uint32_t*>(to)[i * 32 + lane] = v;
   }
+  __syncwarp();
+  const uint8_t* const rows = to + (lane >> 2) * 128;
+  uint4 upper[2], lower[2];
 #pragma unroll
-  for (uint32_t d = 1; d < 16; d *= 2) {
-    const bool second = (lane & d) != 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 8 / d; ++i) {
-      const float keep = second ? s[i + 8 / d] : s[i], send = second ? s[i] : s[i + 8 / d];
-      s[i] = keep + __shfl_xor_sync(kAllLanes, send, static_cast<int>(d));
-    }
+  for (uint32_t i = 0; i < 2; ++i) {
+    upper[i] = *reinterpret_cast<const uint4*>(rows + chunk_of(lane, i) * 16);
+    lower[i] = *reinterpret_cast<const uint4*>(rows + chunk_of(lane, i) * 16 + 8 * 128);
   }
-  return s[0] + __shfl_xor_sync(kAllLanes, s[0], 16);
+  about_squares<DTYPE>(upper, lower, lane, sums);
 }
 
 // ---- bounds of tokens
@@ -131,23 +119,47 @@ KVZ_DEV bool any_magnitude(const Geometry& g, uint32_t token, uint32_t head) {
   return any != 0;
 }
 
-// Bounds of all vectors, from the sums of the strips, and the inverses of their steps. Returns the largest bound. By
-// the whole CTA.
+// Bounds of all vectors, from the sums of the strips, which are those of strip_squares, and the inverses of their
+// steps. Returns the largest bound. By the whole CTA.
 template <int DTYPE>
-KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenTables& tables, RiceFastShared& fast) {
+KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenTables& tables, RiceFastShared& fast,
+                                const uint8_t* values) {
   const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const uint32_t heads = g.channels / g.head_dim, count = g.tokens * heads, blocks = g.head_dim / KVZ_STRIP_GROUPS;
-  const float factor = token_factor(r, scale);
+  const float factor = token_factor(r, scale), unscaled = token_factor(r, 1.0f);
   uint32_t largest = 0, unusable = 0;  // bits of non-negative numbers order like them
-  for (uint32_t v = threadIdx.x; v < count; v += blockDim.x) {
-    const uint32_t vector = v / 16, t = v % 16;
-    const float (*sums)[16] = fast.sums + vector * blocks;
-    float sum = sums[0][t];
-    if (blocks >= 2) sum = sum + sums[1][t];
-    if (blocks == 4) sum = sum + (sums[2][t] + sums[3][t]);
-    float bound = token_bound_fast(r, factor, sum, g.head_dim, scale);
+#pragma unroll 1
+  for (uint32_t first = warp * kWarp; first < count; first += blockDim.x) {
+    const uint32_t v = first + lane, vector = v < count ? v / 16 : 0, t = v % 16;
+    const bool exists = v < count;
+    float (*const sums)[16] = fast.sums + vector * blocks;
+    const auto add_up = [&]() {
+      float sum = sums[0][t];
+      if (blocks >= 2) sum = sum + sums[1][t];
+      if (blocks == 4) sum = sum + (sums[2][t] + sums[3][t]);
+      return sum;
+    };
+    const auto any = [&]() { return any_magnitude<DTYPE>(g, vector / heads * 16 + t, vector % heads); };
+    float bound, sum = add_up();
+    const bool sure = token_bound_about(unscaled, sum, g.head_dim, scale, bound) || !exists;
+    const bool zero = exists && sum == 0.0f && !any();
+    // Rare: a bound near the next one.
+#pragma unroll 1
+    for (uint32_t doubts = __ballot_sync(kAllLanes, !sure && !zero); doubts != 0; doubts &= doubts - 1) {
+      const uint32_t source = static_cast<uint32_t>(__ffs(static_cast<int>(doubts)) - 1), u = first + source;
+      for (uint32_t i = 0; i < blocks; ++i) {
+        const float s = square_sum_64<DTYPE>(values + (u / 16 * blocks + i) * kStripBytes + u % 16 * 128, scale, lane);
+        if (lane == source) sums[i][t] = s;
+      }
+    }
+    if (!exists) continue;
+    if (zero) bound = 0.0f;
+    if (!sure && !zero) {
+      sum = add_up();
+      bound = token_bound_fast(r, factor, sum, g.head_dim, scale);
+    }
     largest = bits_of(bound) > largest ? bits_of(bound) : largest;
-    if (bound == 0.0f && (sum > 0.0f || any_magnitude<DTYPE>(g, vector / heads * 16 + t, vector % heads))) {
+    if (bound == 0.0f && !zero && (sum > 0.0f || any())) {
       bound = no_bound();
       unusable = 1;
     }
@@ -665,12 +677,17 @@ KVZ_DEV void encode_rice_fast_page(const EncodeParams& p, uint8_t* memory, uint3
 
   // Extremes.
   const bool lossy = segment.coding == KVZ_RICE && segment.bound_kind != KVZ_BOUND_LOSSLESS;
+  const bool by_token = segment.bound_kind == KVZ_BOUND_TOKEN_RMS;
   int32_t low_key = key_32(float_of(0x7f800000u)), high_key = key_32(float_of(0xff800000u));
   uint32_t differs = 0;
 #pragma unroll
   for (uint32_t k = 0; k < S; ++k) {
     if (lossy) {
       strip_extremes<DTYPE>(s[k], first_value * kBothHalves, low_key, high_key, differs);
+      const uint32_t strip = warp + k * warps;
+      if (by_token && strip < strips.count) {
+        strip_squares<DTYPE>(s[k], reinterpret_cast<uint8_t*>(stage) + strip * kStripBytes, lane, fast.sums[strip]);
+      }
     } else if (s[k].at.exists[0]) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) differs |= s[k].x[i] ^ first_value * kBothHalves;
@@ -695,17 +712,10 @@ KVZ_DEV void encode_rice_fast_page(const EncodeParams& p, uint8_t* memory, uint3
   bounds.heads = segment.heads;
   bounds.missing = no_bound();
   if (lossy && low <= high && !constant) {
-    if (segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
+    if (by_token) {
       bounds.steps = KVZ_STEPS_TOKEN;
       const float scale = square_scale<DTYPE>(largest_exponent<DTYPE>(low, high));
-#pragma unroll
-      for (uint32_t k = 0; k < S; ++k) {
-        const float sum = strip_squares<DTYPE>(s[k], scale, lane);
-        const uint32_t token = (lane & 1u) << 3 | (lane & 2u) << 1 | (lane & 4u) >> 1 | (lane & 8u) >> 3;
-        if (lane < 16 && warp + k * warps < strips.count) fast.sums[warp + k * warps][token] = sum;
-      }
-      __syncthreads();
-      bounds.page = fast_token_bounds<DTYPE>(g, segment.bound, scale, tables, fast);
+      bounds.page = fast_token_bounds<DTYPE>(g, segment.bound, scale, tables, fast, reinterpret_cast<uint8_t*>(stage));
     } else if (segment.bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
       bounds.steps = KVZ_STEPS_CHANNEL;
       bounds.channels = reinterpret_cast<const float*>(segment.channel_bounds);

@@ -363,12 +363,8 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
       for (uint32_t doubts = __ballot_sync(kAllLanes, !sure && !zero); doubts != 0; doubts &= doubts - 1) {
         const uint32_t source = static_cast<uint32_t>(__ffs(static_cast<int>(doubts)) - 1), u = first + source;
         for (uint32_t i = 0; i < parts; ++i) {
-          const uint32_t strip = u / 16 * parts + i;
-          uint32_t x = *reinterpret_cast<const uint32_t*>(team.input + strip * kStripBytes + u % 16 * 128 + lane * 4);
-          const float a = widen<DTYPE>(x) * scale, b = widen_high<DTYPE>(x) * scale;
-          float s = fma_float(a, a, b * b);
-#pragma unroll
-          for (uint32_t d = 1; d < 32; d *= 2) s = s + __shfl_xor_sync(kAllLanes, s, static_cast<int>(d));
+          const float s =
+              square_sum_64<DTYPE>(team.input + (u / 16 * parts + i) * kStripBytes + u % 16 * 128, scale, lane);
           if (lane == source) part[i * 16] = s;
         }
       }
