@@ -214,6 +214,65 @@ KVZ_DEV float token_bounds(const Geometry& g, double r, uint32_t page_exponent, 
   return page;
 }
 
+// A bound in shared memory: as bfloat16, which holds it, in both halves. That of zeros, which is 0, is one that no
+// other has, and that can be multiplied with.
+constexpr uint32_t kZeroBound = 0x00800080u, kNoBound = 0x7fc07fc0u;
+KVZ_DEV uint32_t bound_word(float bound) {
+  const uint32_t bits = bits_of(bound);
+  return bound == 0.0f ? kZeroBound : bits >> 16 | (bits & 0xffff0000u);
+}
+KVZ_DEV float bound_of_word(uint32_t word) { return word == kZeroBound ? 0.0f : float_of(word & 0xffff0000u); }
+
+// Least and largest of 16 bfloat16 values of two groups over their power-of-two steps, which are exact.
+KVZ_DEV void extremes_of_powers(const uint32_t (&x)[16], const uint32_t* words, float (&low)[2], float (&high)[2]) {
+  uint32_t low_2 = 0, high_2 = 0;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const uint4 four = reinterpret_cast<const uint4*>(words)[q];
+    const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      // 1 / 2^(k + 1) of 2^k: the exponents add up to 253, and no half borrows.
+      const uint32_t v = fma_bf16_2(x[q * 4 + j], 0x7e807e80u - (bound[j] & 0x7f807f80u), 0x80008000u);
+      low_2 = q + j == 0 ? v : min2<KVZ_BF16>(low_2, v);
+      high_2 = q + j == 0 ? v : max2<KVZ_BF16>(high_2, v);
+    }
+  }
+  low[0] = widen<KVZ_BF16>(low_2);
+  high[0] = widen<KVZ_BF16>(high_2);
+  low[1] = widen_high<KVZ_BF16>(low_2);
+  high[1] = widen_high<KVZ_BF16>(high_2);
+}
+
+// Signs of the halves in which some code needs more than a width, from 2 to 7, at the steps that keep so many
+// significant bits of the bounds. With C = 2^(width - 1), the code of x at the step S lies within -C and C - 1 when
+// -(C + 1/2) S <= x < (C - 1/2) S: S / 2 is the bound without the bits that the step lacks, and a fused multiplication
+// and addition has the sign of the exact difference.
+//
+// Codes are roundings of x times 1 / S rounded, which makes a difference where x lies at a limit exactly and 1 / S is
+// not exact. Tried out for all x and S: none where bits and width add up to 8 or 9, with one exception, the width 2 and
+// a bound of 30 / 16: -2.5 S has the code -3.
+KVZ_DEV uint32_t codes_exceed(const uint32_t (&x)[16], const uint32_t* words, uint32_t bits0, uint32_t bits1,
+                              uint32_t width0, uint32_t width1) {
+  const float c0 = static_cast<float>(1u << width0), c1 = static_cast<float>(1u << width1);
+  const uint32_t most = narrow2<KVZ_BF16>(1.0f - c0, 1.0f - c1), least = narrow2<KVZ_BF16>(c0 + 1.0f, c1 + 1.0f);
+  const uint32_t mask =
+      (0x7f80u | (0x7fu & ~((1u << (8 - bits0)) - 1u))) | (0x7f80u | (0x7fu & ~((1u << (8 - bits1)) - 1u))) << 16;
+  uint32_t more = 0;
+  load_again();
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const uint4 four = reinterpret_cast<const uint4*>(words)[q];
+    const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t b = bound[j] & mask, v = x[q * 4 + j];
+      more = more | fma_bf16_2(b, least, v) | ~fma_bf16_2(b, most, v);
+    }
+  }
+  return more;
+}
+
 // ---- bounds of channels
 // ---------------------------------------------------------------------------------------------------
 

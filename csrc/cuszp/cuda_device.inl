@@ -113,6 +113,7 @@ KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
   return fma_bf16_2(x, (bits_of(power) >> 16) * 0x00010001u, 0x80008000u);
 }
 KVZ_DEV float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+KVZ_DEV void load_again() {}
 
 // Adds the product of two matrices: mma.m16n8k16.
 template <int DTYPE>
@@ -152,6 +153,8 @@ KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
   return r;
 }
 KVZ_DEV float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// What comes from memory is loaded again behind this, rather than kept in registers.
+KVZ_DEV void load_again() { asm volatile("" ::: "memory"); }
 
 // The sign of each half in all of its bits. __byte_perm would drop the bits of the selector that replicate signs.
 KVZ_DEV uint32_t sign_fill_2(uint32_t q) {

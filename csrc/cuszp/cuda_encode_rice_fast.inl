@@ -102,8 +102,8 @@ KVZ_DEV void strip_squares(const RiceStrip& strip, uint8_t* to, uint32_t lane, f
 // ---------------------------------------------------------------------------------------------------------
 
 struct TokenTables {
-  float* bounds;    // [vector][16]
-  float* inverses;  // [vector][kRiceTokenRows][kRiceTokenRow]
+  uint32_t* bounds;  // [vector][16]: bound_word
+  float* inverses;   // [vector][kRiceTokenRows][kRiceTokenRow]
   bool any_unusable;
 };
 
@@ -163,7 +163,7 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
       bound = no_bound();
       unusable = 1;
     }
-    tables.bounds[v] = bound;
+    tables.bounds[v] = bound_word(bound);
   }
   largest = static_cast<uint32_t>(__reduce_max_sync(kAllLanes, static_cast<int32_t>(largest)));
   if (lane == 0) fast.totals[warp] = largest;
@@ -172,11 +172,11 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
       static_cast<uint32_t>(__reduce_max_sync(kAllLanes, static_cast<int32_t>(lane < warps ? fast.totals[lane] : 0u)));
   const float page = float_of(largest);
   for (uint32_t v = threadIdx.x; v < count; v += blockDim.x) {
-    float b = tables.bounds[v];
+    float b = bound_of_word(tables.bounds[v]);
     if (b > 0.0f && scale_of(b, page) > KVZ_SCALE_LARGEST) {
       b = no_bound();
       unusable = 1;
-      tables.bounds[v] = b;
+      tables.bounds[v] = kNoBound;
     }
     float* const rows = tables.inverses + v / 16 * (kRiceTokenRows * kRiceTokenRow) + v % 16;
 #pragma unroll
@@ -250,22 +250,12 @@ KVZ_DEV uint32_t codes_of_tokens(const RiceStrip& s, const TokenTables& tables, 
                                  uint32_t (&u)[16], bool& wide) {
   using Tr = Traits<DTYPE>;
   const float most = Tr::to_float(Tr::kMaxFinite), room = static_cast<float>(Tr::kMaxCode) + 0.5f;
-  const float* const bounds = tables.bounds + vector * 16;
+  const uint32_t* const bounds = tables.bounds + vector * 16;
   const float* const inverses = tables.inverses + vector * (kRiceTokenRows * kRiceTokenRow);
   // At the power-of-two steps, where the products are exact.
   float low[2], high[2];
   if (DTYPE == KVZ_BF16) {
-    uint32_t low_2 = 0, high_2 = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 16; ++i) {
-      const uint32_t t = scale_bf16_2(s.x[i], inverses[i]);
-      low_2 = i == 0 ? t : min2<DTYPE>(low_2, t);
-      high_2 = i == 0 ? t : max2<DTYPE>(high_2, t);
-    }
-    low[0] = widen<DTYPE>(low_2);
-    low[1] = widen_high<DTYPE>(low_2);
-    high[0] = widen<DTYPE>(high_2);
-    high[1] = widen_high<DTYPE>(high_2);
+    extremes_of_powers(s.x, bounds, low, high);
   } else {
     low[0] = low[1] = float_of(0x7f800000u);
     high[0] = high[1] = float_of(0xff800000u);
@@ -296,43 +286,65 @@ KVZ_DEV uint32_t codes_of_tokens(const RiceStrip& s, const TokenTables& tables, 
 #pragma unroll
         for (uint32_t j = 0; j < 16; ++j) v = j == i ? s.x[j] : v;
         const float x = a == 0 ? widen<DTYPE>(v) : widen_high<DTYPE>(v);
-        bad = bad || !(float_of(bits_of(x) & 0x7fffffffu) + bounds[i] <= most);
+        bad = bad || !(float_of(bits_of(x) & 0x7fffffffu) + bound_of_word(bounds[i]) <= most);
       }
       if (bad) raw |= 0xffffu << (16 * a);
     }
     width[a] = bit_length(widest_code(low[a], high[a], 1.0f));
     if ((raw >> (16 * a) & 1u) != 0) width[a] = 0;
   }
-  while (true) {
+  if constexpr (DTYPE == KVZ_BF16) {
+    wide = wide || width[0] > 11 || width[1] > 11;
+    // Codes at a coarser step are no wider: width by width, as far as the step of one has narrower codes still. From 8
+    // bits on, and up to 4, all widths have the same step.
+    while (true) {
+      const bool open0 = width[0] >= 5 && width[0] <= 8, open1 = width[1] >= 5 && width[1] <= 8;
+      if (!__any_sync(kAllLanes, open0 || open1)) break;
+      const uint32_t own0 = open0 ? static_cast<uint32_t>(width[0]) : 5u;
+      const uint32_t own1 = open1 ? static_cast<uint32_t>(width[1]) : 5u;
+      const uint32_t more = codes_exceed(s.x, bounds, 9 - own0, 9 - own1, own0 - 1, own1 - 1);
+      const bool less0 = open0 && (more & 0x8000u) == 0, less1 = open1 && (more & 0x80000000u) == 0;
+      width[0] -= less0 ? 1 : 0;
+      width[1] -= less1 ? 1 : 0;
+      if (!__any_sync(kAllLanes, less0 || less1)) break;
+    }
     const float* const row[2] = {inverses + token_row<DTYPE>(width[0]) * kRiceTokenRow,
                                  inverses + token_row<DTYPE>(width[1]) * kRiceTokenRow};
-    wide = wide || width[0] > 11 || width[1] > 11;
-    uint32_t least_code = 0, most_code = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < 16; ++i) {
-      const uint32_t x = raw == 0 ? s.x[i] : s.x[i] & ~raw;
-      float inverse[2];
+    for (int q = 0; q < 4; ++q) {
+      const float4 four0 = reinterpret_cast<const float4*>(row[0])[q],
+                   four1 = reinterpret_cast<const float4*>(row[1])[q];
+      const float inverse0[4] = {four0.x, four0.y, four0.z, four0.w},
+                  inverse1[4] = {four1.x, four1.y, four1.z, four1.w};
 #pragma unroll
-      for (uint32_t a = 0; a < 2; ++a) {
-        if (DTYPE == KVZ_FP16) {
-          const uint32_t bits = static_cast<uint32_t>(step_bits<DTYPE>(KVZ_FIXED, width[a], bounds[i]));
-          inverse[a] = inverses[((bits < kRiceTokenRows ? bits : kRiceTokenRows) - 1) * kRiceTokenRow + i];
-        } else {
-          inverse[a] = row[a][i];
-        }
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t x = raw == 0 ? s.x[q * 4 + j] : s.x[q * 4 + j] & ~raw;
+        u[q * 4 + j] = biased_codes(widen<DTYPE>(x) * inverse0[j], widen_high<DTYPE>(x) * inverse1[j]);
       }
-      u[i] = biased_codes(widen<DTYPE>(x) * inverse[0], widen_high<DTYPE>(x) * inverse[1]);
-      least_code = i == 0 ? u[i] : min_2(least_code, u[i]);
-      most_code = i == 0 ? u[i] : max_2(most_code, u[i]);
     }
-    const int found[2] = {static_cast<int>(bits_of_biased(least_code & 0xffffu, most_code & 0xffffu)),
-                          static_cast<int>(bits_of_biased(least_code >> 16, most_code >> 16))};
-    const bool done = DTYPE == KVZ_FP16 ? found[0] == width[0] && found[1] == width[1]
-                                        : token_row<DTYPE>(found[0]) == token_row<DTYPE>(width[0]) &&
-                                              token_row<DTYPE>(found[1]) == token_row<DTYPE>(width[1]);
-    if (done) break;  // the same steps, the same codes
-    width[0] = found[0];
-    width[1] = found[1];
+  } else {
+    while (true) {
+      wide = wide || width[0] > 11 || width[1] > 11;
+      uint32_t least_code = 0, most_code = 0;
+#pragma unroll
+      for (uint32_t i = 0; i < 16; ++i) {
+        const uint32_t x = raw == 0 ? s.x[i] : s.x[i] & ~raw;
+        float inverse[2];
+#pragma unroll
+        for (uint32_t a = 0; a < 2; ++a) {
+          const uint32_t bits = static_cast<uint32_t>(step_bits<DTYPE>(KVZ_FIXED, width[a], bound_of_word(bounds[i])));
+          inverse[a] = inverses[((bits < kRiceTokenRows ? bits : kRiceTokenRows) - 1) * kRiceTokenRow + i];
+        }
+        u[i] = biased_codes(widen<DTYPE>(x) * inverse[0], widen_high<DTYPE>(x) * inverse[1]);
+        least_code = i == 0 ? u[i] : min_2(least_code, u[i]);
+        most_code = i == 0 ? u[i] : max_2(most_code, u[i]);
+      }
+      const int found[2] = {static_cast<int>(bits_of_biased(least_code & 0xffffu, most_code & 0xffffu)),
+                            static_cast<int>(bits_of_biased(least_code >> 16, most_code >> 16))};
+      if (found[0] == width[0] && found[1] == width[1]) break;  // the same steps, the same codes
+      width[0] = found[0];
+      width[1] = found[1];
+    }
   }
   return raw;
 }
@@ -658,8 +670,8 @@ KVZ_DEV void encode_rice_fast_page(const EncodeParams& p, uint8_t* memory, uint3
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   RiceFastShared& fast = *reinterpret_cast<RiceFastShared*>(memory + kSharedBytes);
   TokenTables tables;
-  tables.bounds = reinterpret_cast<float*>(memory + kRiceFastBytes);
-  tables.inverses = tables.bounds + vectors * 16;
+  tables.bounds = reinterpret_cast<uint32_t*>(memory + kRiceFastBytes);
+  tables.inverses = reinterpret_cast<float*>(tables.bounds + vectors * 16);
   tables.any_unusable = false;
   uint32_t* const stage = reinterpret_cast<uint32_t*>(memory + kRiceFastBytes + rice_fast_table_bytes(vectors));
   const uint32_t thread = threadIdx.x, lane = lane_of(thread), warp = thread / kWarp, warps = blockDim.x / kWarp;
@@ -871,7 +883,7 @@ KVZ_DEV void encode_rice_fast_page(const EncodeParams& p, uint8_t* memory, uint3
     const uint32_t count = g.tokens * segment.heads;
     for (uint32_t v = thread; v < prefix && v < count; v += blockDim.x) {
       const uint32_t token = v / segment.heads, in_row = v - token * segment.heads;
-      const float bound = tables.bounds[(token / 16 * segment.heads + in_row) * 16 + token % 16];
+      const float bound = bound_of_word(tables.bounds[(token / 16 * segment.heads + in_row) * 16 + token % 16]);
       reinterpret_cast<uint8_t*>(stage)[v] =
           static_cast<uint8_t>(bound > 0.0f    ? scale_of(bound, bounds.page)
                                : bound == 0.0f ? static_cast<uint32_t>(KVZ_SCALE_ZERO)

@@ -232,15 +232,6 @@ KVZ_DEV float square_sum_8(uint4 chunk, float scale, bool finite) {
   return (pair[0] + pair[1]) + (pair[2] + pair[3]);
 }
 
-// A bound in team.bounds: as bfloat16, which holds it, in both halves. That of zeros, which is 0, is one that no other
-// has, and that can be multiplied with.
-constexpr uint32_t kZeroBound = 0x00800080u, kNoBound = 0x7fc07fc0u;
-KVZ_DEV uint32_t bound_word(float bound) {
-  const uint32_t bits = bits_of(bound);
-  return bound == 0.0f ? kZeroBound : bits >> 16 | (bits & 0xffff0000u);
-}
-KVZ_DEV float bound_of_word(uint32_t word) { return word == kZeroBound ? 0.0f : float_of(word & 0xffff0000u); }
-
 // Sums of squares of the parts of all vectors, exactly as the format has them. `finite`: all values of the page are. By
 // every thread of a team.
 template <int DTYPE>
@@ -1149,59 +1140,9 @@ struct TokenCoder : FixedPlanes<DTYPE> {
       }
     }
   }
-  // The same at the power-of-two steps, of values that bfloat16 holds.
-  KVZ_DEV static void extremes_of_powers(const uint32_t (&x)[16], const uint4* steps, float (&low)[2],
-                                         float (&high)[2]) {
-    uint32_t low_2 = 0, high_2 = 0;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const uint4 four = steps[q];
-      const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        // 1 / 2^(k + 1) of 2^k: the exponents add up to 253, and no half borrows.
-        const uint32_t v = fma_bf16_2(x[q * 4 + j], 0x7e807e80u - (bound[j] & 0x7f807f80u), 0x80008000u);
-        low_2 = q + j == 0 ? v : min2<DTYPE>(low_2, v);
-        high_2 = q + j == 0 ? v : max2<DTYPE>(high_2, v);
-      }
-    }
-    low[0] = widen<DTYPE>(low_2);
-    high[0] = widen<DTYPE>(high_2);
-    low[1] = widen_high<DTYPE>(low_2);
-    high[1] = widen_high<DTYPE>(high_2);
-  }
-  // Signs of the halves in which some code at the step of a width, 2 to 7, needs more bits. With C = 2^(width - 1), the
-  // code of x at the step S lies within -C and C - 1 when -(C + 1/2) S <= x < (C - 1/2) S: S / 2 is the bound without
-  // the bits that the step lacks, and a fused multiplication and addition has the sign of the exact difference.
-  //
-  // The codes are roundings of x times 1 / S rounded. That makes a difference where x lies at a limit exactly and 1 / S
-  // is not exact: tried out for all x, S and widths, with one exception (exceeds_apart).
-  KVZ_DEV static uint32_t exceeds(const uint32_t (&x)[16], const uint4* steps, uint32_t width0, uint32_t width1) {
-    const float c0 = static_cast<float>(1u << width0), c1 = static_cast<float>(1u << width1);
-    const uint32_t most = narrow2<KVZ_BF16>(1.0f - c0, 1.0f - c1), least = narrow2<KVZ_BF16>(c0 + 1.0f, c1 + 1.0f);
-    const uint32_t mask = mask_of(width0) | mask_of(width1) << 16;
-    uint32_t more = 0;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const uint4 four = steps[q];
-      const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t b = bound[j] & mask, v = x[q * 4 + j];
-        more = any_less(more, fma_bf16_2(b, least, v), fma_bf16_2(b, most, v));
-      }
-    }
-    return more;
-  }
-  // Of a bfloat16 bound, the bits that the step of a width keeps.
-  KVZ_DEV static uint32_t mask_of(uint32_t width) { return 0xffffu & ~((1u << (8 - bits_of_width(width))) - 1u); }
-  // more | negative | not positive, in one instruction.
-  KVZ_DEV static uint32_t any_less(uint32_t more, uint32_t negative, uint32_t positive) {
-    return more | negative | ~positive;
-  }
   // Does a strip need the extremes of the products themselves? A width of 2 with a bound of 30 / 16: -2.5 steps become
   // 3 codes.
-  KVZ_DEV bool exceeds_apart(const uint32_t* words, uint32_t less0, uint32_t less1) const {
+  KVZ_DEV bool is_apart(const uint32_t* words, uint32_t less0, uint32_t less1) const {
     const uint32_t least = less0 < less1 ? less0 : less1, most = less0 > less1 ? less0 : less1;
     if (__any_sync(kAllLanes, least < 2 || most > 7)) return true;
     return __any_sync(kAllLanes, least == 2) && __any_sync(kAllLanes, (words[lane & 15u] & 0x78u) == 0x70u);
@@ -1216,7 +1157,7 @@ struct TokenCoder : FixedPlanes<DTYPE> {
     if (DTYPE == KVZ_BF16) {
 #pragma unroll
       for (int t = 0; t < 16; ++t) x[t] = column[t * 32];
-      extremes_of_powers(x, reinterpret_cast<const uint4*>(words), low, high);
+      extremes_of_powers(x, words, low, high);
     } else {
       extremes(column, rows, rows, low, high);
     }
@@ -1229,8 +1170,9 @@ struct TokenCoder : FixedPlanes<DTYPE> {
       less[h] = static_cast<uint32_t>(top > 0 ? top : 0) & 15u;
       more[h] = static_cast<uint32_t>(top + 1) & 15u;
     }
-    if (DTYPE == KVZ_BF16 && !exceeds_apart(words, less[0], less[1])) {
-      const uint32_t exceeded = exceeds(x, reinterpret_cast<const uint4*>(words), less[0], less[1]);
+    if (DTYPE == KVZ_BF16 && !is_apart(words, less[0], less[1])) {
+      const uint32_t exceeded =
+          codes_exceed(x, words, bits_of_width(less[0]), bits_of_width(less[1]), less[0], less[1]);
       return (exceeded & 0x8000u ? more[0] : less[0]) | (exceeded & 0x80000000u ? more[1] : less[1]) << 4;
     }
     extremes(column, rows + row_of_width(less[0]), rows + row_of_width(less[1]), low, high);
@@ -1534,16 +1476,6 @@ KVZ_DEV bool encode_page_of(TileShared& tile_shared, const Team& team, const kvz
   return true;
 }
 
-// As encode_page_of, out of line, so that the registers of the others stay what they are.
-template <int DTYPE, Coding CODING>
-KVZ_DEV_NOINLINE bool encode_page_apart(const EncodeParams& p, uint8_t* memory) {
-  TileShared& tile_shared = *reinterpret_cast<TileShared*>(memory);
-  const Tile& tile = tile_shared.tile;
-  const kvz_segment segment = tile.segments[warp_of(threadIdx.x) / p.team_warps];
-  const Strips strips = strips_of(segment, tile.block_id);
-  return encode_page_of<DTYPE, CODING>(tile_shared, team_of(p, memory, segment, strips.count), segment, strips);
-}
-
 // The next tile of this CTA. By one warp; the others see it after a barrier.
 KVZ_DEV void take_tile(const EncodeParams& p, Tile& tile, uint32_t lane) {
   uint32_t index = 0;
@@ -1617,9 +1549,9 @@ KVZ_DEV void encode_tiles(const EncodeParams& p, uint8_t* memory) {
     const bool lossy = segment.coding != KVZ_LOSSLESS && segment.bound_kind != KVZ_BOUND_LOSSLESS;
     if (segment.coding == KVZ_FIXED && lossy) {
       if (WITHIN && segment.bound_kind == KVZ_BOUND_TOKEN_RMS) {
-        encoded = encode_page_apart<DTYPE, kFixedByToken>(p, memory);
+        encoded = encode_page_of<DTYPE, kFixedByToken>(shared, team, segment, strips);
       } else if (WITHIN && segment.bound_kind == KVZ_BOUND_CHANNEL_TABLE) {
-        encoded = encode_page_apart<DTYPE, kFixedByChannel>(p, memory);
+        encoded = encode_page_of<DTYPE, kFixedByChannel>(shared, team, segment, strips);
       } else {
         encoded = encode_page_of<DTYPE, kFixedByPage>(shared, team, segment, strips);
       }
