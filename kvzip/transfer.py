@@ -212,7 +212,10 @@ class Transfer:
 
     @property
     def cuda_event(self) -> int:
-        """Handle of the event behind the last kernel, for integrators; 0 before it is queued, and on the CPU."""
+        """Handle of the event behind the last kernel, for integrators; 0 before it is queued, and on the CPU.
+
+        It is destroyed with the transfer: keep that while you use it.
+        """
         self._release()
         return self._event
 
