@@ -61,10 +61,10 @@ def launches(engine: SwapEngine) -> list[int]:
     """Which kernels did it, of all calls that were bound: 0 where it was not these."""
     swap: Any = engine._devices["cuda:0"]
     calls = [
-        b.call._native.few.launch
+        ticket.call._native.few.launch
         for d in (swap._stores, swap._loads)
-        for p in d._plans.values()
-        for b in p.calls.values()
+        for plan in d._plans.values()
+        for ticket in plan.tickets.values()
     ]
     return [int(n) for n in calls]
 
