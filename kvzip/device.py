@@ -628,9 +628,9 @@ class DeviceSwap:
         started: float,
         error: Exception | None,
     ) -> TransferResult:
-        count = len(keys)
         assert self._stores is not None
         try:
+            count = len(keys)
             if error is not None:
                 raise error
             status, sizes, crcs, rows = ticket.arrays

@@ -266,10 +266,12 @@ class _Direction(abc.ABC):
 
     def end(self, ticket: Ticket) -> None:
         """Give a ticket back, once its work has ended and its arrays were read."""
-        self._free.append(ticket.number)
-        if ticket.event:
-            self._events.append(ticket.event)
-            ticket.event = 0
+        try:
+            self._free.append(ticket.number)
+        finally:
+            if ticket.event:
+                self._events.append(ticket.event)
+                ticket.event = 0
 
     def close(self) -> None:
         """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""

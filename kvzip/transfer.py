@@ -440,12 +440,16 @@ class TransferQueue:
             error = caught  # anything else is not, such as what a signal raises here: the device goes on
         if not self.lock.acquire(blocking=wait):
             return transfer._ended
+        pending = self._pending
         try:
-            while not transfer._ended:
-                self._land(*self._pending.popleft(), error)
+            while pending and (pending[0][0]._ended or not transfer._ended):
+                first, land = pending[0]
+                if not first._ended:  # else whoever ended it was interrupted
+                    self._land(first, land, error)
+                pending.popleft()
         finally:
             self.lock.release()
-        return True
+        return transfer._ended
 
     def poll(self) -> None:
         """Complete what has ended on the device. Does not wait for it."""
@@ -489,6 +493,8 @@ class TransferQueue:
             transfer._finish(land(error))
         except BaseException as caught:
             transfer._fail(transfer_error(self._what, caught))
+            if not isinstance(caught, Exception):
+                raise  # Ctrl-C, in a thread of the caller
 
 
 def _seconds(timeout: float | None) -> float | None:

@@ -210,12 +210,14 @@ class Worker:
         try:
             self._clean_up(job)
         finally:
-            self._open.popleft()
-            if error is None:
-                assert result is not None
-                job.transfer._finish(result)
-            else:
-                job.transfer._fail(transfer_error(job.what, error))
+            try:
+                self._open.popleft()
+            finally:
+                if error is None:
+                    assert result is not None
+                    job.transfer._finish(result)
+                else:
+                    job.transfer._fail(transfer_error(job.what, error))
         if error is not None and not isinstance(error, Exception):
             raise error  # Ctrl-C, in a thread of the caller
 

@@ -509,9 +509,8 @@ def interrupt(number: int, work: Callable[[], object]) -> bool:
     gc.disable()  # or it interrupts a finalizer of another test
     sys.settrace(trace)
     try:
-        work()
-    except KeyboardInterrupt:
-        pass
+        with contextlib.suppress(KeyboardInterrupt, TransferError):  # the latter of one whose end was interrupted
+            work()
     finally:
         sys.settrace(None)
         gc.enable()
@@ -519,8 +518,9 @@ def interrupt(number: int, work: Callable[[], object]) -> bool:
 
 
 @WAYS
+@pytest.mark.parametrize("waits", [False, True], ids=["queued", "waited for"])
 @pytest.mark.parametrize("what", ["store", "load"])
-def test_ctrl_c_at_any_step_of_a_transfer(what: str, small: bool) -> None:
+def test_ctrl_c_at_any_step_of_a_transfer(what: str, waits: bool, small: bool) -> None:
     """No byte is given away that the device still uses, and nothing is left behind."""
     rig = exact_rig(small, capacity=200_000, reaper_seconds=0.001)
     rig.engine.store(rig.keys[:4], rig.view[range(4)]).wait(10)
@@ -532,12 +532,19 @@ def test_ctrl_c_at_any_step_of_a_transfer(what: str, small: bool) -> None:
         synchronize(stream)
 
     rig.driver.stream_synchronize = finish  # type: ignore[method-assign]
+    begun: list[Transfer] = []
+
+    def work() -> None:
+        use = rig.engine.store if what == "store" else rig.engine.load
+        begun.append(use([b"new"] if what == "store" else rig.keys[:1], rig.view[[5 if what == "store" else 0]]))
+        if waits:
+            begun[0].wait(10)
+
     for number in range(1, 2000):
-        rig.driver.hold.clear()  # the device has not come to it yet
-        if what == "store":  # which takes its memory at once, if it is a small one
-            came = interrupt(number, lambda: rig.engine.store([b"new"], rig.view[[5]]))
-        else:
-            came = interrupt(number, lambda: rig.engine.load([rig.keys[0]], rig.view[[0]]))
+        begun.clear()
+        if not waits:
+            rig.driver.hold.clear()  # the device has not come to it yet
+        came = interrupt(number, work)
         with given_away(rig.pool) if small else contextlib.nullcontext([]) as parts:
             rig.driver.hold.set()
             rig.driver._work()
@@ -549,6 +556,8 @@ def test_ctrl_c_at_any_step_of_a_transfer(what: str, small: bool) -> None:
             while worker.busy:
                 assert time.monotonic() < deadline, f"step {number}: a job that never ends"
                 time.sleep(0.0001)
+        with contextlib.suppress(TransferError):
+            assert all(transfer.wait(10) for transfer in begun), f"step {number}: a transfer that never ends"
         assert not rig.engine._store_lock.locked()
         assert not rig.swap._turn.locked()
         assert rig.engine._index._loads == 0
@@ -561,6 +570,7 @@ def test_ctrl_c_at_any_step_of_a_transfer(what: str, small: bool) -> None:
     else:
         raise AssertionError("a small transfer has more steps than were tried")
     assert number > 10
+    begun.clear()
     rig.poison()
     rig.engine.load(rig.keys[:4], rig.view[range(4)]).wait(10)
     assert all(np.array_equal(a[:4], o[:4]) for a, o in zip(rig.arrays, rig.original, strict=True))
