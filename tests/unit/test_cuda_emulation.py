@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvzip import _native
@@ -43,3 +44,25 @@ def test_device_code_writes_the_bytes_of_the_cpu_codec(program: Path) -> None:
     done = subprocess.run([str(program), "600", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "600 cases equal" in done.stdout
+
+
+@pytest.mark.parametrize("width", range(2, 8))
+def test_limits_of_codes_are_those_of_exact_differences(width: int) -> None:
+    """What `codes_exceed` (cuda_bounds.inl) rests on, for all bfloat16 values and all bounds of tokens.
+
+    It compares a value with the limits of a width exactly, where the format rounds the value times the rounded inverse
+    of the step; the one bound for which that differs, `is_apart` (cuda_encode_strips.inl) leaves to the other way.
+    """
+    most = 2 ** (width - 1)  # codes are -most .. most - 1
+    magnitudes = (np.arange(128, 256)[:, None] / 128 * 2.0 ** np.arange(-12, 12)).ravel()
+    x = np.concatenate([[0], magnitudes, -magnitudes]).astype(np.float32)
+    bits = min(9 - width, 5)  # of a bound, that the step of this width keeps
+    differs = set()
+    for sixteenths in range(16, 32):  # bounds have 5 significant bits; their exponent changes nothing
+        half_step = sixteenths >> (5 - bits) << (5 - bits)
+        codes = np.rint(x * (np.float32(1) / np.float32(half_step / 8)))
+        rounded = (codes < -most) | (codes >= most)
+        exact = (x * 16.0 >= (2.0 * most - 1) * half_step) | (x * 16.0 < -(2.0 * most + 1) * half_step)
+        if (rounded != exact).any():
+            differs.add(sixteenths)
+    assert differs == ({30} if width == 2 else set())
