@@ -680,9 +680,8 @@ class DeviceSwap:
         if contents.codec not in _NATIVE or (count > 1 and any(entry.contents is not contents for entry in entries)):
             return None
         after = stream if type(stream) is int else stream_handle(stream, self._device)
-        records = self._one_record(entries[0], contents) if count == 1 and self._packed else None
-        if records is None:
-            records = self._records(entries)
+        alone = entries[0] if count == 1 and self._packed and len(entries[0].allocation.runs) == 1 else None
+        records = self._records(entries) if alone is None else None
         try:
             with queue.lock:
                 if self._closed:
@@ -696,7 +695,16 @@ class DeviceSwap:
                     return None
                 ticket: Ticket | None = None
                 try:
-                    ticket = small.load(plan, out.block_ids, records, after)
+                    if alone is not None:
+                        place = alone.allocation
+                        run = 0, self._pool.address + place.runs[0][0], place.extent_nbytes
+                        nbytes = place.nbytes - contents.header_bytes
+                        ticket = small.load_one(
+                            plan, out.block_ids, run, nbytes, alone.payload_crc32c, alone.table, after
+                        )
+                    else:
+                        assert records is not None
+                        ticket = small.load(plan, out.block_ids, records, after)
                     if ticket is None:
                         return None
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
@@ -709,17 +717,6 @@ class DeviceSwap:
         except NativeError as error:
             _log.info("a small load goes the long way: %s", str(error))
         return None
-
-    def _one_record(self, entry: Entry, contents: Contents) -> Records | None:
-        """`_records` of one block in one run, which is most of them where blocks come one by one; else None."""
-        allocation = entry.allocation
-        if len(allocation.runs) != 1:
-            return None
-        nbytes, header = allocation.nbytes, contents.header_bytes
-        run = (0, self._pool.address + allocation.runs[0][0], allocation.extent_nbytes)
-        return Records(
-            [run], allocation.extent_nbytes, header, [0], [nbytes - header], [entry.payload_crc32c], entry.table
-        )
 
     def _records(self, entries: Sequence[Entry], first: int = 0, last: int | None = None) -> Records:
         """Records of blocks first to last - 1: where they lie and where they go in an arena."""

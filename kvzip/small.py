@@ -62,12 +62,11 @@ def _store_fields(pages: int, blocks: int) -> Fields:
     return Fields(
         words=(_U64, blocks),  # numbers of the blocks
         runs=(RUN_DTYPE, MOST_RUNS),
-        ends=(_U32, blocks),
         status=(_U32, 4),
         payload_bytes=(_U64, blocks),
         record_offsets=(_U64, blocks),
         table=(ENTRY_DTYPE, blocks * pages),
-        payload_crc32c=(_U32, blocks),
+        payload_crc32c=(_U32, 2 * blocks),  # pairs: the other words are the kernels'
     )
 
 
@@ -367,13 +366,14 @@ class SmallStores(_Direction):
         )
         few = FewArgs(
             memory=memory.address("few"),
-            ends=fields.address(host_at, "ends"),
             table=fields.address(host_at, "table"),
             block_ids=fields.address(host_at, "words"),
             payload_bytes=fields.address(host_at, "payload_bytes"),
             status=fields.address(host_at, "status"),
         )
-        names = ("status", "payload_bytes", "payload_crc32c")
+        status, payload_bytes, pairs = (
+            fields.array(host, name).data for name in ("status", "payload_bytes", "payload_crc32c")
+        )
         table = fields.array(host, "table").view(np.uint8)
         call = self._driver.store_call(encode, move, few, self._order, self._device, self._stream)
         return Ticket(
@@ -382,7 +382,7 @@ class SmallStores(_Direction):
             call.wait,
             fields.array(host, "words").data,
             fields.array(host, "runs"),
-            (*(fields.array(host, name).data for name in names), table.data),
+            (status, payload_bytes, pairs[::2], table.data),
         )
 
 
@@ -435,6 +435,26 @@ class SmallLoads(_Direction):
             _set_words(crcs, records.payload_crc32c)
             table[:] = records.tables
             self._queue(ticket, records.runs, after)
+        return ticket
+
+    def load_one(
+        self,
+        plan: Plan,
+        block_ids: npt.NDArray[np.int64],
+        run: Run,
+        payload_bytes: int,
+        payload_crc32c: int,
+        table: bytes,
+        after: int,
+    ) -> Ticket | None:
+        """`load` of one record that lies in one run: what most of them are where blocks come one by one."""
+        ticket = self._begin(plan, 1, (run,))
+        if ticket is not None:
+            _, crcs, entries = ticket.arrays
+            _set_words(ticket.words, (*block_ids.tolist(), self._arena + plan.header_bytes, payload_bytes, 0))
+            crcs[0] = payload_crc32c
+            entries[:] = table
+            self._queue(ticket, (run,), after)
         return ticket
 
     def _bind(self, plan: Plan, number: int, blocks: int) -> Ticket:

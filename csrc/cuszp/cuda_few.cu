@@ -14,6 +14,8 @@ namespace {
 constexpr uint32_t kMostFetchCtas = 64;  // as many as keep the link busy
 constexpr uint32_t kFewStorePages = 128;
 constexpr uint32_t kSizesBytes = kFewStorePages * sizeof(uint64_t);
+constexpr uint32_t kBadBytes = kFewBlocks * sizeof(uint32_t);
+static_assert(kBadBytes + kFewBlocks * sizeof(uint64_t) <= kSizesBytes, "loads need no more than stores");
 constexpr int kMaxDevices = 64;
 
 extern __shared__ __align__(16) uint8_t g_shared[];
@@ -154,11 +156,13 @@ cudaError_t launch_few_store(kvz_cuda_store_args& args, cudaStream_t stream) {
   p.host_units = args.move.run.bytes / 16;
   p.sizes = reinterpret_cast<uint64_t*>(args.few.memory);
   p.sums = reinterpret_cast<uint32_t*>(args.few.memory + kSizesBytes);
-  p.crc32c = args.move.crc32c;
-  p.ends = args.few.ends;
+  p.ends = reinterpret_cast<uint64_t*>(args.move.crc32c);
   p.launch = next_launch();
   p.strips = own;
-  for (uint32_t b = 0; b < e.num_blocks; ++b) p.block_ids[b] = args.few.block_ids[b];
+  for (uint32_t b = 0; b < e.num_blocks; ++b) {
+    p.block_ids[b] = args.few.block_ids[b];
+    p.ends[b] = 0;  // whatever was here may look like the launch
+  }
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = ctas;
@@ -197,6 +201,8 @@ cudaError_t launch_few_load(kvz_cuda_load_args& args, cudaStream_t stream) {
     p.payload_bytes[b] = bytes;
     p.expected[b] = few_sum(m.crc32c[b], bytes);
     p.block_ids[b] = args.few.block_ids[b];
+    d.block_status[b] = KVZ_OK;
+    args.few.ends[b] = 0;  // whatever was here may look like the launch
     const uint32_t pieces = few_pieces(bytes);
     if (pieces > p.most_pieces) p.most_pieces = pieces;
   }
@@ -209,6 +215,7 @@ cudaError_t launch_few_load(kvz_cuda_load_args& args, cudaStream_t stream) {
   p.general.segments = d.device_segments;
   p.general.counters = static_cast<Counters*>(d.workspace);
   p.general.bad = reinterpret_cast<uint32_t*>(args.few.memory);
+  p.ready = reinterpret_cast<uint64_t*>(args.few.memory + kBadBytes);
   p.general.block_status = d.block_status;
   p.general.num_segments = d.num_segments;
   p.general.num_blocks = d.num_blocks;
@@ -235,9 +242,9 @@ cudaError_t launch_few_load(kvz_cuda_load_args& args, cudaStream_t stream) {
   return launch(decode_function(d.segments[0].dtype), grid, warps * kWarp, shared_bytes, &p, stream, &early);
 }
 
-bool few_has_ended(const kvz_cuda_few& few, uint32_t num_blocks) {
-  for (uint32_t b = 0; b < num_blocks; ++b) {
-    if (__atomic_load_n(few.ends + b, __ATOMIC_ACQUIRE) != few.launch) return false;
+bool few_has_ended(const FewEnds& ends) {
+  for (uint32_t b = 0; b < ends.num_blocks; ++b) {
+    if (__atomic_load_n(ends.first + b * ends.step, __ATOMIC_ACQUIRE) != ends.launch) return false;
   }
   return true;
 }

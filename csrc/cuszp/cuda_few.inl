@@ -6,7 +6,8 @@
 // Out, one kernel does it all: a cluster of CTAs encodes a page, each its strips, and writes their words and their part
 // of the checksum straight to mapped host memory. Sizes pass through distributed shared memory within a page, and
 // through device memory from page to page. In, a first kernel fetches records, verifies and validates them, and a
-// second one decodes. The host sees the end in words of mapped memory, which costs less than an event.
+// second one, which begins with it, decodes each block as soon as that is done. The host sees the end in words of
+// mapped memory, which costs less than an event.
 #pragma once
 
 #include "cuda_decode_strips.inl"
@@ -83,10 +84,10 @@ inline uint32_t few_sum(uint32_t crc, uint64_t payload_bytes) {
 // Sizes carry the number of their launch, so that nothing need be cleared.
 KVZ_DEV uint64_t with_launch(uint32_t launch, uint32_t value) { return static_cast<uint64_t>(launch) << 32 | value; }
 
-// To mapped host memory, behind all that this thread has seen; the host reads it while the kernel runs.
-KVZ_DEV void tell_host(uint32_t* to, uint32_t value) {
-  __threadfence_system();
-  *reinterpret_cast<volatile uint32_t*>(to) = value;
+// To mapped host memory, which the host reads while the kernel runs: in one piece. What the value stands for is there.
+template <class T>
+KVZ_DEV void tell_host(T* to, T value) {
+  *reinterpret_cast<volatile T*>(to) = value;
 }
 
 // ---- out
@@ -96,12 +97,11 @@ struct FewStore {
   EncodeParams general;  // what encode_any needs; table, sizes of payloads and status lie in mapped host memory
   uint8_t* host;         // where records go, one behind the other as in an arena
   uint64_t host_units;
-  uint64_t* sizes;   // of each page, in units, with the launch
-  uint32_t* sums;    // of each block, zero before a launch and after it: checksum, CTAs that have ended, and a factor
-  uint32_t* crc32c;  // of each block, in mapped host memory
-  uint32_t* ends;    // of each block, in mapped host memory: the launch that has ended
-  uint32_t launch;   // not 0
-  uint32_t strips;   // of a CTA
+  uint64_t* sizes;  // of each page, in units, with the launch
+  uint32_t* sums;   // of each block, zero before a launch and after it: checksum, CTAs that have ended, and a factor
+  uint64_t* ends;   // of each block, in mapped host memory: its checksum, with the launch that has ended
+  uint32_t launch;  // not 0
+  uint32_t strips;  // of a CTA
   int64_t block_ids[kFewBlocks];
 };
 
@@ -198,8 +198,7 @@ KVZ_DEV void end_few(const FewStore& p, FewShared& few, uint32_t b) {
   __threadfence();
   const uint32_t factor = atomicExch(&sums[2], 0u), crc = atomicExch(&sums[0], 0u);
   sums[1] = 0;
-  p.crc32c[b] = ~product_once(crc ^ 0xffffffffu, factor);
-  tell_host(p.ends + b, p.launch);
+  tell_host(p.ends + b, with_launch(p.launch, ~product_once(crc ^ 0xffffffffu, factor)));
 }
 
 // A page that the coders leave: by the first CTA of the cluster, as in the fast path.
@@ -408,7 +407,8 @@ KVZ_DEV void encode_few(const FewStore& p, uint8_t* memory) {
 struct FewLoad {
   DecodeParams general;                // without what follows: table, numbers of blocks, payloads and their sizes
   uint32_t* ends;                      // of each block, in mapped host memory: the launch that has ended
-  uint32_t* scratch;                   // two words a block, zero before a launch and after it: checksum, pieces in it
+  uint64_t* ready;                     // of each block: the launch that may decode it, or knows that it is bad
+  uint32_t* scratch;                   // two words a block, zero before a launch and after it: checksum, parts done
   uint32_t launch;                     // not 0
   uint32_t parts;                      // CTAs that decode a page
   uint32_t most_pieces;                // of a payload
@@ -435,6 +435,21 @@ KVZ_DEV DecodeParams decode_params(const FewLoad& p, const uint64_t* payloads) {
   return q;
 }
 
+// A part of a block's work is done, a piece or a page; the last one lets it be decoded. By one warp.
+KVZ_DEV void end_part(const FewLoad& p, uint32_t b, uint32_t crc, uint32_t lane) {
+  __syncwarp();
+  if (lane != 0) return;
+  uint32_t* const scratch = p.scratch + 2 * b;
+  if (crc != 0) atomicXor(&scratch[0], crc);
+  __threadfence();
+  if (atomicAdd(&scratch[1], 1u) + 1 != few_pieces(p.payload_bytes[b]) + p.general.num_segments) return;
+  __threadfence();
+  scratch[1] = 0;
+  if (atomicExch(&scratch[0], 0u) != p.expected[b]) p.general.bad[b] = 1;
+  __threadfence();
+  store_relaxed(p.ready + b, p.launch);
+}
+
 // A piece of a payload from the host to the arena. By one warp.
 KVZ_DEV void fetch_piece(const FewLoad& p, uint32_t b, uint32_t piece, const uint32_t (&row)[4][256], uint32_t lane) {
   const uint32_t units = static_cast<uint32_t>(p.payload_bytes[b] / 16), first = piece * kFewPieceUnits;
@@ -456,14 +471,7 @@ KVZ_DEV void fetch_piece(const FewLoad& p, uint32_t b, uint32_t piece, const uin
     if (first + i < units) to[i] = v[r];
     add_row(sum, v[r], row);
   }
-  const uint32_t crc = product_once(sum_of_rows(sum, lane), shift_back_units(first + kFewPieceUnits));
-  if (lane != 0) return;
-  uint32_t* const scratch = p.scratch + 2 * b;
-  atomicXor(&scratch[0], crc);
-  __threadfence();
-  if (atomicAdd(&scratch[1], 1u) + 1 != few_pieces(p.payload_bytes[b])) return;
-  scratch[1] = 0;
-  if (atomicExch(&scratch[0], 0u) != p.expected[b]) p.general.bad[b] = 1;
+  end_part(p, b, product_once(sum_of_rows(sum, lane), shift_back_units(first + kFewPieceUnits)), lane);
 }
 
 // Classes and bases of a page from the host, all at once: validation reads them one after the other. By one warp.
@@ -509,7 +517,7 @@ KVZ_DEV void fetch_few(const FewLoad& p, FetchShared& shared) {
     if (id < pages) {
       uint4* const head = shared.head[warp_of(threadIdx.x)];
       validate_pages(q, id, lane, copy_head(p, id, head, lane));
-      __syncwarp();
+      end_part(p, id / p.general.num_segments, 0, lane);
     } else {
       fetch_piece(p, (id - pages) / p.most_pieces, (id - pages) % p.most_pieces, shared.row, lane);
     }
@@ -526,7 +534,12 @@ KVZ_DEV void decode_few(const FewLoad& p, uint8_t* memory) {
   const kvz_entry entry = p.table[page];
   const uint32_t bytes = units_of(entry.size) * 16;
   uint8_t* const from = reinterpret_cast<uint8_t*>(p.to[b]) + static_cast<uint64_t>(entry.offset) * 16;
-  wait_for_previous_kernel();
+  // The kernel before has begun, in all its CTAs, so that this ends; its own end would come a microsecond later.
+  if (threadIdx.x == 0) {
+    while (load_relaxed(p.ready + b) != p.launch) relax();
+    __threadfence();
+  }
+  __syncthreads();
   if (p.general.bad[b] == 0) {
     if (entry.coding >= KVZ_FIXED && bytes <= p.general.room_bytes) {
       for (uint32_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) copy_async_16(room + i, from + i);
@@ -551,11 +564,14 @@ KVZ_DEV void decode_few(const FewLoad& p, uint8_t* memory) {
   __syncthreads();
   if (!shared.last) return;
   for (uint32_t i = threadIdx.x; i < p.general.num_blocks; i += blockDim.x) {
-    const bool bad = atomicExch(&p.general.bad[i], 0u) != 0;
-    p.general.block_status[i] = bad ? KVZ_CORRUPT : KVZ_OK;
+    if (atomicExch(&p.general.bad[i], 0u) != 0) {
+      p.general.block_status[i] = KVZ_CORRUPT;  // else it is KVZ_OK since before the launch
+      __threadfence_system();
+    }
     tell_host(p.ends + i, p.launch);
   }
   if (threadIdx.x == 0) p.general.counters->done = p.general.counters->any_bad = 0;
+  wait_for_previous_kernel();  // whoever comes behind this kernel comes behind both
 }
 
 }  // namespace gpu

@@ -670,6 +670,33 @@ def test_small_blocks_of_one_page() -> None:
     rig.close()
 
 
+def test_events_of_small_transfers() -> None:
+    """Transfers share events, but who asked for one has it to itself until the transfer is dropped."""
+    rig = small_rig()
+    rig.engine.store(rig.keys[:1], rig.view[[0]]).wait(10)
+    made = rig.driver.calls.count("event_create")
+    for _ in range(3):
+        rig.engine.store(rig.keys[:1], rig.view[[0]]).wait(10)
+    assert rig.driver.calls.count("event_create") == made
+    rig.driver.hold.clear()
+    transfers = [rig.engine.store([key], rig.view[[0]]) for key in rig.keys[1:4]]
+    own = transfers[0].cuda_event
+    assert own == transfers[0].cuda_event != transfers[1].cuda_event
+    assert {own, transfers[1].cuda_event} <= rig.driver.events
+    rig.driver.hold.set()
+    assert all(transfer.wait(10) for transfer in transfers)
+    assert transfers[0].cuda_event == own
+    waits = rig.driver.calls.count("stream_wait_event")
+    transfers[2].wait_stream(7)  # it has ended: there is nothing to wait for
+    assert rig.driver.calls.count("stream_wait_event") == waits
+    rig.engine.store(rig.keys[4:5], rig.view[[0]]).wait(10)
+    late = transfers[2].cuda_event
+    assert late in rig.driver.events - {own}
+    del transfers
+    assert rig.driver.events.isdisjoint({own, late})
+    rig.close()
+
+
 def test_a_small_transfer_that_nobody_waits_for_ends() -> None:
     rig = small_rig(reaper_seconds=0.001)
     rig.engine.store(rig.keys, rig.view)
