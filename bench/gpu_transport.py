@@ -12,6 +12,7 @@ that is named after the GPU, such as ``h200_transport.json``, and written as the
   time is a caller's: from the call of ``store`` or ``load`` until ``wait`` returns. Loads are compared with what they
   have to give. ``link_gb_per_s`` is what one plain copy of as many bytes reached in this run, ``efficiency`` the rate
   over ratio x link; ``cpu_s_per_gib`` is the time that all threads of the process computed.
+* ``small``: where the time of 1 to 64 pages goes, on the host and natively (gpu_small.py).
 * ``timeline``: where the time of a large transfer goes, by CUDA events around the copies of its chunks: before the
   first begins, while they move, between them, and after the last until the caller has the result.
 * ``both``: 1 GiB out and 1 GiB in at the same time, again and again.
@@ -41,6 +42,7 @@ from typing import Any
 import gpu_peers as peers
 import numpy as np
 from gpu_peers import MIB, PAGE_BYTES, TO_DEVICE, TO_HOST, Ints, Row, Unavailable, Way
+from gpu_small import section_small
 from gpu_ways import (
     MOST_PAGES_OF_BLOCK,
     WAYS,
@@ -73,7 +75,7 @@ from kvzip.memory import PinnedMemory, Region
 from kvzip.record import header_nbytes
 from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
-SECTIONS = ("pool", "transport", "timeline", "both", "codec", "interference")
+SECTIONS = ("pool", "transport", "small", "timeline", "both", "codec", "interference")
 MAX_CTAS = (0, 32, 64, 96)
 
 
@@ -1138,6 +1140,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 SECTION: dict[str, Callable[[TransportBench, Results, argparse.Namespace], None]] = {
     "pool": section_pool,
     "transport": section_transport,
+    "small": section_small,
     "timeline": section_timeline,
     "both": section_both,
     "codec": section_codec,

@@ -463,7 +463,29 @@ def transport_section() -> list[str]:
                 ],
             ),
         ]
-    return parts + timeline_section()
+    return parts + small_section() + timeline_section()
+
+
+def small_section() -> list[str]:
+    """Where the time of small transfers goes."""
+    found = load("*_small.json")
+    if not found:
+        return []
+    name, data = found
+    parts = ("us", "view_us", "queue_us", "result_us", "native_us", "native_call_us", "native_wait_us")
+    return [
+        "### Where the time of a small transfer goes, microseconds\n",
+        paragraph(
+            "A caller's time: until the view of the blocks is made, until `store` or `load` returns, and until "
+            "`result` does. Beside it the native call with the same arguments and the wait for its end, nothing else "
+            "between: what the transfer would take if the engine's bookkeeping took no time. "
+            f"Medians; commit {data['environment']['commit']} ([{name}](../bench/results/{name}))."
+        ),
+        table(
+            ["way", "direction", "pages", "in all", "view", "store / load", "result", "native alone", "call", "then"],
+            [[WAYS[r["way"]], r["direction"], str(r["pages"]), *(f"{r[k]:.1f}" for k in parts)] for r in data["rows"]],
+        ),
+    ]
 
 
 def timeline_section() -> list[str]:

@@ -44,7 +44,7 @@ from kvzip.record import (
     header_nbytes,
     pack_headers,
 )
-from kvzip.small import Plan, SmallLoads, SmallStores, Ticket
+from kvzip.small import Plan, SmallLoads, SmallStores, Ticket, arena_runs
 from kvzip.transfer import OnDevice, QueuedTransfer, Transfer, TransferQueue, TransferResult
 from kvzip.transport import (
     BLOCKS,
@@ -585,7 +585,7 @@ class DeviceSwap:
                     return None
                 ticket: Ticket | None = None
                 try:
-                    ticket = small.store(plan, blocks.block_ids, self._room_runs(room), after)
+                    ticket = small.store(plan, blocks.block_ids, room.runs, self._pool.address, after)
                     if ticket is None:
                         return None
                     transfer = QueuedTransfer(queue, self._driver, self._device, ticket)
@@ -661,14 +661,6 @@ class DeviceSwap:
         self._host.count_store(result)
         return result
 
-    def _room_runs(self, room: Room) -> list[Run]:
-        """Runs of a room, by their place in an arena that is copied there."""
-        base, at, runs = self._pool.address, 0, []
-        for offset, nbytes in room.runs:
-            runs.append((at, base + offset, nbytes))
-            at += nbytes
-        return runs
-
     def _load_small(
         self, keys: Sequence[bytes], entries: Sequence[Entry], out: BlockView, stream: object, started: float
     ) -> Transfer | None:
@@ -697,10 +689,15 @@ class DeviceSwap:
                 try:
                     if alone is not None:
                         place = alone.allocation
-                        run = 0, self._pool.address + place.runs[0][0], place.extent_nbytes
-                        nbytes = place.nbytes - contents.header_bytes
                         ticket = small.load_one(
-                            plan, out.block_ids, run, nbytes, alone.payload_crc32c, alone.table, after
+                            plan,
+                            out.block_ids,
+                            self._pool.address + place.runs[0][0],
+                            place.extent_nbytes,
+                            place.nbytes - contents.header_bytes,
+                            alone.payload_crc32c,
+                            alone.table,
+                            after,
                         )
                     else:
                         assert records is not None
@@ -885,7 +882,7 @@ class DeviceSwap:
         def place(plan: _StorePlan, chunk: EncodedChunk) -> list[Run]:
             if self._packed:  # as the arena: the records are copied before anything is known of them
                 rooms.append(index.take(chunk.arena_bytes, keys))
-                return self._room_runs(rooms[-1])
+                return arena_runs(rooms[-1].runs, pool.address)
             chunk.verify()
             extent = pool.extent_bytes
             extents = (chunk.payload_bytes.astype(np.int64) + (header + extent - 1)) // extent

@@ -112,9 +112,21 @@ class Plan:
     context: Any = None
 
 
+def arena_runs(runs: Sequence[tuple[int, int]], base: int) -> list[Run]:
+    """Runs of host memory, by offset from an address and by size, that follow each other in an arena."""
+    at, made = 0, []
+    for offset, nbytes in runs:
+        made.append((at, base + offset, nbytes))
+        at += nbytes
+    return made
+
+
 def _set_words(words: memoryview, values: Sequence[int]) -> None:
     """Write numbers into a whole table: faster than an array's assignment where they are few."""
-    words[:] = array(words.format, values)
+    if len(values) == 1:
+        words[0] = values[0]
+    else:
+        words[:] = array(words.format, values)
 
 
 @dataclass(eq=False, slots=True)
@@ -227,9 +239,9 @@ class _Direction(abc.ABC):
         at = number * TICKET_BYTES
         return self._region.array[at : at + TICKET_BYTES], self._region.address + at
 
-    def _begin(self, plan: Plan, blocks: int, runs: Sequence[Run]) -> Ticket | None:
+    def _begin(self, plan: Plan, blocks: int, runs: int) -> Ticket | None:
         """A free ticket, for `_queue` to take; None if there is none, or the transfer is too large."""
-        if not self._free or len(runs) > MOST_RUNS:
+        if not self._free or runs > MOST_RUNS:
             return None
         return plan.tickets.get((self._free[-1], blocks)) or self._new_ticket(plan, self._free[-1], blocks)
 
@@ -242,14 +254,11 @@ class _Direction(abc.ABC):
         ticket = plan.tickets[number, blocks] = self._bind(plan, number, blocks)
         return ticket
 
-    def _queue(self, ticket: Ticket, runs: Sequence[Run], after: int) -> None:
+    def _queue(self, ticket: Ticket, runs: int, address: int, nbytes: int, after: int) -> None:
+        """Queue the work; `ticket.runs` says where more than one run lies, else it is this one."""
         try:
             ticket.event = event = self._events.pop() if self._events else self._driver.event_create()
-            count = len(runs)
-            if count > 1:
-                ticket.runs[:count] = runs
-            _, address, nbytes = runs[0]
-            ticket.call(after, event, count, address, nbytes)
+            ticket.call(after, event, runs, address, nbytes)
             self._free.pop()
         except BaseException:
             self.give_up(ticket)
@@ -312,20 +321,26 @@ class SmallStores(_Direction):
         """Whether a ticket has room for the tables."""
         return blocks <= MOST_BLOCKS and _store_fields(pages, blocks).nbytes <= TICKET_BYTES
 
-    def store(self, plan: Plan, block_ids: npt.NDArray[np.int64], runs: Sequence[Run], after: int) -> Ticket | None:
+    def store(
+        self, plan: Plan, block_ids: npt.NDArray[np.int64], runs: Sequence[tuple[int, int]], base: int, after: int
+    ) -> Ticket | None:
         """Queue a store; None if too many are under way, or it is too large in one way or another.
 
         Args:
             plan: from `plan_for`.
             block_ids: the blocks.
-            runs: host memory for the records in the order of the arena; worst case.
+            runs: offset and size of host memory for the records, in the order of the arena; worst case.
+            base: the address that the offsets are from.
             after: stream whose queued work comes before.
         """
         numbers = block_ids.tolist()
-        ticket = self._begin(plan, len(numbers), runs)
+        ticket = self._begin(plan, len(numbers), len(runs))
         if ticket is not None:
             _set_words(ticket.words, numbers)
-            self._queue(ticket, runs, after)
+            if len(runs) > 1:
+                ticket.runs[: len(runs)] = arena_runs(runs, base)
+            offset, nbytes = runs[0]
+            self._queue(ticket, len(runs), base + offset, nbytes, after)
         return ticket
 
     def _bind(self, plan: Plan, number: int, blocks: int) -> Ticket:
@@ -426,7 +441,8 @@ class SmallLoads(_Direction):
             after: stream whose queued work comes before.
         """
         numbers = block_ids.tolist()
-        ticket = self._begin(plan, len(numbers), records.runs)
+        runs = records.runs
+        ticket = self._begin(plan, len(numbers), len(runs))
         if ticket is not None:
             base, offsets = self._arena + plan.header_bytes, records.offsets
             payloads = [base + offset for offset in offsets]
@@ -434,27 +450,30 @@ class SmallLoads(_Direction):
             _, crcs, table = ticket.arrays
             _set_words(crcs, records.payload_crc32c)
             table[:] = records.tables
-            self._queue(ticket, records.runs, after)
+            if len(runs) > 1:
+                ticket.runs[: len(runs)] = runs
+            self._queue(ticket, len(runs), *runs[0][1:], after)
         return ticket
 
     def load_one(
         self,
         plan: Plan,
         block_ids: npt.NDArray[np.int64],
-        run: Run,
+        address: int,
+        nbytes: int,
         payload_bytes: int,
         payload_crc32c: int,
         table: bytes,
         after: int,
     ) -> Ticket | None:
         """`load` of one record that lies in one run: what most of them are where blocks come one by one."""
-        ticket = self._begin(plan, 1, (run,))
+        ticket = self._begin(plan, 1, 1)
         if ticket is not None:
             _, crcs, entries = ticket.arrays
             _set_words(ticket.words, (*block_ids.tolist(), self._arena + plan.header_bytes, payload_bytes, 0))
             crcs[0] = payload_crc32c
             entries[:] = table
-            self._queue(ticket, (run,), after)
+            self._queue(ticket, 1, address, nbytes, after)
         return ticket
 
     def _bind(self, plan: Plan, number: int, blocks: int) -> Ticket:

@@ -22,6 +22,7 @@ import numpy as np
 from kvzip import _native
 from kvzip.backends.cuszp import Extended
 from kvzip.errors import CorruptRecordError, CudaError
+from kvzip.memory import Region
 from kvzip.record import ENTRY_DTYPE, Coding
 
 
@@ -48,6 +49,13 @@ class FakeTensor:
 
     def stride(self) -> tuple[int, ...]:
         return tuple(s // self.array.itemsize for s in self.array.strides)
+
+
+class Mapped:
+    """Pageable memory that says it is pinned: the fake GPU can address it."""
+
+    def allocate(self, nbytes: int) -> Region:
+        return Region(np.zeros(nbytes, np.uint8), pinned=True)
 
 
 class FakeDriver:

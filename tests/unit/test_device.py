@@ -16,7 +16,7 @@ from typing import Any
 import fake_cuda
 import numpy as np
 import pytest
-from fake_cuda import FakeDriver, FakeTensor, cuda_error
+from fake_cuda import FakeDriver, FakeTensor, Mapped, cuda_error
 
 from kvzip import (
     BlockLayout,
@@ -40,7 +40,7 @@ from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
 from kvzip.index import RecordIndex
 from kvzip.integrity import Integrity
-from kvzip.memory import PageableMemory, Region
+from kvzip.memory import PageableMemory
 from kvzip.pool import Room
 from kvzip.pressure import BoundPressure
 from kvzip.record import Reason, read_header
@@ -49,13 +49,6 @@ from kvzip.transport import CudaTransport, Staging, chunk_bounds, tapered_bounds
 from kvzip.types import DType
 
 BLOCKS = 12
-
-
-class Mapped:
-    """Pageable memory that says it is pinned: the fake GPU can address it."""
-
-    def allocate(self, nbytes: int) -> Region:
-        return Region(np.zeros(nbytes, np.uint8), pinned=True)
 
 
 class Rig:

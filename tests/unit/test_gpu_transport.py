@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeDriver, FakeTensor
+from fake_cuda import FakeDriver, FakeTensor, Mapped
 
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, _cuda
 from kvzip.device import DeviceSwap
@@ -226,6 +226,21 @@ def test_where_the_time_of_a_transfer_goes(module: Any, results: Any, tmp_path: 
     }  # fmt: skip
     overlapping = module.parts_of(10.0, [(1.0, 6.0), (4.0, 5.0), (5.0, 8.0)])
     assert (overlapping["link_us"], overlapping["idle_us"], overlapping["after_us"]) == (7e6, 0.0, 2e6)
+
+
+def test_where_the_time_of_a_small_transfer_goes(module: Any, results: Any, tmp_path: Path) -> None:
+    bench = bench_of(module, 128)
+    bench._pool = HostPool(16 << 20, resource=Mapped())
+    events = set(bench.driver.events)
+    module.run(bench, results, options_of(module, tmp_path, "--sections", "small"))
+    written = json.loads((tmp_path / "h200_small.json").read_text())
+    assert written["notes"] == []
+    assert len(written["rows"]) == 12
+    for row in written["rows"]:
+        parts = row["view_us"] + row["queue_us"] + row["result_us"]
+        assert parts == pytest.approx(row["us"], rel=0.5)  # medians of each
+        assert row["native_us"] > 0
+    assert bench.driver.events == events
 
 
 def test_wrong_pages_are_found(module: Any) -> None:
