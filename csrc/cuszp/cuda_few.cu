@@ -203,7 +203,7 @@ cudaError_t launch_few_load(kvz_cuda_load_args& args, cudaStream_t stream) {
     p.block_ids[b] = args.few.block_ids[b];
     d.block_status[b] = KVZ_OK;
     args.few.ends[b] = 0;  // whatever was here may look like the launch
-    const uint32_t pieces = few_pieces(bytes);
+    const uint32_t pieces = few_pieces(bytes, p.from[b]);
     if (pieces > p.most_pieces) p.most_pieces = pieces;
   }
   uint32_t room = 16;

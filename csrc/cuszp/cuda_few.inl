@@ -23,6 +23,7 @@ constexpr uint32_t kFewPages = 64;    // of a load
 constexpr uint32_t kFewStrips = 64;   // of a page
 constexpr uint32_t kFewCtas = 8;      // most of a page
 constexpr uint32_t kFewSumWords = 3;  // of a block in FewStore::sums
+constexpr uint32_t kLineUnits = 8;    // of host memory, as the link sees it
 
 // ---- machine
 // ----------------------------------------------------------------------------------------------------------
@@ -164,15 +165,18 @@ KVZ_DEV void place_few(const FewStore& p, FewShared& few, uint32_t rank, uint32_
 template <class Load>
 KVZ_DEV void carry(const FewStore& p, FewShared& few, uint32_t first, uint32_t count, uint32_t warp, uint32_t warps,
                    uint32_t lane, Load load) {
-  const uint32_t rows = (count + kRowUnits - 1) / kRowUnits, each = (rows + warps - 1) / warps;
-  const uint32_t begin = warp * each, end = begin + each < rows ? begin + each : rows;
-  if (begin >= end || !few.fits) return;
+  if (!few.fits) return;
   const uint64_t at = few.before + first;  // in the payload
+  // Rows begin where lines of host memory do: parts of lines would take the link almost as long as whole ones.
+  const uint32_t skew = static_cast<uint32_t>(few.record + at) % kLineUnits;
+  const uint32_t rows = (skew + count + kRowUnits - 1) / kRowUnits, each = (rows + warps - 1) / warps;
+  const uint32_t begin = warp * each, end = begin + each < rows ? begin + each : rows;
+  if (begin >= end) return;
   uint4* const to = reinterpret_cast<uint4*>(p.host) + few.record + at;
   uint4 sum;
   sum.x = sum.y = sum.z = sum.w = 0;
   for (uint32_t r = begin; r < end; ++r) {
-    const uint32_t i = r * kRowUnits + lane;
+    const uint32_t i = r * kRowUnits + lane - skew;  // below 0 it is a large number
     uint4 v;
     v.x = v.y = v.z = v.w = 0;
     if (i < count) {
@@ -183,7 +187,7 @@ KVZ_DEV void carry(const FewStore& p, FewShared& few, uint32_t first, uint32_t c
   }
   const uint32_t crc = sum_of_rows(sum, lane);
   // Counted from the start of the payload, whose end other pages decide: the last CTA moves the sum there.
-  const uint32_t moved = product_once(crc, shift_back_units(static_cast<uint32_t>(at) + end * kRowUnits));
+  const uint32_t moved = product_once(crc, shift_back_units(static_cast<uint32_t>(at) + end * kRowUnits - skew));
   if (lane == 0) atomicXor(&few.crc, moved);
 }
 
@@ -422,8 +426,10 @@ struct FewLoad {
 constexpr uint32_t kFetchThreads = 128;
 constexpr uint32_t kFewPieceRows = 4;  // of a warp, all in flight at once
 constexpr uint32_t kFewPieceUnits = kFewPieceRows * kRowUnits;
-KVZ_HD constexpr uint32_t few_pieces(uint64_t payload_bytes) {
-  return static_cast<uint32_t>((payload_bytes / 16 + kFewPieceUnits - 1) / kFewPieceUnits);
+// Units of a payload's first line that are before it: rows begin where lines do, as in `carry`.
+KVZ_HD constexpr uint32_t few_skew(uint64_t from) { return static_cast<uint32_t>(from / 16 % kLineUnits); }
+KVZ_HD constexpr uint32_t few_pieces(uint64_t payload_bytes, uint64_t from) {
+  return static_cast<uint32_t>((few_skew(from) + payload_bytes / 16 + kFewPieceUnits - 1) / kFewPieceUnits);
 }
 
 KVZ_DEV DecodeParams decode_params(const FewLoad& p, const uint64_t* payloads) {
@@ -442,7 +448,8 @@ KVZ_DEV void end_part(const FewLoad& p, uint32_t b, uint32_t crc, uint32_t lane)
   uint32_t* const scratch = p.scratch + 2 * b;
   if (crc != 0) atomicXor(&scratch[0], crc);
   __threadfence();
-  if (atomicAdd(&scratch[1], 1u) + 1 != few_pieces(p.payload_bytes[b]) + p.general.num_segments) return;
+  const uint32_t parts = few_pieces(p.payload_bytes[b], p.from[b]) + p.general.num_segments;
+  if (atomicAdd(&scratch[1], 1u) + 1 != parts) return;
   __threadfence();
   scratch[1] = 0;
   if (atomicExch(&scratch[0], 0u) != p.expected[b]) p.general.bad[b] = 1;
@@ -452,23 +459,24 @@ KVZ_DEV void end_part(const FewLoad& p, uint32_t b, uint32_t crc, uint32_t lane)
 
 // A piece of a payload from the host to the arena. By one warp.
 KVZ_DEV void fetch_piece(const FewLoad& p, uint32_t b, uint32_t piece, const uint32_t (&row)[4][256], uint32_t lane) {
-  const uint32_t units = static_cast<uint32_t>(p.payload_bytes[b] / 16), first = piece * kFewPieceUnits;
-  if (first >= units) return;
-  const uint4* const from = reinterpret_cast<const uint4*>(p.from[b]) + first;
-  uint4* const to = reinterpret_cast<uint4*>(p.to[b]) + first;
+  if (piece >= few_pieces(p.payload_bytes[b], p.from[b])) return;
+  const uint32_t units = static_cast<uint32_t>(p.payload_bytes[b] / 16);
+  const uint32_t first = piece * kFewPieceUnits - few_skew(p.from[b]);  // below 0 it is a large number
+  const uint4* const from = reinterpret_cast<const uint4*>(p.from[b]);
+  uint4* const to = reinterpret_cast<uint4*>(p.to[b]);
   uint4 v[kFewPieceRows];
 #pragma unroll
   for (uint32_t r = 0; r < kFewPieceRows; ++r) {
-    const uint32_t i = r * kRowUnits + lane;
+    const uint32_t i = first + r * kRowUnits + lane;
     v[r].x = v[r].y = v[r].z = v[r].w = 0;
-    if (first + i < units) v[r] = from[i];
+    if (i < units) v[r] = from[i];
   }
   uint4 sum;
   sum.x = sum.y = sum.z = sum.w = 0;
 #pragma unroll
   for (uint32_t r = 0; r < kFewPieceRows; ++r) {
-    const uint32_t i = r * kRowUnits + lane;
-    if (first + i < units) to[i] = v[r];
+    const uint32_t i = first + r * kRowUnits + lane;
+    if (i < units) to[i] = v[r];
     add_row(sum, v[r], row);
   }
   end_part(p, b, product_once(sum_of_rows(sum, lane), shift_back_units(first + kFewPieceUnits)), lane);

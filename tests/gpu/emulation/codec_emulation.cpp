@@ -713,7 +713,7 @@ void run_few_load(const Case& c) {
       d.to[b] = reinterpret_cast<uint64_t>(arena[b].get());
       d.payload_bytes[b] = payload_bytes[b];
       d.block_ids[b] = c.block_ids[b];
-      d.most_pieces = std::max(d.most_pieces, few_pieces(payload_bytes[b]));
+      d.most_pieces = std::max(d.most_pieces, few_pieces(payload_bytes[b], d.from[b]));
     }
     emulation::launch(1 + below(3), 64, sizeof(FetchShared),
                       [&](uint8_t* shared) { fetch_few(d, *reinterpret_cast<FetchShared*>(shared)); });
