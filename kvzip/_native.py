@@ -24,7 +24,7 @@ from kvzip.errors import BackendUnavailableError, ConfigError, CorruptRecordErro
 from kvzip.record import ENTRY_DTYPE, KINDS, Coding, align
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
-ABI_VERSION = 5
+ABI_VERSION = 4
 #: file name of the library within the package
 LIBRARY_NAME = {"darwin": "libkvzip_native.dylib", "win32": "kvzip_native.dll"}.get(sys.platform, "libkvzip_native.so")
 

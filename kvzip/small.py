@@ -62,11 +62,12 @@ def _store_fields(pages: int, blocks: int) -> Fields:
     return Fields(
         words=(_U64, blocks),  # numbers of the blocks
         runs=(RUN_DTYPE, MOST_RUNS),
+        ends=(_U32, blocks),
         status=(_U32, 4),
         payload_bytes=(_U64, blocks),
         record_offsets=(_U64, blocks),
         table=(ENTRY_DTYPE, blocks * pages),
-        payload_crc32c=(_U32, 2 * blocks),  # pairs: the other words are the kernels'
+        payload_crc32c=(_U32, blocks),
     )
 
 
@@ -381,14 +382,13 @@ class SmallStores(_Direction):
         )
         few = FewArgs(
             memory=memory.address("few"),
+            ends=fields.address(host_at, "ends"),
             table=fields.address(host_at, "table"),
             block_ids=fields.address(host_at, "words"),
             payload_bytes=fields.address(host_at, "payload_bytes"),
             status=fields.address(host_at, "status"),
         )
-        status, payload_bytes, pairs = (
-            fields.array(host, name).data for name in ("status", "payload_bytes", "payload_crc32c")
-        )
+        names = ("status", "payload_bytes", "payload_crc32c")
         table = fields.array(host, "table").view(np.uint8)
         call = self._driver.store_call(encode, move, few, self._order, self._device, self._stream)
         return Ticket(
@@ -397,7 +397,7 @@ class SmallStores(_Direction):
             call.wait,
             fields.array(host, "words").data,
             fields.array(host, "runs"),
-            (status, payload_bytes, pairs[::2], table.data),
+            (*(fields.array(host, name).data for name in names), table.data),
         )
 
 

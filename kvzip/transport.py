@@ -200,9 +200,9 @@ class FewArgs:
     """What kernels for few pages need besides (see ``kvz_cuda_few``): device memory, and places in host memory."""
 
     memory: int
+    ends: int
     table: int
     block_ids: int
-    ends: int = 0
     payload_bytes: int = 0
     status: int = 0
 

@@ -261,7 +261,7 @@ class FakeDriver:
                 sizes = at(move.payload_bytes, np.uint64, move.num_blocks).tolist()
                 for b, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
                     payload = at(move.arena + offset + move.header_bytes, np.uint8, size)
-                    at(move.crc32c, np.uint32, 2 * move.num_blocks)[2 * b] = crc32c.crc32c(payload)
+                    at(move.crc32c, np.uint32, move.num_blocks)[b] = crc32c.crc32c(payload)
                     for host, start, length in self._places(move, num_runs, address, nbytes, offset, size):
                         at(host, np.uint8, length)[:] = payload[start : start + length]
                 ctypes.memmove(move.beside_to, move.beside_from, move.beside_bytes)

@@ -156,7 +156,8 @@ cudaError_t launch_few_store(kvz_cuda_store_args& args, cudaStream_t stream) {
   p.host_units = args.move.run.bytes / 16;
   p.sizes = reinterpret_cast<uint64_t*>(args.few.memory);
   p.sums = reinterpret_cast<uint32_t*>(args.few.memory + kSizesBytes);
-  p.ends = reinterpret_cast<uint64_t*>(args.move.crc32c);
+  p.crc32c = args.move.crc32c;
+  p.ends = args.few.ends;
   p.launch = next_launch();
   p.strips = own;
   for (uint32_t b = 0; b < e.num_blocks; ++b) {
@@ -242,9 +243,9 @@ cudaError_t launch_few_load(kvz_cuda_load_args& args, cudaStream_t stream) {
   return launch(decode_function(d.segments[0].dtype), grid, warps * kWarp, shared_bytes, &p, stream, &early);
 }
 
-bool few_has_ended(const FewEnds& ends) {
-  for (uint32_t b = 0; b < ends.num_blocks; ++b) {
-    if (__atomic_load_n(ends.first + b * ends.step, __ATOMIC_ACQUIRE) != ends.launch) return false;
+bool few_has_ended(const kvz_cuda_few& few, uint32_t num_blocks) {
+  for (uint32_t b = 0; b < num_blocks; ++b) {
+    if (__atomic_load_n(few.ends + b, __ATOMIC_ACQUIRE) != few.launch) return false;
   }
   return true;
 }

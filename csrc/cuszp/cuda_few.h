@@ -15,13 +15,8 @@ namespace gpu {
 cudaError_t launch_few_store(kvz_cuda_store_args& args, cudaStream_t stream);
 cudaError_t launch_few_load(kvz_cuda_load_args& args, cudaStream_t stream);
 
-// Where the blocks of a launch say that it has ended.
-struct FewEnds {
-  const uint32_t* first;
-  uint32_t step, num_blocks;
-  uint32_t launch;  // 0: other kernels do it
-};
-bool few_has_ended(const FewEnds& ends);
+// Whether a launch has ended: all its blocks say so.
+bool few_has_ended(const kvz_cuda_few& few, uint32_t num_blocks);
 
 }  // namespace gpu
 }  // namespace kvz

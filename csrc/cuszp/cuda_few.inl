@@ -85,11 +85,8 @@ inline uint32_t few_sum(uint32_t crc, uint64_t payload_bytes) {
 // Sizes carry the number of their launch, so that nothing need be cleared.
 KVZ_DEV uint64_t with_launch(uint32_t launch, uint32_t value) { return static_cast<uint64_t>(launch) << 32 | value; }
 
-// To mapped host memory, which the host reads while the kernel runs: in one piece. What the value stands for is there.
-template <class T>
-KVZ_DEV void tell_host(T* to, T value) {
-  *reinterpret_cast<volatile T*>(to) = value;
-}
+// To mapped host memory, which the host reads while the kernel runs. What it will read then is there.
+KVZ_DEV void tell_host(uint32_t* to, uint32_t value) { *reinterpret_cast<volatile uint32_t*>(to) = value; }
 
 // ---- out
 // --------------------------------------------------------------------------------------------------------------
@@ -98,11 +95,12 @@ struct FewStore {
   EncodeParams general;  // what encode_any needs; table, sizes of payloads and status lie in mapped host memory
   uint8_t* host;         // where records go, one behind the other as in an arena
   uint64_t host_units;
-  uint64_t* sizes;  // of each page, in units, with the launch
-  uint32_t* sums;   // of each block, zero before a launch and after it: checksum, CTAs that have ended, and a factor
-  uint64_t* ends;   // of each block, in mapped host memory: its checksum, with the launch that has ended
-  uint32_t launch;  // not 0
-  uint32_t strips;  // of a CTA
+  uint64_t* sizes;   // of each page, in units, with the launch
+  uint32_t* sums;    // of each block, zero before a launch and after it: checksum, CTAs that have ended, and a factor
+  uint32_t* crc32c;  // of each block, in mapped host memory
+  uint32_t* ends;    // of each block, in mapped host memory: the launch that has ended
+  uint32_t launch;   // not 0
+  uint32_t strips;   // of a CTA
   int64_t block_ids[kFewBlocks];
 };
 
@@ -202,7 +200,9 @@ KVZ_DEV void end_few(const FewStore& p, FewShared& few, uint32_t b) {
   __threadfence();
   const uint32_t factor = atomicExch(&sums[2], 0u), crc = atomicExch(&sums[0], 0u);
   sums[1] = 0;
-  tell_host(p.ends + b, with_launch(p.launch, ~product_once(crc ^ 0xffffffffu, factor)));
+  p.crc32c[b] = ~product_once(crc ^ 0xffffffffu, factor);
+  __threadfence_system();
+  tell_host(p.ends + b, p.launch);
 }
 
 // A page that the coders leave: by the first CTA of the cluster, as in the fast path.

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMoveThreads) move_kernel(const __grid_constan
       crc = ~atomicExch(&a.scratch[2 * b], 0u);
       a.scratch[2 * b + 1] = 0;
       if (OUT) {
-        a.crc32c[2 * b] = crc;
+        a.crc32c[b] = crc;
       } else {
         a.checked_bytes[b] = crc == a.crc32c[b] ? bytes : 0;  // the decoder's validation refuses an empty payload
       }
@@ -186,13 +186,14 @@ cudaError_t order_behind(void* stream, void* after, void* event) {
 }
 
 // As kvz_cuda_event_wait; kernels for few pages say earlier that they have ended.
-int32_t wait_for_swap(const FewEnds& ends, void* event, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
+int32_t wait_for_swap(const kvz_cuda_few& few, uint32_t num_blocks, void* event, uint64_t spin_us, uint64_t timeout_us,
+                      int32_t* done) {
   using Clock = std::chrono::steady_clock;
-  if (ends.launch == 0) return kvz_cuda_event_wait(event, spin_us, timeout_us, done);
+  if (few.launch == 0) return kvz_cuda_event_wait(event, spin_us, timeout_us, done);
   const Clock::time_point begin = Clock::now();
   *done = 0;
   for (uint32_t looks = 1; timeout_us != 0; ++looks) {
-    *done = few_has_ended(ends);
+    *done = few_has_ended(few, num_blocks);
     if (*done) return KVZ_OK;
     if (looks % 16 != 0) continue;
     const uint64_t waited =
@@ -202,7 +203,7 @@ int32_t wait_for_swap(const FewEnds& ends, void* event, uint64_t spin_us, uint64
       return kvz_cuda_event_wait(event, spin_us > waited ? spin_us - waited : 0, timeout_us - waited, done);
     }
   }
-  *done = few_has_ended(ends);
+  *done = few_has_ended(few, num_blocks);
   return *done ? KVZ_OK : kvz_cuda_event_wait(event, 0, 0, done);
 }
 
@@ -253,15 +254,13 @@ int32_t kvz_cuda_load(kvz_cuda_load_args* args, void* stream) {
 int32_t kvz_cuda_store_wait(const kvz_cuda_store_args* args, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
   using namespace kvz::gpu;
   if (args == nullptr || done == nullptr) return KVZ_INVALID_ARGUMENT;
-  const FewEnds ends = {args->move.crc32c + 1, 2, args->encode.num_blocks, args->few.launch};
-  return wait_for_swap(ends, args->done, spin_us, timeout_us, done);
+  return wait_for_swap(args->few, args->encode.num_blocks, args->done, spin_us, timeout_us, done);
 }
 
 int32_t kvz_cuda_load_wait(const kvz_cuda_load_args* args, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
   using namespace kvz::gpu;
   if (args == nullptr || done == nullptr) return KVZ_INVALID_ARGUMENT;
-  const FewEnds ends = {args->few.ends, 1, args->decode.num_blocks, args->few.launch};
-  return wait_for_swap(ends, args->done, spin_us, timeout_us, done);
+  return wait_for_swap(args->few, args->decode.num_blocks, args->done, spin_us, timeout_us, done);
 }
 
 int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stream) {

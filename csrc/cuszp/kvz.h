@@ -14,7 +14,7 @@
 #define KVZ_API __attribute__((visibility("default")))
 #endif
 
-#define KVZ_ABI_VERSION 5
+#define KVZ_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -215,12 +215,11 @@ typedef struct kvz_cuda_move_args {
   const uint64_t* record_offsets;  // device memory, num_blocks: where a record begins in the arena, multiples of 16
   const uint64_t* payload_bytes;   // device memory, num_blocks; multiples of 16
   uint64_t* checked_bytes;         // loads: device memory, out: payload_bytes, or 0 where the checksum differs
-  uint32_t* crc32c;   // loads: expected, device memory, num_blocks; stores: out, mapped host memory, the first words of
-                      // num_blocks pairs, multiple of 8
-  uint32_t* scratch;  // device memory, 2 * num_blocks; zero before the call and after it
-  const kvz_run* runs;  // device memory, num_runs, in the order of `start`; not read when there is one
-  kvz_run run;          // the run, when there is one
-  void* beside_to;      // copied along: tables and sizes
+  uint32_t* crc32c;                // device memory, num_blocks: out of a store, expected by a load
+  uint32_t* scratch;               // device memory, 2 * num_blocks; zero before the call and after it
+  const kvz_run* runs;             // device memory, num_runs, in the order of `start`; not read when there is one
+  kvz_run run;                     // the run, when there is one
+  void* beside_to;                 // copied along: tables and sizes
   const void* beside_from;
   uint64_t max_payload_bytes;  // no payload is larger; at most 2^28
   uint32_t beside_bytes;       // a multiple of 16
@@ -236,7 +235,7 @@ typedef struct kvz_cuda_move_args {
 typedef struct kvz_cuda_few {
   uint8_t* memory;   // device memory of the stream, kvz_cuda_few_bytes(), zero before its first use, multiple of
                      // 16; NULL: other kernels do it
-  uint32_t* ends;    // loads: mapped host memory, num_blocks; of stores they are the second words of crc32c
+  uint32_t* ends;    // mapped host memory, num_blocks
   kvz_entry* table;  // mapped host memory, num_blocks * num_segments: of a store out, of a load in
   const int64_t* block_ids;  // host memory, num_blocks
   uint64_t* payload_bytes;   // stores: out, num_blocks
