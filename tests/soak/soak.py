@@ -280,7 +280,7 @@ class Episode:
         except PoolExhaustedError:
             self.counts[f"{name}: PoolExhaustedError"] += 1
             # An encoder that fails in the middle may have made room before its blocks, raw, do not fit.
-            self.note_evictions((), exactly=0 if name == "store" else None)
+            self.note_evictions(keys, exactly=0 if name == "store" else None)
         except (KvzipError, ZeroDivisionError) as error:
             self.counts[f"{name}: {type(error).__name__}"] += 1
             require(name != "store", f"a store failed without a fault: {error!r}")
