@@ -23,7 +23,7 @@ from kvzip.benchmark import PATIENCE_SECONDS, Results, quantiles
 from kvzip.small import Ticket
 
 PAGES = (1, 8, 64)
-SPIN_US = 200
+SPIN_US = 1000
 PARTS = ("view", "queue", "result", "whole")
 
 

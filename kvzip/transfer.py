@@ -19,7 +19,7 @@ from kvzip.interop.torch import stream_handle
 
 _log = logging.getLogger("kvzip")
 
-_SPIN_US = 200  # that a wait for a small transfer spins: most have ended by then
+_SPIN_US = 1000  # that a wait for a small transfer spins: all have ended by then where the link is not shared
 _PATIENCE_SECONDS = 1.0  # between looks at the interpreter's signals
 _PATIENCE_US = int(_PATIENCE_SECONDS * 1e6)
 
