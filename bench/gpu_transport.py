@@ -19,7 +19,8 @@ that is named after the GPU, such as ``h200_transport.json``, and written as the
 * ``codec``: the kernels alone, between CUDA events; ``ceiling_fraction`` compares raw plus encoded bytes with what a
   copy in device memory reads plus writes in this run. ``max_ctas_rows`` limits the thread blocks.
 * ``interference``: how much longer a matrix product and a CUDA graph like a decoding step take beside a swap that
-  never pauses. ``compute_priority`` is that of their stream (-1 goes before the swap's 0).
+  never pauses. ``compute_priority`` is that of their stream (-1 goes before the swap's 0). ``traffic`` reads, writes
+  and copies what such a swap at a ratio of 4 does, without any codec: less than that no codec costs.
 * ``pool``: the time to make pinned memory, and the memory that an engine takes beside its pool.
 """
 
@@ -76,7 +77,9 @@ from kvzip.record import header_nbytes
 from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
 SECTIONS = ("pool", "transport", "small", "timeline", "both", "codec", "interference")
-MAX_CTAS = (0, 32, 64, 96)
+MAX_CTAS = (0, 16, 24, 32, 48, 64, 96)
+TRAFFIC_PAUSES = (0.0, 0.15e-3, 0.3e-3)  # seconds after a copy, beside compute
+CLOCK_HZ = 1.7e9  # about, of the GPU
 
 
 def environment(torch: Any, data: str, commit: str) -> Row:
@@ -352,6 +355,66 @@ def raw_swap(bench: TransportBench, pages: int, direction: str, stream: Any) -> 
     return start
 
 
+class Traffic:
+    """The device memory's part of a swap at a ratio of 4, and nothing else: what a codec without any work would cost.
+
+    Out, a kernel reads a chunk of pages and writes a quarter of that to an arena, which the copy engine reads; in, the
+    copy engine writes the quarter, and a kernel reads it and writes the chunk. `pause` seconds after each copy make the
+    link slower. Pages are read, targets are written; the values mean nothing.
+    """
+
+    RATIO = 4
+    CHUNK_BYTES = Staging.chunk_bytes
+    SLOTS = Staging.slots
+
+    def __init__(self, bench: TransportBench, pages: int, pause: float = 0.0) -> None:
+        torch = bench.torch
+        self._bench, self._pause = bench, pause
+        self._chunk = min(pages * PAGE_BYTES, self.CHUNK_BYTES)
+        self._chunks = pages * PAGE_BYTES // self._chunk
+        shape = (-1, self.RATIO, self._chunk // self.RATIO // 4)
+        self._pages, self._targets = (t.view(torch.float32).view(shape) for t in (bench.pages, bench.targets))
+        self._arenas = [torch.zeros_like(self._pages[0, 0]) for _ in range(self.SLOTS)]
+
+    def start_of(self, direction: str) -> Start:
+        """Starts a swap of all pages."""
+        torch, cudart = self._bench.torch, self._bench.cudart
+        kernels, copies = torch.cuda.Stream(), torch.cuda.Stream()
+        moved, used = ([torch.cuda.Event() for _ in self._arenas] for _ in range(2))  # by the copy, by the kernel
+        nbytes, host = self._chunk // self.RATIO, self._bench.host_address
+
+        def copy(slot: int, chunk: int) -> None:
+            arena, there = int(self._arenas[slot].data_ptr()), host + chunk * nbytes
+            to, source, kind = (there, arena, TO_HOST) if direction == "out" else (arena, there, TO_DEVICE)
+            copies.wait_event(used[slot])
+            cudart.copy(to, source, nbytes, kind, copies.cuda_stream)
+            moved[slot].record(copies)
+            if self._pause:
+                with torch.cuda.stream(copies):
+                    torch.cuda._sleep(round(self._pause * CLOCK_HZ))
+
+        def work(slot: int, chunk: int) -> None:
+            kernels.wait_event(moved[slot])
+            with torch.cuda.stream(kernels):
+                if direction == "out":
+                    torch.sum(self._pages[chunk], 0, out=self._arenas[slot])
+                else:
+                    self._targets[chunk].copy_(self._arenas[slot])
+            used[slot].record(kernels)
+
+        def start() -> Callable[[], None]:
+            for chunk in range(self._chunks):
+                steps = (work, copy) if direction == "out" else (copy, work)
+                for step in steps:
+                    step(chunk % self.SLOTS, chunk)
+            event = torch.cuda.Event(blocking=True)
+            event.record(copies if direction == "out" else kernels)
+            wait: Callable[[], None] = event.synchronize
+            return wait
+
+        return start
+
+
 def kvzip_out(way: Kvzip, blocks: Ints) -> Start:
     """Store under fresh keys, discard when it has ended."""
 
@@ -389,8 +452,10 @@ def kvzip_in(way: Kvzip, blocks: Ints) -> Iterator[Start]:
         way.engine.discard(keys)
 
 
-def swap_of(bench: TransportBench, way: Kvzip | None, pages: int, direction: str, stack: list[Any]) -> Start:
+def swap_of(bench: TransportBench, way: Kvzip | Traffic | None, pages: int, direction: str, stack: list[Any]) -> Start:
     """What a background runs: `way`, or the plain copy. Contexts that must be left afterwards go to the stack."""
+    if isinstance(way, Traffic):
+        return way.start_of(direction)
     if way is None:
         return raw_swap(bench, pages, direction, bench.copies if direction == "out" else bench.torch.cuda.Stream())
     way.pages = pages
@@ -403,7 +468,9 @@ def swap_of(bench: TransportBench, way: Kvzip | None, pages: int, direction: str
 
 
 @contextmanager
-def swapping(bench: TransportBench, way: Kvzip | None, pages: int, directions: Sequence[str]) -> Iterator[Any]:
+def swapping(
+    bench: TransportBench, way: Kvzip | Traffic | None, pages: int, directions: Sequence[str]
+) -> Iterator[Any]:
     """Swaps in the background, one thread a direction, that have settled."""
     stack: list[Any] = []
     running: list[Background] = []
@@ -816,23 +883,27 @@ class Compute:
         return float(begin.elapsed_time(end)) * 1e-3 / self._times
 
 
-def beside(bench: TransportBench, compute: Compute, way: Kvzip | None, direction: str, quick: bool) -> Row:
-    """The time of the compute beside a swap over that alone, measured before and after."""
-    few, many = (1, 3) if quick else (3, 7)
-    alone = [compute.stretch() for _ in range(few)]
-    with swapping(bench, way, bench.count, (direction,)) as (swap,):
-        compute.stretch()
-        begin = time.perf_counter()
-        loaded = [compute.stretch() for _ in range(many)]
-        while len([t for t in list(swap.ended) if t >= begin]) < 4 and time.perf_counter() < begin + 5:
-            loaded.append(compute.stretch())
-        rate = swap.gb_per_s(begin, time.perf_counter())
+def beside(
+    bench: TransportBench, compute: Compute, way: Kvzip | Traffic | None, direction: str, rounds: int, quick: bool
+) -> Row:
+    """The time of the compute beside a swap over that alone, in turn: clocks change while a matrix product runs."""
+    few, many = (1, 3) if quick else (2, 5)
+    alone, loaded, rates = [], [], []
+    for _ in range(rounds):
+        alone += [compute.stretch() for _ in range(few)]
+        with swapping(bench, way, bench.count, (direction,)) as (swap,):
+            compute.stretch()
+            begin = time.perf_counter()
+            loaded += [compute.stretch() for _ in range(many)]
+            while len([t for t in list(swap.ended) if t >= begin]) < 4 and time.perf_counter() < begin + 5:
+                loaded.append(compute.stretch())
+            rates.append(swap.gb_per_s(begin, time.perf_counter()))
     alone += [compute.stretch() for _ in range(few)]
     return {
         "direction": direction,
         "compute": compute.name,
         "slowdown": float(np.median(loaded) / np.median(alone)),
-        "gb_per_s": rate,
+        "gb_per_s": float(np.median(rates)),
         "compute_priority": compute.priority,
         "compute_us": float(np.median(loaded)) * 1e6,
         "alone_us": float(np.median(alone)) * 1e6,
@@ -842,7 +913,9 @@ def beside(bench: TransportBench, compute: Compute, way: Kvzip | None, direction
 
 def section_interference(bench: TransportBench, results: Results, options: argparse.Namespace) -> None:
     torch = bench.torch
-    ways: list[tuple[str, int, Kvzip | None]] = [("raw-link", 0, None)]
+    ways: list[tuple[str, int, Kvzip | Traffic | None]] = [("raw-link", 0, None)]
+    for pause in TRAFFIC_PAUSES[: 1 if options.quick else None]:
+        ways.append(("traffic", 0, Traffic(bench, bench.count, pause)))
     for limit in options.max_ctas:
         with results.attempt("interference", f"kvzip-1e-2, at most {limit} CTAs"):
             ways.append(("kvzip-1e-2", limit, Kvzip1e2(bench, Staging(max_ctas=limit))))
@@ -855,14 +928,17 @@ def section_interference(bench: TransportBench, results: Results, options: argpa
                 else:
                     work = DecodeStep(torch, 4 if options.quick else 32, options.batch, options.context)
                     results.note("interference", f"{work.name}: {work.description}")
+                rounds = 3 if kind == "gemm" and not options.quick else 1
                 for priority in options.priorities:
                     compute = Compute(torch, work, priority, 0.02 if options.quick else 0.05)
                     for name, limit, way in ways:
                         if priority != options.priorities[0] and limit not in (0, 32):
                             continue
+                        if kind == "gemm" and isinstance(way, Traffic):
+                            continue
                         for direction in ("out", "in"):
                             with results.attempt("interference", f"{name} {direction} beside {work.name}"):
-                                row = beside(bench, compute, way, direction, options.quick)
+                                row = beside(bench, compute, way, direction, rounds, options.quick)
                                 row = {"way": name, **row, "max_ctas": limit}
                                 results.add("interference", [row])
                                 print(
@@ -876,7 +952,7 @@ def section_interference(bench: TransportBench, results: Results, options: argpa
                 torch.cuda.empty_cache()
     finally:
         for _, _, way in ways:
-            if way is not None:
+            if isinstance(way, Kvzip):
                 way.close()
 
 
@@ -1122,8 +1198,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences of the decode-like graph (default: 8)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of each (default: 2048)")
     parser.add_argument(
-        "--priorities", type=lambda t: [int(p) for p in t.split(",")], default=[0, -1],
-        help="of the compute's stream, beside swaps of priority 0 (default: 0,-1)",
+        "--priorities", type=lambda t: [int(p) for p in t.split(",")], default=[0],
+        help="of the compute's stream, beside swaps of priority 0 (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--max-ctas", type=lambda t: [int(p) for p in t.split(",")], help="thread blocks of swaps beside compute"

@@ -33,6 +33,7 @@ WAYS = {
     "raw-loop": "raw pages, a copy each",
     "raw-batch": "raw pages, batched copies",
     "raw-gather": "raw pages, gathered, one copy",
+    "traffic": "the memory traffic alone, at a ratio of 4",
     "nvcomp-ans": "nvCOMP ANS (lossless)",
     "fp8": "cast to fp8 (no stated bound)",
     "int8": "int8 per row (no stated bound)",
@@ -626,20 +627,33 @@ def compute_section() -> list[str]:
             r["max_ctas"] or "no limit",
             f"{r['slowdown']:.2f}",
             f"{r['gb_per_s']:.0f}",
+            f"{(r['slowdown'] - 1) / r['gb_per_s'] * 1e4:.1f} %",
         ]
         for r in data["rows"]
         if not r.get("compute_priority")
     ]
     notes = f" {data['notes'][0]}." if data.get("notes") else ""
-    return [
+    parts = [
         "## What a swap costs the model beside it\n",
         paragraph(
             f"Time of the computation over its time alone, while transfers run without a break.{notes} "
             f"([{name}](../bench/results/{name}))"
         ),
         plot(name),
-        table(["way", "direction", "computation", "`max_ctas`", "slowdown", "GB/s"], rows),
+        table(["way", "direction", "computation", "`max_ctas`", "slowdown", "GB/s", "a 100 GB/s"], rows),
     ]
+    if any(r["way"] == "traffic" for r in data["rows"]):
+        parts.append(
+            paragraph(
+                "A step of decoding is bound by the GPU's memory, and so is its slowdown: the last column hardly "
+                "depends on `max_ctas`, so that a lower limit trades the swap's speed for the model's at a fixed "
+                "rate. The memory traffic alone, without any codec, sets the floor; pages that are written cost "
+                "more than pages that are read, and even the copy engine's writes cost something. A matrix "
+                "product is bound by the multiprocessors: a codec's thread blocks run where it leaves some free, "
+                "and the swap gives way first."
+            )
+        )
+    return parts
 
 
 def controller_section() -> list[str]:

@@ -59,6 +59,8 @@ class Stream:
 
     def synchronize(self) -> None: ...
 
+    def wait_event(self, event: Event) -> None: ...
+
 
 class Torch:
     """torch with a GPU that does everything at once."""
@@ -297,8 +299,27 @@ def test_interference(module: Any, results: Any, tmp_path: Path, monkeypatch: py
     module.run(bench, results, options)
     written = json.loads((tmp_path / "h200_interference.json").read_text())
     assert not [n for n in written["notes"] if "failed" in n]
-    assert len(written["rows"]) == 2 * 2 * 3 * 2
-    assert {r["max_ctas"] for r in written["rows"] if r["way"] == "kvzip-1e-2"} == {0, 32}
+    found = {(r["way"], r["max_ctas"], r["compute"], r["direction"]) for r in written["rows"]}
+    swaps = {("raw-link", 0), ("kvzip-1e-2", 0), ("kvzip-1e-2", 32)}
+    assert found == {
+        (*swap, compute, direction)
+        for compute, more in (("gemm-8192", set()), ("decode-b8", {("traffic", 0)}))
+        for swap in swaps | more
+        for direction in ("out", "in")
+    }
+    assert len(written["rows"]) == len(found)
+
+
+def test_traffic_moves_a_quarter_of_the_pages(module: Any) -> None:
+    bench = bench_of(module)
+    traffic = module.Traffic(bench, PAGES)
+    quarter = bench.pages.view(torch.float32).view(4, -1).sum(0)
+    traffic.start_of("out")()()
+    host = bench.host.view(torch.float32)
+    assert torch.equal(host[: len(quarter)], quarter)
+    assert not host[len(quarter) :].any()
+    traffic.start_of("in")()()
+    assert torch.equal(bench.targets.view(torch.float32).view(4, -1), quarter.expand(4, -1))
 
 
 def test_the_controller_beside_raw_and_encoded(results: Any, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
