@@ -78,6 +78,7 @@ from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
 
 SECTIONS = ("pool", "transport", "small", "timeline", "both", "codec", "interference")
 MAX_CTAS = (0, 16, 24, 32, 48, 64, 96)
+GEMM_MAX_CTAS = (0, 32, 64)  # of these, beside the matrix product, which takes longer to measure
 TRAFFIC_PAUSES = (0.0, 0.15e-3, 0.3e-3)  # seconds after a copy, beside compute
 CLOCK_HZ = 1.7e9  # about, of the GPU
 
@@ -886,19 +887,27 @@ class Compute:
 def beside(
     bench: TransportBench, compute: Compute, way: Kvzip | Traffic | None, direction: str, rounds: int, quick: bool
 ) -> Row:
-    """The time of the compute beside a swap over that alone, in turn: clocks change while a matrix product runs."""
-    few, many = (1, 3) if quick else (2, 5)
+    """The time of the compute beside a swap over that alone, in turn, `rounds` times.
+
+    A matrix product draws so much power that clocks fall while it runs and rise in every pause: stretches count from
+    the third on, beside a swap and alone.
+    """
+    pause, few, many = (0, 1, 3) if quick else (2, 3, 5)
     alone, loaded, rates = [], [], []
+
+    def stretches(count: int) -> list[float]:
+        return [compute.stretch() for _ in range(pause + count)][pause:]
+
     for _ in range(rounds):
-        alone += [compute.stretch() for _ in range(few)]
+        alone += stretches(few)
         with swapping(bench, way, bench.count, (direction,)) as (swap,):
-            compute.stretch()
+            stretches(1)
             begin = time.perf_counter()
             loaded += [compute.stretch() for _ in range(many)]
             while len([t for t in list(swap.ended) if t >= begin]) < 4 and time.perf_counter() < begin + 5:
                 loaded.append(compute.stretch())
             rates.append(swap.gb_per_s(begin, time.perf_counter()))
-    alone += [compute.stretch() for _ in range(few)]
+    alone += stretches(few)
     return {
         "direction": direction,
         "compute": compute.name,
@@ -934,7 +943,7 @@ def section_interference(bench: TransportBench, results: Results, options: argpa
                     for name, limit, way in ways:
                         if priority != options.priorities[0] and limit not in (0, 32):
                             continue
-                        if kind == "gemm" and isinstance(way, Traffic):
+                        if kind == "gemm" and (isinstance(way, Traffic) or limit not in GEMM_MAX_CTAS):
                             continue
                         for direction in ("out", "in"):
                             with results.attempt("interference", f"{name} {direction} beside {work.name}"):
