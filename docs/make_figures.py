@@ -627,7 +627,7 @@ def compute_section() -> list[str]:
             r["max_ctas"] or "no limit",
             f"{r['slowdown']:.2f}",
             f"{r['gb_per_s']:.0f}",
-            f"{(r['slowdown'] - 1) / r['gb_per_s'] * 1e4:.1f} %",
+            f"{(r['slowdown'] - 1) / r['gb_per_s'] * 1e4:.1f} %" if r["compute"].startswith("decode") else "",
         ]
         for r in data["rows"]
         if not r.get("compute_priority")
