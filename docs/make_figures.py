@@ -645,12 +645,13 @@ def compute_section() -> list[str]:
     if any(r["way"] == "traffic" for r in data["rows"]):
         parts.append(
             paragraph(
-                "A step of decoding is bound by the GPU's memory, and so is its slowdown: the last column hardly "
-                "depends on `max_ctas`, so that a lower limit trades the swap's speed for the model's at a fixed "
-                "rate. The memory traffic alone, without any codec, sets the floor; pages that are written cost "
-                "more than pages that are read, and even the copy engine's writes cost something. A matrix "
-                "product is bound by the multiprocessors: a codec's thread blocks run where it leaves some free, "
-                "and the swap gives way first."
+                "A step of decoding is bound by the GPU's memory, and so is its slowdown: the last column changes "
+                "little with `max_ctas`, and is higher with very few thread blocks, which take long for the same "
+                "bytes. So a lower limit trades the swap's speed for the model's. The memory traffic alone, "
+                "without any codec, sets the floor; pages that are written cost more than pages that are read, "
+                "and even the copy engine's writes cost something. A matrix product is bound by the "
+                "multiprocessors: a codec's thread blocks run where it leaves some free, and the swap gives way "
+                "first."
             )
         )
     return parts
