@@ -56,7 +56,6 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "kvz_cuda_free": (_I32, [_P]),
     "kvz_cuda_host_register": (_I32, [_P, _U64]),
     "kvz_cuda_host_unregister": (_I32, [_P]),
-    "kvz_cuda_host_device_address": (_I32, [_P, _PU64]),
     "kvz_cuda_memset": (_I32, [_P, _I32, _U64, _P]),
     "kvz_cuda_copy": (_I32, [_P, _P, _U64, _P]),
     "kvz_cuda_copy_batch": (_I32, [_P, _P, _P, _U64, _P]),
@@ -442,13 +441,6 @@ class CudaDriver:
     def host_unregister(self, address: int) -> None:
         """Undo `host_register`. Blocks the host."""
         self._check(self._library.kvz_cuda_host_unregister(address), "unpinning host memory")
-
-    def host_device_address(self, address: int) -> int:
-        """Where the device sees an address of pinned host memory."""
-        found = _U64()
-        status = self._library.kvz_cuda_host_device_address(address, ctypes.byref(found))
-        self._check(status, "asking for the device address of host memory")
-        return found.value
 
     def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None:
         """Fill device memory, in stream order."""

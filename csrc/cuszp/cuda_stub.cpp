@@ -46,7 +46,6 @@ int32_t kvz_cuda_malloc(uint64_t, void**) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_free(void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_host_register(void*, uint64_t) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_host_unregister(void*) { return KVZ_NO_CUDA; }
-int32_t kvz_cuda_host_device_address(void*, uint64_t*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_memset(void*, int32_t, uint64_t, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_copy(void*, const void*, uint64_t, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_copy_batch(const uint64_t*, const uint64_t*, const uint64_t*, uint64_t, void*) { return KVZ_NO_CUDA; }

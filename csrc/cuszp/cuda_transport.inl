@@ -117,14 +117,6 @@ int32_t kvz_cuda_host_register(void* address, uint64_t bytes) {
 
 int32_t kvz_cuda_host_unregister(void* address) { return status_of(cudaHostUnregister(address)); }
 
-int32_t kvz_cuda_host_device_address(void* address, uint64_t* device_address) {
-  if (device_address == nullptr) return KVZ_INVALID_ARGUMENT;
-  void* mapped = nullptr;
-  const cudaError_t error = cudaHostGetDevicePointer(&mapped, address, 0);
-  *device_address = reinterpret_cast<uint64_t>(mapped);
-  return status_of(error);
-}
-
 int32_t kvz_cuda_memset(void* address, int32_t byte, uint64_t bytes, void* stream) {
   return status_of(cudaMemsetAsync(address, byte, bytes, stream_of(stream)));
 }

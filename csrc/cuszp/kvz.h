@@ -343,7 +343,6 @@ KVZ_API int32_t kvz_cuda_malloc(uint64_t bytes, void** address);  // may synchro
 KVZ_API int32_t kvz_cuda_free(void* address);                     // may synchronise
 KVZ_API int32_t kvz_cuda_host_register(void* address, uint64_t bytes);
 KVZ_API int32_t kvz_cuda_host_unregister(void* address);
-KVZ_API int32_t kvz_cuda_host_device_address(void* address, uint64_t* device_address);
 KVZ_API int32_t kvz_cuda_memset(void* address, int32_t byte, uint64_t bytes, void* stream);
 
 // Copies, in any direction, in stream order. A batch is one call: as one batch of the driver where it has that (CUDA
