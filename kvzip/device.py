@@ -401,13 +401,20 @@ class DeviceSwap:
             transfer = Transfer(self._driver, self._device)
             with OnDevice(self._driver, self._device):
                 after = self._mark(stream)
-                held = deque(entries)  # records that are still needed
+                gone = 0  # of the records: no longer needed
+
+                def let_go(first: int, last: int) -> None:
+                    nonlocal gone
+                    try:
+                        self._index.end_load(entries[gone:last], ended=False)
+                    finally:
+                        gone = last
 
                 def clean_up() -> None:
-                    self._index.end_load(held)
+                    self._index.end_load(entries[gone:])
                     self._give_mark(after)
 
-                steps = self._load_steps(keys, entries, held, out, after, transfer, started, begun)
+                steps = self._load_steps(keys, entries, let_go, out, after, transfer, started, begun)
                 job = Job(steps, clean_up, transfer, "load")
                 if begun is not None:
                     self._into.submit(job)
@@ -429,7 +436,7 @@ class DeviceSwap:
         self,
         keys: Sequence[bytes],
         entries: Sequence[Entry],
-        held: deque[Entry],
+        let_go: Callable[[int, int], None],
         out: BlockView,
         after: int,
         transfer: Transfer,
@@ -442,9 +449,6 @@ class DeviceSwap:
             nonlocal record_bytes
             transfer._mark_queued(stream)
             record_bytes = sum([entry.allocation.nbytes for entry in entries])  # while the last ones move
-
-        def let_go(first: int, last: int) -> None:
-            self._index.end_load([held.popleft() for _ in range(first, last)], ended=False)
 
         try:
             ahead = None if begun is None else begun.take(entries)
