@@ -57,6 +57,7 @@ from cuda_bridge import (  # noqa: E402
     OUTLIER,
     PLAIN,
     RAW,
+    RICE,
     Batch,
     GpuDecode,
     GpuEncode,
@@ -324,6 +325,10 @@ def main() -> None:
             ("kvzip-plain-1e-2", {"coding": PLAIN, "bound": 1e-2}),
             ("kvzip-outlier-1e-2", {"coding": OUTLIER, "bound": 1e-2}),
             ("kvzip-plain-token-0.17", {"coding": PLAIN, **TOKEN}),
+            # The default bounds: K's are `kvzip-1e-3` above and `kvzip-rice-1e-3`, V's these by token.
+            ("kvzip-token-0.1", {**TOKEN, "bound": 0.1}),
+            ("kvzip-rice-1e-3", {"coding": RICE, "bound": 1e-3}),
+            ("kvzip-rice-token-0.1", {"coding": RICE, **TOKEN, "bound": 0.1}),
         ]:
             bench.run(name, "64KiB", 1024 * mib, **how)
         bench.run("kvzip-1e-3", "64KiB", 1024 * mib, packed=False, bound=1e-3)
@@ -335,6 +340,7 @@ def main() -> None:
             bench.run("kvzip-1e-2", page, 1024 * mib, checksums=True, bound=1e-2)
             bench.run("kvzip-1e-3", page, 1024 * mib, checksums=True, bound=1e-3)
             bench.run("kvzip-lossless", page, 1024 * mib, checksums=True, coding=LOSSLESS)
+            bench.run("kvzip-token-0.17", page, 1024 * mib, checksums=True, **TOKEN)
         for checksums in (False, True):
             for pages in (1, 8, 60):
                 bench.run("kvzip-1e-2", "64KiB", 0, pages=pages, checksums=checksums, bound=1e-2)

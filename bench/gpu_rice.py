@@ -40,6 +40,8 @@ from gpu_codec import load_cache, real_batch, timed  # noqa: E402
 CASES = {
     "fixed, page 1e-2": {"coding": FIXED, "bound": 1e-2, "bound_kind": BOUND_RELATIVE},
     "rice, page 1e-2": {"coding": RICE, "bound": 1e-2, "bound_kind": BOUND_RELATIVE},
+    "rice, page 1e-3": {"coding": RICE, "bound": 1e-3, "bound_kind": BOUND_RELATIVE},
+    "rice, rms 0.1": {"coding": RICE, "bound": 0.1, "bound_kind": BOUND_TOKEN_RMS},
     "rice, rms 0.17": {"coding": RICE, "bound": 0.17, "bound_kind": BOUND_TOKEN_RMS},
     "rice, rms 0.27": {"coding": RICE, "bound": 0.27, "bound_kind": BOUND_TOKEN_RMS},
     "rice, channel table": {"coding": RICE, "bound": 0.5, "bound_kind": BOUND_CHANNEL_TABLE},
