@@ -139,17 +139,26 @@ KVZ_DEV float square_sum_64(const uint8_t* row, float scale, uint32_t lane) {
 
 // A token's bound from a sum by tensor cores, and whether it is that of token_bound beyond doubt. `scale` is that of
 // the page.
-KVZ_DEV bool token_bound_about(float factor, float sum, uint32_t head_dim, float scale, float& bound) {
-#if defined(KVZ_EMULATE)
-  const float about = __builtin_sqrtf(sum / static_cast<float>(head_dim)) * factor;
-#else
-  const float about = __fsqrt_rn(sum * __frcp_rn(static_cast<float>(head_dim))) * factor;
-#endif
+// `factor` is about_factor(r, head_dim).
+KVZ_DEV float about_factor(double r, uint32_t head_dim) {
+  return static_cast<float>(r * (1.0 - 1.0 / 524288.0)) * about_sqrt(reciprocal(static_cast<float>(head_dim)));
+}
+KVZ_DEV bool token_bound_about(float factor, float sum, float scale, float& bound) {
+  const float about = about_sqrt(sum) * factor;
   constexpr float kNear = 1.0f / 32768.0f, kLeastSum = 8.67361738e-19f;  // 2^-60: what is lost below it does not show
   const uint32_t low = bits_of(about * (1.0f - kNear)), high = bits_of(about * (1.0f + kNear));
   bound = float_of(low >> KVZ_SCALE_SHIFT << KVZ_SCALE_SHIFT);
   return low >> KVZ_SCALE_SHIFT == high >> KVZ_SCALE_SHIFT && about > 1e-20f && about < 1e20f && sum >= kLeastSum &&
          sum <= 1.0f / kLeastSum && sum * scale * scale >= kLeastSum && scale >= 9.5367431640625e-07f;
+}
+
+// Inverses of the steps of bounds of tokens, which have at most 5 significant bits. `own` is that of the mantissa that
+// a lane stands for; that of a bound is the same but for its exponent. By whole warps; 0 where there is no bound.
+KVZ_DEV float mantissa_inverse(uint32_t lane) { return reciprocal(float_of(0x3f800000u | (lane & 15u) << 19)); }
+KVZ_DEV float token_inverse(float own, float bound, int bits) {
+  const uint32_t mantissa = bits_of(bound) >> 19 & 15u & ~((1u << (5 - bits)) - 1u);
+  const float inverse = __shfl_sync(kAllLanes, own, static_cast<int>(mantissa));
+  return bound > 0.0f ? float_of(bits_of(inverse) - ((bits_of(bound) >> 23) - 126) * (1u << 23)) : 0.0f;
 }
 
 // Sum over a vector as the format adds it: neighbours first. By one warp, the same in all lanes.
@@ -232,16 +241,16 @@ KVZ_DEV void extremes_of_powers(const uint32_t (&x)[16], const uint32_t* words, 
     const uint32_t bound[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      // 1 / 2^(k + 1) of 2^k: the exponents add up to 253, and no half borrows.
-      const uint32_t v = fma_bf16_2(x[q * 4 + j], 0x7e807e80u - (bound[j] & 0x7f807f80u), 0x80008000u);
+      // 2^-(k - 1) of 2^k: the exponents add up to 255. That is four times the step's inverse.
+      const uint32_t v = fma_bf16_2(x[q * 4 + j], ~bound[j] & 0x7f807f80u, 0x80008000u);
       low_2 = q + j == 0 ? v : min2<KVZ_BF16>(low_2, v);
       high_2 = q + j == 0 ? v : max2<KVZ_BF16>(high_2, v);
     }
   }
-  low[0] = widen<KVZ_BF16>(low_2);
-  high[0] = widen<KVZ_BF16>(high_2);
-  low[1] = widen_high<KVZ_BF16>(low_2);
-  high[1] = widen_high<KVZ_BF16>(high_2);
+  low[0] = widen<KVZ_BF16>(low_2) * 0.25f;
+  high[0] = widen<KVZ_BF16>(high_2) * 0.25f;
+  low[1] = widen_high<KVZ_BF16>(low_2) * 0.25f;
+  high[1] = widen_high<KVZ_BF16>(high_2) * 0.25f;
 }
 
 // Signs of the halves in which some code needs more than a width, from 2 to 7, at the steps that keep so many

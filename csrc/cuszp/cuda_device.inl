@@ -114,6 +114,7 @@ KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
 }
 KVZ_DEV float fma_float(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 KVZ_DEV void load_again() {}
+KVZ_DEV float about_sqrt(float x) { return __builtin_sqrtf(x); }
 
 // Adds the product of two matrices: mma.m16n8k16.
 template <int DTYPE>
@@ -153,6 +154,12 @@ KVZ_DEV uint32_t scale_bf16_2(uint32_t x, float power) {
   return r;
 }
 KVZ_DEV float fma_float(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// To some 20 bits.
+KVZ_DEV float about_sqrt(float x) {
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 // What comes from memory is loaded again behind this, rather than kept in registers.
 KVZ_DEV void load_again() { asm volatile("" ::: "memory"); }
 
@@ -328,6 +335,17 @@ KVZ_DEV uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) {
 #else
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(yes), "r"(no));
+  return r;
+#endif
+}
+
+// ~a, which the compiler is not to take out of what it goes into.
+KVZ_DEV uint32_t turned_over(uint32_t a) {
+#if defined(KVZ_EMULATE)
+  return ~a;
+#else
+  uint32_t r;
+  asm("not.b32 %0, %1;" : "=r"(r) : "r"(a));
   return r;
 #endif
 }

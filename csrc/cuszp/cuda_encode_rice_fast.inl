@@ -126,7 +126,7 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
                                 const uint8_t* values) {
   const uint32_t lane = lane_of(threadIdx.x), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const uint32_t heads = g.channels / g.head_dim, count = g.tokens * heads, blocks = g.head_dim / KVZ_STRIP_GROUPS;
-  const float factor = token_factor(r, scale), unscaled = token_factor(r, 1.0f);
+  const float factor = about_factor(r, g.head_dim), own = mantissa_inverse(lane);
   uint32_t largest = 0, unusable = 0;  // bits of non-negative numbers order like them
 #pragma unroll 1
   for (uint32_t first = warp * kWarp; first < count; first += blockDim.x) {
@@ -141,7 +141,7 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
     };
     const auto any = [&]() { return any_magnitude<DTYPE>(g, vector / heads * 16 + t, vector % heads); };
     float bound, sum = add_up();
-    const bool sure = token_bound_about(unscaled, sum, g.head_dim, scale, bound) || !exists;
+    const bool sure = token_bound_about(factor, sum, scale, bound) || !exists;
     const bool zero = exists && sum == 0.0f && !any();
     // Rare: a bound near the next one.
 #pragma unroll 1
@@ -156,7 +156,7 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
     if (zero) bound = 0.0f;
     if (!sure && !zero) {
       sum = add_up();
-      bound = token_bound_fast(r, factor, sum, g.head_dim, scale);
+      bound = token_bound_fast(r, token_factor(r, scale), sum, g.head_dim, scale);
     }
     largest = bits_of(bound) > largest ? bits_of(bound) : largest;
     if (bound == 0.0f && !zero && (sum > 0.0f || any())) {
@@ -171,8 +171,11 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
   largest =
       static_cast<uint32_t>(__reduce_max_sync(kAllLanes, static_cast<int32_t>(lane < warps ? fast.totals[lane] : 0u)));
   const float page = float_of(largest);
-  for (uint32_t v = threadIdx.x; v < count; v += blockDim.x) {
-    float b = bound_of_word(tables.bounds[v]);
+#pragma unroll 1
+  for (uint32_t first = warp * kWarp; first < count; first += blockDim.x) {
+    const uint32_t v = first + lane;
+    const bool exists = v < count;
+    float b = exists ? bound_of_word(tables.bounds[v]) : 0.0f;
     if (b > 0.0f && scale_of(b, page) > KVZ_SCALE_LARGEST) {
       b = no_bound();
       unusable = 1;
@@ -181,8 +184,8 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
     float* const rows = tables.inverses + v / 16 * (kRiceTokenRows * kRiceTokenRow) + v % 16;
 #pragma unroll
     for (uint32_t n = 1; n <= kRiceTokenRows; ++n) {
-      const float step = 2.0f * float_of(bits_of(b) & ~((1u << (24 - n)) - 1u));
-      rows[(n - 1) * kRiceTokenRow] = b > 0.0f ? reciprocal(step) : 0.0f;
+      const float inverse = token_inverse(own, b, static_cast<int>(n));
+      if (exists) rows[(n - 1) * kRiceTokenRow] = inverse;
     }
   }
   unusable = __any_sync(kAllLanes, unusable != 0) ? 1u : 0u;
@@ -696,13 +699,17 @@ KVZ_DEV void encode_rice_fast_page(const EncodeParams& p, uint8_t* memory, uint3
   for (uint32_t k = 0; k < S; ++k) {
     if (lossy) {
       strip_extremes<DTYPE>(s[k], first_value * kBothHalves, low_key, high_key, differs);
-      const uint32_t strip = warp + k * warps;
-      if (by_token && strip < strips.count) {
-        strip_squares<DTYPE>(s[k], reinterpret_cast<uint8_t*>(stage) + strip * kStripBytes, lane, fast.sums[strip]);
-      }
     } else if (s[k].at.exists[0]) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) differs |= s[k].x[i] ^ first_value * kBothHalves;
+    }
+  }
+  if (lossy && by_token) {
+#pragma unroll
+    for (uint32_t k = 0; k < S; ++k) {
+      const uint32_t strip = warp + k * warps;
+      if (strip >= strips.count) break;
+      strip_squares<DTYPE>(s[k], reinterpret_cast<uint8_t*>(stage) + strip * kStripBytes, lane, fast.sums[strip]);
     }
   }
   low_key = __reduce_min_sync(kAllLanes, low_key);

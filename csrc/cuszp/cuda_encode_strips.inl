@@ -333,7 +333,7 @@ KVZ_DEV void about_squares_of_team(const Team& team, uint32_t count, uint32_t& l
 template <int DTYPE, bool INVERSES>
 KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, double r, float scale, bool about) {
   const uint32_t lane = team.lane;
-  const float factor = token_factor(r, scale), unscaled = token_factor(r, 1.0f);
+  const float factor = about_factor(r, strips.head_dim), own = mantissa_inverse(lane);
   uint32_t least = ~0u, most = 0;
   const uint32_t heads = strips.channels / strips.head_dim, parts = strips.head_dim / sum_channels(strips.head_dim);
 #pragma unroll 1
@@ -347,7 +347,7 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
     if (INVERSES && about) {
       float sum = 0.0f;
       for (uint32_t i = 0; i < parts; ++i) sum += part[i * 16];
-      sure = token_bound_about(unscaled, sum, strips.head_dim, scale, bound) || !exists;
+      sure = token_bound_about(factor, sum, scale, bound) || !exists;
       zero = sum == 0.0f && exists && !any_magnitude<DTYPE>(team, strips, at);
       // Rare: a bound near the next one.
 #pragma unroll 1
@@ -365,25 +365,25 @@ KVZ_DEV Largest token_bounds_of_team(const Team& team, const Strips& strips, dou
         for (uint32_t i = 0; i < n / 2; ++i) part[i * 16] = part[2 * i * 16] + part[(2 * i + 1) * 16];
         if (n % 2 != 0) part[n / 2 * 16] = part[(n - 1) * 16];
       }
-      bound = token_bound_fast(r, factor, part[0], strips.head_dim, scale);
+      bound = token_bound_fast(r, token_factor(r, scale), part[0], strips.head_dim, scale);
       if (bound == 0.0f && any_magnitude<DTYPE>(team, strips, at)) {
         bound = float_of(0x7fc00000u);
         least = 0;
       }
     }
-    if (zero) bound = 0.0f;
-    if (!exists) continue;
+    if (zero || !exists) bound = 0.0f;
     if (bound > 0.0f) {
       least = bits_of(bound) < least ? bits_of(bound) : least;
       most = bits_of(bound) > most ? bits_of(bound) : most;
     }
-    team.bounds[v] = bound_word(bound);
+    if (exists) team.bounds[v] = bound_word(bound);
     if (INVERSES) {
       float* const rows = team.inverses + v / 16 * kTokenRows + v % 16;
 #pragma unroll
       for (uint32_t n = 1; n <= kTokenSteps; ++n) {
-        const float step = step_of<DTYPE>(KVZ_FIXED, Traits<DTYPE>::kSignificant + 1 - static_cast<int>(n), bound);
-        rows[token_row_at(n - 1)] = bound > 0.0f ? reciprocal(step) : 0.0f;
+        constexpr int p = Traits<DTYPE>::kSignificant + 1;
+        const float inverse = token_inverse(own, bound, step_bits<DTYPE>(KVZ_FIXED, p - static_cast<int>(n), bound));
+        if (exists) rows[token_row_at(n - 1)] = inverse;
       }
     }
   }
@@ -999,10 +999,10 @@ struct FixedPlanes {
   KVZ_DEV void store_level(uint16_t* to, const uint32_t (&a)[16]) const {
     uint16_t* const to1 = to + width0;
     const uint32_t have0 = (1u << width0) - 1u, have1 = (1u << width1) - 1u;
-    const uint32_t positive = LEVEL == 12 ? ~a[11] : a[LEVEL - 1];
+    const uint32_t sign = LEVEL == 12 ? a[11] : turned_over(a[LEVEL - 1]);
 #pragma unroll
     for (int b = 0; b < (LEVEL == 16 ? 14 : LEVEL); ++b) {
-      store_pair(to, to1, have0, have1, b, b == 0 ? ~positive : ~(a[b - 1] ^ positive));
+      store_pair(to, to1, have0, have1, b, b == 0 ? sign : a[b - 1] ^ sign);
     }
   }
   KVZ_DEV void store(uint16_t* to, const uint32_t (&a)[16]) const {
