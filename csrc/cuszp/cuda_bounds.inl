@@ -137,9 +137,8 @@ KVZ_DEV float square_sum_64(const uint8_t* row, float scale, uint32_t lane) {
   return s;
 }
 
-// A token's bound from a sum by tensor cores, and whether it is that of token_bound beyond doubt. `scale` is that of
-// the page.
-// `factor` is about_factor(r, head_dim).
+// A token's bound from a sum by tensor cores, and whether it is that of token_bound beyond doubt. `factor` is
+// about_factor(r, head_dim), `scale` that of the page.
 KVZ_DEV float about_factor(double r, uint32_t head_dim) {
   return static_cast<float>(r * (1.0 - 1.0 / 524288.0)) * about_sqrt(reciprocal(static_cast<float>(head_dim)));
 }

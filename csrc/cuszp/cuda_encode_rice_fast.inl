@@ -80,12 +80,12 @@ KVZ_DEV void strip_extremes(RiceStrip& s, uint32_t first_2, int32_t& low, int32_
 // A strip into shared memory, for the sums of its tokens' squares, without what is not finite; and these, about.
 template <int DTYPE>
 KVZ_DEV void strip_squares(const RiceStrip& strip, uint8_t* to, uint32_t lane, float* sums) {
-  const bool clean = __all_sync(kAllLanes, nonfinite_2<DTYPE>(strip.low, strip.high) == 0);
+  uint32_t* const column = reinterpret_cast<uint32_t*>(to) + lane;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    uint32_t v = strip.x[i];
-    if (!clean) v &= ~sign_fill_2(nonfinite_2<DTYPE>(v, v));
-    reinterpret_cast<uint32_t*>(to)[i * 32 + lane] = v;
+  for (int i = 0; i < 16; ++i) column[i * 32] = strip.x[i];
+  if (nonfinite_2<DTYPE>(strip.low, strip.high) != 0) {
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) column[i * 32] &= ~sign_fill_2(nonfinite_2<DTYPE>(column[i * 32], column[i * 32]));
   }
   __syncwarp();
   const uint8_t* const rows = to + (lane >> 2) * 128;

@@ -948,42 +948,48 @@ struct FixedPlanes {
   }
 
  protected:
-  // inverse0(t) and inverse1(t): 1 / S of token t of both groups.
+  // inverse0(q) and inverse1(q): 1 / S of tokens 4 q to 4 q + 3 of both groups.
   template <class Inverse0, class Inverse1>
   KVZ_DEV void planes_with(uint32_t c, const uint32_t* column, uint32_t (&a)[16], Inverse0 inverse0,
                            Inverse1 inverse1) {
     begin(c);
     const uint32_t widest = width0 > width1 ? width0 : width1;
     level = !__any_sync(kAllLanes, widest > 8) ? 8 : !__any_sync(kAllLanes, widest > 12) ? 12 : 16;
+    // Visits tokens t and t + 8, with their inverses.
+    const auto for_pairs = [&](auto visit) {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const float4 l0 = inverse0(q), h0 = inverse0(q + 2), l1 = inverse1(q), h1 = inverse1(q + 2);
+        const float low0[4] = {l0.x, l0.y, l0.z, l0.w}, high0[4] = {h0.x, h0.y, h0.z, h0.w};
+        const float low1[4] = {l1.x, l1.y, l1.z, l1.w}, high1[4] = {h1.x, h1.y, h1.z, h1.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int t = q * 4 + j;
+          const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
+          visit(t, widen<DTYPE>(x) * low0[j], widen<DTYPE>(y) * high0[j], widen_high<DTYPE>(x) * low1[j],
+                widen_high<DTYPE>(y) * high1[j]);
+        }
+      }
+    };
     // Numbers are rounded by adding 2^23 and an even bias that makes codes positive: integers are then in the low bits
     // of the sums, which multiplication and addition of integers put beside each other.
     if (level == 8) {
       constexpr float kBias = 8388608.0f + 65536.0f + 128.0f;  // 65,536: no sum is below 2^23
-#pragma unroll
-      for (int t = 0; t < 8; ++t) {
-        const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
-        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0(t) + kBias);
-        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0(t + 8) + kBias);
-        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1(t) + kBias);
-        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1(t + 8) + kBias);
-        a[t] = low_half(v0 * 256u + u0, v1 * 256u + u1);
-      }
+      for_pairs([&](int t, float x0, float y0, float x1, float y1) {
+        a[t] = low_half(bits_of(y0 + kBias) * 256u + bits_of(x0 + kBias),
+                        bits_of(y1 + kBias) * 256u + bits_of(x1 + kBias));
+      });
       transpose_8(a);
     } else {
       // The exponent of the lower code, 0x4b00, runs into the higher one, whose bias makes up for it: both are q +
       // 0x8000 in the end.
       constexpr float kLow = 8388608.0f + 32768.0f, kHigh = 8388608.0f + 32768.0f - 19200.0f;
-#pragma unroll
-      for (int t = 0; t < 8; ++t) {
-        const uint32_t x = column[t * 32], y = column[(t + 8) * 32];
-        const uint32_t u0 = bits_of(widen<DTYPE>(x) * inverse0(t) + kLow);
-        const uint32_t v0 = bits_of(widen<DTYPE>(y) * inverse0(t + 8) + kHigh);
-        const uint32_t u1 = bits_of(widen_high<DTYPE>(x) * inverse1(t) + kLow);
-        const uint32_t v1 = bits_of(widen_high<DTYPE>(y) * inverse1(t + 8) + kHigh);
-        const uint32_t both0 = v0 * 65536u + u0, both1 = v1 * 65536u + u1;
+      for_pairs([&](int t, float x0, float y0, float x1, float y1) {
+        const uint32_t both0 = bits_of(y0 + kHigh) * 65536u + bits_of(x0 + kLow);
+        const uint32_t both1 = bits_of(y1 + kHigh) * 65536u + bits_of(x1 + kLow);
         a[t] = __byte_perm(both0, both1, 0x6420);
         a[t + 8] = __byte_perm(both0, both1, 0x7531);
-      }
+      });
       transpose_8(a);
       if (level == 12) {
         transpose_low_4(a + 8);
@@ -991,6 +997,11 @@ struct FixedPlanes {
         transpose_8(a + 8);
       }
     }
+  }
+  KVZ_DEV static float4 same(float x) {
+    float4 four;
+    four.x = four.y = four.z = four.w = x;
+    return four;
   }
 
  public:
@@ -1047,7 +1058,8 @@ struct FixedCoder : FixedPlanes<DTYPE> {
   KVZ_DEV void planes(uint32_t, uint32_t c, const uint32_t* column, uint32_t (&a)[16]) {
     const float inverse0 = __shfl_sync(kAllLanes, finer, static_cast<int>(c & 15u));
     const float inverse1 = __shfl_sync(kAllLanes, finer, static_cast<int>(c >> 4));
-    this->planes_with(c, column, a, [&](int) { return inverse0; }, [&](int) { return inverse1; });
+    this->planes_with(
+        c, column, a, [&](int) { return this->same(inverse0); }, [&](int) { return this->same(inverse1); });
   }
 };
 
@@ -1090,7 +1102,8 @@ struct ChannelCoder : FixedPlanes<DTYPE> {
     const float2 b = bounds_at(index);
     const float inverse0 = reciprocal(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c & 15u), b.x));
     const float inverse1 = reciprocal(step_of<DTYPE>(KVZ_FIXED, static_cast<int>(c >> 4), b.y));
-    this->planes_with(c, column, a, [&](int) { return inverse0; }, [&](int) { return inverse1; });
+    this->planes_with(
+        c, column, a, [&](int) { return this->same(inverse0); }, [&](int) { return this->same(inverse1); });
   }
 };
 
@@ -1188,11 +1201,7 @@ struct TokenCoder : FixedPlanes<DTYPE> {
     const float* const rows = inverses + tokens_at(index) * kTokenRows;
     const float4* const row0 = reinterpret_cast<const float4*>(rows + row_of_width(c & 15u));
     const float4* const row1 = reinterpret_cast<const float4*>(rows + row_of_width(c >> 4));
-    const auto take = [](const float4* row, int t) {
-      const float4 four = row[t / 4];
-      return t % 4 == 0 ? four.x : t % 4 == 1 ? four.y : t % 4 == 2 ? four.z : four.w;
-    };
-    this->planes_with(c, column, a, [&](int t) { return take(row0, t); }, [&](int t) { return take(row1, t); });
+    this->planes_with(c, column, a, [&](int q) { return row0[q]; }, [&](int q) { return row1[q]; });
   }
 };
 
