@@ -46,8 +46,12 @@ def test_device_code_writes_the_bytes_of_the_cpu_codec(program: Path) -> None:
     assert "600 cases equal" in done.stdout
 
 
-@pytest.mark.parametrize("width", range(2, 8))
-def test_limits_of_codes_are_those_of_exact_differences(width: int) -> None:
+#: widths, and how many bits of a bound the step keeps: that of this width, and, for Rice codes, of the next one
+LIMITS = [(width, min(9 - width, 5)) for width in range(2, 8)] + [(width, 8 - width) for width in range(4, 8)]
+
+
+@pytest.mark.parametrize(("width", "bits"), LIMITS)
+def test_limits_of_codes_are_those_of_exact_differences(width: int, bits: int) -> None:
     """What `codes_exceed` (cuda_bounds.inl) rests on, for all bfloat16 values and all bounds of tokens.
 
     It compares a value with the limits of a width exactly, where the format rounds the value times the rounded inverse
@@ -56,7 +60,6 @@ def test_limits_of_codes_are_those_of_exact_differences(width: int) -> None:
     most = 2 ** (width - 1)  # codes are -most .. most - 1
     magnitudes = (np.arange(128, 256)[:, None] / 128 * 2.0 ** np.arange(-12, 12)).ravel()
     x = np.concatenate([[0], magnitudes, -magnitudes]).astype(np.float32)
-    bits = min(9 - width, 5)  # of a bound, that the step of this width keeps
     differs = set()
     for sixteenths in range(16, 32):  # bounds have 5 significant bits; their exponent changes nothing
         half_step = sixteenths >> (5 - bits) << (5 - bits)
