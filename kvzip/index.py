@@ -405,9 +405,12 @@ class RecordIndex:
     def begin_first(self, keys: Sequence[bytes]) -> list[Entry] | None:
         """Protect records as `begin_load` does, ahead of it: None where that will raise."""
         with self.lock:
-            found = list(map(self._entries.get, keys))
-            entries = [entry for entry in found if entry is not None]
-            if self._why_closed or len(entries) < len(found):
+            held = self._entries
+            try:
+                entries = [held[key] for key in keys]
+            except KeyError:
+                return None
+            if self._why_closed:
                 return None
             self._protect(entries)
             return entries

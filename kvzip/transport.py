@@ -355,6 +355,7 @@ class _Slot:
     def __init__(self, driver: Driver, resource: MemoryResource, stream: int) -> None:
         self._driver = driver
         self._resource = resource
+        self.stream = stream  # of its kernels
         self.memory = DeviceMemory(driver, stream)
         self._region: Region | None = None
         self.kernel_done = driver.event_create()
@@ -605,18 +606,18 @@ def tapered_bounds(blocks: int, largest: int) -> list[tuple[int, int]]:
     """Cut a batch that is loaded into chunks which get shorter towards the end.
 
     What follows the last copy is hidden behind no other: it should be short. Each chunk is about two thirds of the one
-    before, so that its copy takes as long as a slow decoder does for that one. The first one waits for nothing but the
-    look-up of its records: of these it has few.
+    before, so that its copy takes as long as a slow decoder does for that one; a decoder is not faster for less than an
+    eighth of the largest. The first one waits for nothing but the look-up of its records: of these it has few.
 
     Args:
         blocks: blocks of the batch.
         largest: most blocks of a chunk.
     """
-    least, left = max(1, largest // 16), blocks
+    least, left = max(1, largest // 8), blocks
     sizes: list[int] = []
     while left > 0:
-        most = largest if sizes else min(largest, MOST_BEGUN)
-        sizes.append(min(left, most, max(least, -(-left * 3 // 10))))
+        size = min(largest if sizes else min(largest, MOST_BEGUN), max(least, -(-left * 35 // 100)))
+        sizes.append(left if left < size + least and left <= largest else size)
         left -= sizes[-1]
     return _bounds(sizes)
 
@@ -671,6 +672,7 @@ def _channel_tables(bounds: PageBounds) -> list[ChannelBounds]:
 class _Pipeline:
     """What both directions share: slots in turn, streams of kernels and of copies."""
 
+    KERNEL_STREAMS: ClassVar[int] = 1
     COPY_STREAMS: ClassVar[int] = 1
 
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource, slots: int = 0) -> None:
@@ -678,14 +680,15 @@ class _Pipeline:
         self._staging = staging
         self._slots: list[_Slot] = []
         with ExitStack() as undo:  # a GPU that is full must not get fuller at every try
-            self._kernels = driver.stream_create()
-            undo.callback(driver.stream_destroy, self._kernels)
-            self._copies: list[int] = []
-            for _ in range(self.COPY_STREAMS):
-                self._copies.append(driver.stream_create())
-                undo.callback(driver.stream_destroy, self._copies[-1])
-            for _ in range(slots or staging.slots):
-                self._slots.append(_Slot(driver, resource, self._kernels))
+            streams: list[int] = []
+            kernel_streams = 1 if staging.max_ctas else self.KERNEL_STREAMS  # which bounds one kernel, of one at a time
+            for _ in range(kernel_streams + self.COPY_STREAMS):
+                streams.append(driver.stream_create())
+                undo.callback(driver.stream_destroy, streams[-1])
+            self._kernel_streams, self._copies = streams[:kernel_streams], streams[kernel_streams:]
+            self._kernels = streams[0]
+            for number in range(slots or staging.slots):
+                self._slots.append(_Slot(driver, resource, streams[number % kernel_streams]))
                 undo.callback(self._slots[-1].close)
             undo.pop_all()
         self._turn = 0
@@ -735,13 +738,13 @@ class _Pipeline:
         for slot in self._slots:  # even where the device fails: the next transfer asks it anew
             slot.busy = False
         with ExitStack() as each:
-            for stream in (*self._copies, self._kernels):
+            for stream in (*self._copies, *self._kernel_streams):
                 each.callback(self._driver.stream_synchronize, stream)
 
     def close(self) -> None:
         """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
         with ExitStack() as each:
-            for stream in (*self._copies, self._kernels):
+            for stream in (*self._copies, *self._kernel_streams):
                 each.callback(self._driver.stream_destroy, stream)
             each.callback(self._tables.clear)
             for slot in self._slots:
@@ -945,12 +948,18 @@ class DecodePipeline(_Pipeline):
     are more than arenas, and a copy into an arena waits on the device for the kernels that read it before.
     """
 
+    KERNEL_STREAMS = 2  # in turn: a decoder of few pages leaves room for the next
     COPY_STREAMS = 2  # in turn: the copy engine has the next chunk when one ends
     AHEAD = 8  # chunks whose tables are under way
 
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         super().__init__(driver, staging, resource, max(self.AHEAD, staging.slots))
         self._arenas = [_Arena(driver, self._kernels) for _ in range(staging.slots)]
+        try:
+            self._ended = driver.event_create()
+        except BaseException:
+            super().close()
+            raise
 
     def first_chunk(self, blocks: BlockView) -> int:
         """Blocks of the first chunk of a transfer of some."""
@@ -1004,7 +1013,7 @@ class DecodePipeline(_Pipeline):
             extended: what pages may have; see `DecodeArgs`.
             checked: payloads' checksums are verified.
             begun: the records of the first chunk, if `begin` has begun to copy them.
-            moved: called for blocks first to last - 1, but for the last ones, when their records are no longer needed.
+            moved: called for blocks first to last - 1 when their records are no longer needed.
 
         Returns:
             Positions of the blocks whose records are damaged: their pages were not written.
@@ -1015,16 +1024,19 @@ class DecodePipeline(_Pipeline):
         damaged: list[int] = []
         copying: deque[tuple[_Slot, int, Records, int, int]] = deque()  # their kernels are not queued yet
         pending: deque[tuple[_Slot, _DecodeCall, int, int]] = deque()
+        started: list[int] = []  # streams of kernels that are behind `after`
 
-        def collect() -> Steps[None]:
-            slot, call, first, last = pending.popleft()
-            yield Wait(slot.kernel_done, SPIN_US if len(pending) > 1 else _EDGE_SPIN_US)
+        def note() -> None:
+            slot, call, first, _ = pending.popleft()
             slot.busy = False
-            statuses = call.block_status.tobytes()
-            if statuses.strip(b"\0"):
+            if call.block_status.tobytes().strip(b"\0"):
                 damaged.extend((first + np.flatnonzero(call.block_status)).tolist())
-            if pending:
-                moved(first, last)
+
+        def collect(spin_us: int = SPIN_US) -> Steps[None]:
+            slot, _, first, last = pending[0]
+            yield Wait(slot.kernel_done, spin_us)
+            note()
+            moved(first, last)
 
         def launch() -> Steps[None]:
             slot, base, chunk, first, last = copying.popleft()
@@ -1034,8 +1046,9 @@ class DecodePipeline(_Pipeline):
                 if not self._has_room(slot, pages, most):
                     yield BLOCKS
                 call = self._bind(slot, pages, count, most, extended, checked)
-            if first == 0:
-                self._driver.stream_wait_event(self._kernels, after)
+            if len(started) < len(self._kernel_streams):
+                started.append(slot.stream)
+                self._driver.stream_wait_event(slot.stream, after)
             slot.give_segments(call.segments, segments)
             words = call.words
             words[:count] = blocks.block_ids[first:last]
@@ -1048,9 +1061,12 @@ class DecodePipeline(_Pipeline):
         most = self._most_blocks(blocks.layout)
         lead = min(1, len(self._arenas) - 1)  # the link has the next copy before the host sees to the tables of one
         try:
-            if self._key(blocks, None, Coding.RAW)[1] not in self._known:
+            known = self._key(blocks, None, Coding.RAW)[1] in self._known
+            if not known:
                 yield BLOCKS
             segments = self._segments(blocks, None, Coding.RAW)
+            if not known and len(self._kernel_streams) > 1:  # channel tables are copied in the order of one of them
+                self._driver.stream_synchronize(self._kernels)
             pages = len(segments)
             self._turn = 0  # transfers alike find the same calls
             for arena in self._arenas[begun is not None :]:
@@ -1076,9 +1092,20 @@ class DecodePipeline(_Pipeline):
                     yield from launch()
             while copying:
                 yield from launch()
+            for stream, slot in {slot.stream: slot for slot, *_ in pending}.items():  # the last ones
+                if stream != self._kernels:
+                    self._driver.stream_wait_event(self._kernels, slot.kernel_done)
             queued(self._kernels)
+            self._driver.event_record(self._ended, self._kernels)
+            while len(pending) > len(self._copies) and not self._driver.event_wait(self._ended, 0, 0):
+                yield from collect(_EDGE_SPIN_US)
+            for slot, *_ in [*pending][-len(self._copies) :]:
+                yield Wait(slot.copy_done, _EDGE_SPIN_US)
+            if pending:  # the records are let go while their last decoders are at work
+                moved(pending[0][2], pending[-1][3])
+            yield Wait(self._ended, _EDGE_SPIN_US)
             while pending:
-                yield from collect()
+                note()
         except BaseException:
             self.drain()
             raise
@@ -1115,7 +1142,7 @@ class DecodePipeline(_Pipeline):
             (device_at, host_at, fields.offset("block_status")),
             slot.copy_done,
             slot.kernel_done,
-            self._kernels,
+            slot.stream,
         )
         made = slot.bound[pages, count, extended, checked] = _DecodeCall(launch=launch, **arrays)
         return made
@@ -1123,6 +1150,7 @@ class DecodePipeline(_Pipeline):
     def close(self) -> None:
         """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
         with ExitStack() as each:
+            each.callback(self._driver.event_destroy, self._ended)
             for arena in self._arenas:
                 each.callback(arena.close)
             each.callback(super().close)

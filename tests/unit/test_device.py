@@ -1052,4 +1052,4 @@ def test_chunks_cover_a_batch(blocks: int, largest: int) -> None:
     if blocks > largest:
         assert stored[0] <= max(1, largest // 4)
     if blocks:
-        assert loaded[-1] <= max(1, largest // 16)
+        assert loaded[-1] < 2 * max(1, largest // 8) or len(loaded) == 1
