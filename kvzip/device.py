@@ -726,25 +726,27 @@ class DeviceSwap:
         header = chunk[0].contents.header_bytes
         runs: list[Run] = []
         offsets, payload_bytes = [], []
-        start, address, length = 0, 0, 0  # of a run that may still grow
+        start, run_offset, length = 0, 0, 0  # of a run that may still grow
+        end, end_offset = 0, -1  # of it
         for entry in chunk:
             allocation = entry.allocation
+            record_bytes = allocation.nbytes
             offsets.append(at)
-            payload_bytes.append(allocation.nbytes - header)
+            payload_bytes.append(record_bytes - header)
             place = at
             for offset, nbytes in allocation.runs:
                 if packed:  # whole extents, so that neighbours are one run
                     nbytes = -(-nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-                joins = address + length == base + offset and start + length == place
-                if joins and length and not (piece and offset % piece == 0):  # no copy may cross a registration
-                    length += nbytes
+                if offset == end_offset and place == end and not (piece and offset % piece == 0):
+                    length += nbytes  # no copy may cross a registration
                 else:
                     if length:
-                        runs.append((start, address, length))
-                    start, address, length = place, base + offset, nbytes
+                        runs.append((start, base + run_offset, length))
+                    start, run_offset, length = place, offset, nbytes
                 place += nbytes
-            at += -(-allocation.nbytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-        runs.append((start, address, length))
+                end, end_offset = place, offset + nbytes
+            at += -(-record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        runs.append((start, base + run_offset, length))
         crcs = [entry.payload_crc32c for entry in chunk]
         return Records(runs, at, header, offsets, payload_bytes, crcs, b"".join([entry.table for entry in chunk]))
 
