@@ -1086,7 +1086,7 @@ class DecodePipeline(_Pipeline):
                             yield from collect()
                         yield BLOCKS
                         arena.fit(chunk.arena_bytes)
-                    self._copy(slot, arena, chunk, self._copies[number % self.COPY_STREAMS])
+                    self._copy(slot, arena, chunk, self._copies[number % len(self._copies)])
                 copying.append((slot, arena.address + chunk.header_bytes, chunk, first, last))
                 while len(copying) > lead:
                     yield from launch()
