@@ -1097,13 +1097,15 @@ class DecodePipeline(_Pipeline):
                     self._driver.stream_wait_event(self._kernels, slot.kernel_done)
             queued(self._kernels)
             self._driver.event_record(self._ended, self._kernels)
-            while len(pending) > len(self._copies) and not self._driver.event_wait(self._ended, 0, 0):
+            ended = False
+            while not ended and len(pending) > len(self._copies):
                 yield from collect(_EDGE_SPIN_US)
-            for slot, *_ in [*pending][-len(self._copies) :]:
-                yield Wait(slot.copy_done, _EDGE_SPIN_US)
-            if pending:  # the records are let go while their last decoders are at work
+                ended = self._driver.event_wait(self._ended, 0, 0)
+            if pending and not ended:  # the records are let go while their last decoders are at work
+                for slot, *_ in [*pending][-len(self._copies) :]:
+                    yield Wait(slot.copy_done, _EDGE_SPIN_US)
                 moved(pending[0][2], pending[-1][3])
-            yield Wait(self._ended, _EDGE_SPIN_US)
+                yield Wait(self._ended, _EDGE_SPIN_US)
             while pending:
                 note()
         except BaseException:
