@@ -172,49 +172,79 @@ def section_transport(bench: TransportBench, results: Results, options: argparse
 
 
 class Timeline:
-    """Has a driver record events around the copies of each chunk. A context manager; `read` ends a transfer's.
+    """Has a driver record events around the copies of each chunk. A context manager, from before the first transfer on.
 
     Args:
         driver: what the transfers use.
         stream: idle when `begin` is called.
     """
 
+    MOST_COPIES = 64  # of a transfer, for which events are made before it begins
+
     def __init__(self, driver: Any, stream: int) -> None:
         self._driver, self._stream = driver, stream
-        self._copy = driver.copy_between
+        self._copy, self._outgoing = driver.copy_between, driver.outgoing
         self._start = driver.event_create(timing=True)
+        self._idle: list[tuple[int, int]] = []
         self._pairs: list[tuple[int, int]] = []
+        self._marked: list[Any] = []  # launches whose copies are marked by events of `_pairs`
 
     def __enter__(self) -> Timeline:
-        self._driver.copy_between = self._watched
+        self._driver.copy_between, self._driver.outgoing = self._watched, self._watched_outgoing
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._driver.copy_between  # the method of the class is back
-        self.read()
-        self._driver.event_destroy(self._start)
+        del self._driver.copy_between, self._driver.outgoing  # the methods of the class are back
+        self._recycle()
+        for event in (self._start, *(event for pair in self._idle for event in pair)):
+            self._driver.event_destroy(event)
 
     def begin(self) -> None:
         """A transfer begins now."""
+        self._recycle()
+        while len(self._idle) < self.MOST_COPIES:
+            self._idle.append((self._driver.event_create(timing=True), self._driver.event_create(timing=True)))
         self._driver.event_record(self._start, self._stream)
 
+    def _pair(self) -> tuple[int, int]:
+        self._pairs.append(self._idle.pop())
+        return self._pairs[-1]
+
     def _watched(self, pieces: Any, after: int, done: int, stream: int) -> None:
-        pair = (self._driver.event_create(timing=True), self._driver.event_create(timing=True))
-        self._pairs.append(pair)
+        if not self._idle:  # no transfer that is measured
+            self._copy(pieces, after, done, stream)
+            return
+        pair = self._pair()
         if after:
             self._driver.stream_wait_event(stream, after)
         self._driver.event_record(pair[0], stream)
         self._copy(pieces, after, done, stream)
         self._driver.event_record(pair[1], stream)
 
+    def _watched_outgoing(self, calls: Sequence[Any], stream: int) -> Any:
+        made = self._outgoing(calls, stream)
+        begin = made.begin
+
+        def marked(to: int, room_bytes: int) -> None:
+            for call in calls if self._idle else ():
+                call.mark(*self._pair())
+                self._marked.append(call)
+            begin(to, room_bytes)
+
+        made.begin = marked
+        return made
+
+    def _recycle(self) -> None:
+        for call in self._marked:
+            call.mark(0, 0)
+        self._idle += self._pairs
+        self._marked.clear()
+        self._pairs.clear()
+
     def read(self) -> list[tuple[float, float]]:
         """Begin and end of each chunk's copies, seconds since `begin`, of a transfer that has ended."""
         elapsed = self._driver.event_elapsed_seconds
-        found = [(elapsed(self._start, first), elapsed(self._start, last)) for first, last in self._pairs]
-        for event in (event for pair in self._pairs for event in pair):
-            self._driver.event_destroy(event)
-        self._pairs.clear()
-        return found
+        return [(elapsed(self._start, first), elapsed(self._start, last)) for first, last in self._pairs]
 
 
 def parts_of(seconds: float, copies: Sequence[tuple[float, float]]) -> Row:
@@ -228,7 +258,7 @@ def parts_of(seconds: float, copies: Sequence[tuple[float, float]]) -> Row:
     return {k: v * 1e6 for k, v in {**parts, "after_us": seconds - last}.items()} | {"chunks": len(copies)}
 
 
-def timeline_rows(bench: TransportBench, way: Kvzip, pages: int, repetitions: int) -> list[Row]:
+def timeline_rows(bench: TransportBench, way: Kvzip, timeline: Timeline, pages: int, repetitions: int) -> list[Row]:
     """Medians of `repetitions` transfers of so many pages each way."""
     way.pages = pages
     chosen = bench.selections(pages, repetitions)
@@ -239,15 +269,11 @@ def timeline_rows(bench: TransportBench, way: Kvzip, pages: int, repetitions: in
             slot = number % len(chosen)
             if direction == "out":
                 way.renew(chosen[slot], slot)
-            if number == -2:
-                call(chosen[slot], slot)  # makes the device's side
-                continue
-            with Timeline(way.engine._device("cuda:0").driver, bench.kernels.cuda_stream) as timeline:
-                timeline.begin()
-                start = time.perf_counter()
-                call(chosen[slot], slot)
-                seconds = time.perf_counter() - start
-                copies = timeline.read()
+            timeline.begin()
+            start = time.perf_counter()
+            call(chosen[slot], slot)
+            seconds = time.perf_counter() - start
+            copies = timeline.read()
             if number >= 0 and copies:
                 parts.append(parts_of(seconds, copies))
         row: Row = {"way": way.name, "direction": direction, "pages": pages, "raw_bytes": pages * PAGE_BYTES}
@@ -264,17 +290,19 @@ def section_timeline(bench: TransportBench, results: Results, options: argparse.
         except Unavailable as reason:
             results.note("timeline", f"{kind.name} skipped: {reason}")
             continue
+        pages_of = [n for n in options.pages if n * PAGE_BYTES > Staging().small_bytes]
         try:
-            for pages in [n for n in options.pages if n * PAGE_BYTES > Staging().small_bytes]:
-                with results.attempt("timeline", f"{way.name}, {pages} pages"):
-                    rows = timeline_rows(bench, way, pages, 3 if options.quick else 15)
-                    results.add("timeline", rows)
-                    for row in rows:
-                        print(
-                            "{pages:6d} pages {direction:3s} {way:14s} {us:8.0f} us: before {before_us:.0f}, link "
-                            "{link_us:.0f}, idle {idle_us:.0f}, after {after_us:.0f}".format(**row),
-                            flush=True,
-                        )
+            with Timeline(way.engine._device("cuda:0").driver, bench.kernels.cuda_stream) as timeline:
+                for pages in pages_of:
+                    with results.attempt("timeline", f"{way.name}, {pages} pages"):
+                        rows = timeline_rows(bench, way, timeline, pages, 3 if options.quick else 15)
+                        results.add("timeline", rows)
+                        for row in rows:
+                            print(
+                                "{pages:6d} pages {direction:3s} {way:14s} {us:8.0f} us: before {before_us:.0f}, link "
+                                "{link_us:.0f}, idle {idle_us:.0f}, after {after_us:.0f}".format(**row),
+                                flush=True,
+                            )
         finally:
             way.close()
 

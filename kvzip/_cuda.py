@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "kvz_cuda_few_bytes": (_U64, []),
     "kvz_cuda_encode_chunk": (_I32, [_P, _P]),
     "kvz_cuda_decode_chunk": (_I32, [_P, _P]),
+    "kvz_cuda_encode_and_copy": (_I32, [_P, _U64, _U64, _PI32]),
     "kvz_cuda_copy_between": (_I32, [_P, _P, _P, _U64, _P, _P, _P]),
     "kvz_cuda_mapped_copy": (_I32, [_P, _P, _U64, _P]),
     "kvz_cuda_last_error": (_I32, [_P, _U64]),
@@ -217,6 +218,26 @@ class _EncodeChunkArgs(ctypes.Structure):
     """``kvz_cuda_encode_chunk_args``."""
 
     _fields_ = (("encode", _EncodeArgs), *_COPY_FIELDS, ("done", _P))
+
+
+class _Outgoing(ctypes.Structure):
+    """``kvz_cuda_outgoing``."""
+
+    _fields_ = (("encode", _P), ("stream", _P), ("copied", _P), ("begins", _P), ("ends", _P))
+
+
+class _OutgoingArgs(ctypes.Structure):
+    """``kvz_cuda_outgoing_args``."""
+
+    _fields_ = (
+        ("chunks", _P),
+        ("count", _U64),
+        ("launched", _U64),
+        ("to", _P),
+        ("room_bytes", _U64),
+        ("bytes", _P),
+        ("kernels", _P),
+    )
 
 
 class _DecodeChunkArgs(ctypes.Structure):
@@ -406,13 +427,16 @@ class CudaDriver:
 
     def get_device(self) -> int:
         """The thread's current device."""
+        if self._devices == 1:  # it cannot be another
+            return 0
         device = _I32()
         self._check(self._library.kvz_cuda_get_device(ctypes.byref(device)), "asking for the current device")
         return device.value
 
     def set_device(self, device: int) -> None:
         """Make a device the thread's current one."""
-        self._check(self._library.kvz_cuda_set_device(device), f"switching to device {device}")
+        if device or self._devices > 1:  # else it is that already
+            self._check(self._library.kvz_cuda_set_device(device), f"switching to device {device}")
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the current device."""
@@ -592,18 +616,14 @@ class CudaDriver:
     # ---- chunks of large transfers
 
     def encode_call(
-        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int
-    ) -> Callable[[], None]:
-        """Bind ``kvz_cuda_encode_chunk``: each call queues it."""
-        native = _EncodeChunkArgs(_encode_args(encode), *inputs, *results, done)
-        function, reference = self._library.kvz_cuda_encode_chunk, ctypes.byref(native)
+        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int, copied: int, copies: int
+    ) -> _EncodeCall:
+        """Bind ``kvz_cuda_encode_chunk``: each call queues it. `outgoing` copies in another stream, and marks that."""
+        return _EncodeCall(self, encode, inputs, results, done, stream, copied, copies)
 
-        def call(keep: object = encode) -> None:  # which has the segments that the native arguments point to
-            status = function(reference, stream)
-            if status:
-                self._check(status, "encoding on the GPU")
-
-        return call
+    def outgoing(self, calls: Sequence[_EncodeCall], stream: int) -> _OutgoingChunks:
+        """Bind ``kvz_cuda_encode_and_copy``; see `kvzip.transport.OutgoingChunks`."""
+        return _OutgoingChunks(self, calls, stream)
 
     def decode_call(self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int) -> Callable[[], None]:
         """Bind ``kvz_cuda_decode_chunk``: each call queues it behind the event of the copies."""
@@ -664,6 +684,70 @@ class _Forked:
 
 def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
     return (_U64 * len(values))(*values)
+
+
+class _EncodeCall:
+    """A chunk's launch; the native arguments are made once."""
+
+    def __init__(
+        self,
+        driver: CudaDriver,
+        encode: EncodeArgs,
+        inputs: Copy,
+        results: Copy,
+        done: int,
+        stream: int,
+        copied: int,
+        copies: int,
+    ) -> None:
+        self._driver = driver
+        self._keep = encode  # which has the segments that the native arguments point to
+        self._native = _EncodeChunkArgs(_encode_args(encode), *inputs, *results, done)
+        self._function, self._reference = driver._library.kvz_cuda_encode_chunk, ctypes.byref(self._native)
+        self._stream = stream
+        self._outgoing = _Outgoing(encode=ctypes.addressof(self._native), stream=copies, copied=copied)
+        self.address = ctypes.addressof(self._outgoing)
+
+    def mark(self, begins: int, ends: int) -> None:
+        """Record events before and behind the chunk's copy, where `CudaDriver.outgoing` makes it; 0 = none."""
+        self._outgoing.begins, self._outgoing.ends = begins, ends
+
+    def __call__(self) -> None:
+        status = self._function(self._reference, self._stream)
+        if status:
+            self._driver._check(status, "encoding on the GPU")
+
+
+class _OutgoingChunks:
+    """`kvzip.transport.OutgoingChunks`: the native arguments are made once."""
+
+    def __init__(self, driver: CudaDriver, calls: Sequence[_EncodeCall], stream: int) -> None:
+        self._driver = driver
+        self._function = driver._library.kvz_cuda_encode_and_copy
+        count = len(calls)
+        chunks, self._sizes = (_P * count)(*[call.address for call in calls]), (_U64 * count)()
+        self._none = bytes(self._sizes)
+        self._keep = calls, chunks  # what the native arguments point to
+        self._native = _OutgoingArgs(
+            chunks=ctypes.addressof(chunks), count=count, bytes=ctypes.addressof(self._sizes), kernels=stream
+        )
+        self._reference = ctypes.byref(self._native)
+
+    @property
+    def copied(self) -> Iterable[int]:
+        return self._sizes
+
+    def begin(self, to: int, room_bytes: int) -> None:
+        native = self._native
+        native.launched, native.to, native.room_bytes = 1, to, room_bytes
+        ctypes.memmove(self._sizes, self._none, len(self._none))
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        done = _I32()
+        status = self._function(self._reference, spin_us, timeout_us, ctypes.byref(done))
+        if status:
+            self._driver._check(status, "encoding on the GPU")
+        return bool(done.value)
 
 
 class _SwapCall:

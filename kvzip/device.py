@@ -32,7 +32,7 @@ from kvzip.backends.cuszp import Extended, coding_of, encodes_on_gpu, extended_b
 from kvzip.bounds import NamedTables, PageBounds, named_tables, summary
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError
-from kvzip.index import Contents, Entry, RecordIndex, contents_of
+from kvzip.index import Contents, Entry, Fresh, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
 from kvzip.pool import HostPool, Room
 from kvzip.record import (
@@ -180,6 +180,27 @@ class BegunLoad:
         finally:
             self._index.end_load(self._entries)
             self._turn.release()
+
+
+class _RoomAhead:
+    """`kvzip.transport.Ahead` in a pool.
+
+    Args:
+        pool: the pool.
+        room: from `RecordIndex.take_ahead`.
+        rooms: get the rooms of the chunks, to be divided among their records.
+    """
+
+    def __init__(self, pool: HostPool, room: Room, rooms: deque[Room]) -> None:
+        self.address, self.nbytes = pool.address + room.runs[0][0], room.nbytes
+        self._room = room
+        self._rooms = rooms
+
+    def keep(self, chunk: EncodedChunk) -> None:
+        self._rooms.append(self._room.split(chunk.arena_bytes))
+
+    def close(self) -> None:
+        self._room.close()
 
 
 class DeviceSwap:
@@ -853,8 +874,8 @@ class DeviceSwap:
         index, pool = self._index, self._pool
         keys = parts[0].keys if len(parts) == 1 else [key for part in parts for key in part.keys]
         header = plans[0].contents.header_bytes
-        worst = len(keys) * pool.round_up(plans[0].most_bytes)
-        if not index.can_hold(worst, keys):
+        most_bytes = pool.round_up(plans[0].most_bytes)
+        if not index.can_hold(len(keys) * most_bytes, keys):
             # The real sizes decide, before anything leaves the pool: encoding is much faster than the link.
             needed = 0
             for part, plan in zip(parts, plans, strict=True):
@@ -863,13 +884,23 @@ class DeviceSwap:
             if needed > index.room(keys):
                 raise index.refuse(needed, len(keys), keys, replacing=False)
         fresh: list[Entry] = []
-        ready: dict[bytes, Entry] = {}  # all of them, before the last ones have landed
+        ready = Fresh.of({})  # all of them, before the last ones have landed
         raw_bytes = sum([part.blocks.nbytes for part in parts])
         fallbacks: Counter[str] = Counter()
         record_bytes = violations = 0
         max_error = 0.0
 
         rooms: deque[Room] = deque()  # of chunks that were not entered yet
+        opened: list[_RoomAhead] = []
+
+        def ahead_of(blocks: int) -> _RoomAhead | None:
+            room = index.take_ahead(blocks * most_bytes, keys) if self._packed else None
+            if room is None or len(room.runs) > 1:
+                if room is not None:
+                    room.close()
+                return None
+            opened.append(_RoomAhead(pool, room, rooms))
+            return opened[-1]
 
         def enter(plan: _StorePlan, chunk: EncodedChunk) -> list[Entry]:
             count, joined = len(chunk.tables), chunk.tables.tobytes()
@@ -896,14 +927,14 @@ class DeviceSwap:
             return self._entry_runs(enter(plan, chunk), chunk.offsets.tolist())
 
         def copying(plan: _StorePlan, chunk: EncodedChunk) -> None:
-            nonlocal record_bytes
+            nonlocal record_bytes, ready
             if rooms:
                 enter(plan, chunk)
             if plan.reason or chunk.tables.tobytes()[_REASON_AT :: ENTRY_DTYPE.itemsize].strip(b"\0"):
                 fallbacks.update(fallback_reasons(chunk.tables, plan.reason))
             record_bytes += int(chunk.payload_bytes.sum()) + len(chunk.tables) * header
             if len(fresh) == len(keys):
-                ready.update(zip(keys, fresh, strict=True))
+                ready = Fresh.of(dict(zip(keys, fresh, strict=True)))
 
         def landed(part: Part, plan: _StorePlan, original: BlockView | None, before: int, chunk: EncodedChunk) -> None:
             nonlocal violations, max_error
@@ -935,11 +966,14 @@ class DeviceSwap:
                     partial(landed, part, plan, original, len(fresh)),
                     partial(copying, plan),
                     transfer._mark_queued if number == len(parts) - 1 else (lambda stream: None),
+                    ahead_of,
                 )
             index.publish(ready)
         except BaseException:
             for room in rooms:
                 room.close()
+            for memory in opened:
+                memory.close()
             index.cancel(fresh, keys)
             raise
         return TransferResult(

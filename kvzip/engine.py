@@ -45,7 +45,7 @@ from kvzip.errors import (
     LayoutError,
     TransferError,
 )
-from kvzip.index import Entry, RecordIndex, contents_of
+from kvzip.index import Entry, Fresh, RecordIndex, contents_of
 from kvzip.integrity import Integrity, Sampler
 from kvzip.metrics import Meter, MetricsSnapshot, snapshot
 from kvzip.policy import EvictionPolicy, make_policy
@@ -538,7 +538,7 @@ class SwapEngine:
                     raise self._index.refuse(pending_bytes, len(pending), keys, replacing=True)
             with self._lock:  # one step, so that nobody finds a key without a record that is only being replaced
                 self._keep(pending, fresh, layout, keys, replacing=True)
-                self._index.publish(fresh)
+                self._index.publish(Fresh.of(fresh))
         except BaseException:
             self._index.cancel(fresh.values(), keys)
             raise

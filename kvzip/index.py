@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,32 @@ class Entry:
     def protected(self) -> bool:
         """Whether eviction must pass it over."""
         return self.loads > 0 or self.pins.count > 0
+
+
+class Fresh(NamedTuple):
+    """New records of a store and what they add up to: made before the last ones have landed, as it takes a while.
+
+    Attributes:
+        entries: the records by key.
+        sizes: bytes of each in the pool.
+        raw_bytes: of all of them.
+        record_bytes: the sum of `sizes`.
+        extent_bytes: the same in whole extents.
+    """
+
+    entries: dict[bytes, Entry]
+    sizes: list[int]
+    raw_bytes: int
+    record_bytes: int
+    extent_bytes: int
+
+    @classmethod
+    def of(cls, entries: dict[bytes, Entry]) -> Fresh:
+        """With the sums."""
+        allocations = [entry.allocation for entry in entries.values()]
+        sizes = [allocation.nbytes for allocation in allocations]
+        raw_bytes = sum([entry.contents.raw_bytes for entry in entries.values()])
+        return cls(entries, sizes, raw_bytes, sum(sizes), sum([allocation.extent_nbytes for allocation in allocations]))
 
 
 @dataclass(frozen=True)
@@ -268,7 +295,7 @@ class RecordIndex:
                 pins = Pins()
                 pins.entry = fresh[key] = Entry(allocation, contents, table, crc, 0, pins, False, False, header)
             try:
-                self.publish(fresh)
+                self.publish(Fresh.of(fresh))
             except BaseException:
                 self.cancel(fresh.values())
                 raise
@@ -316,12 +343,13 @@ class RecordIndex:
         for key in leaving:  # too few only when others take from the same pool; `take` says it
             self._evict(key)
 
-    def publish(self, fresh: Mapping[bytes, Entry]) -> None:
+    def publish(self, fresh: Fresh) -> None:
         """Make new records visible, in place of those that they replace."""
+        entries = fresh.entries
         with self.lock:
             held, insert = self._entries, self._policy.insert
-            if not held.keys().isdisjoint(fresh):
-                for key, entry in fresh.items():
+            if not held.keys().isdisjoint(entries):
+                for key, entry in entries.items():
                     if key in held:
                         pins = entry.pins = held[key].pins
                         self._remove(key, evicted=False)
@@ -329,21 +357,17 @@ class RecordIndex:
                         if pins.count:
                             self._pinned += 1
                             self._leavable -= entry.allocation.extent_nbytes
-            held.update(fresh)
-            allocations = [entry.allocation for entry in fresh.values()]
-            sizes = [allocation.nbytes for allocation in allocations]
-            raw_bytes = sum([entry.contents.raw_bytes for entry in fresh.values()])
-            leavable = sum([allocation.extent_nbytes for allocation in allocations])
+            held.update(entries)
             key = b""
             try:
-                for key, nbytes in zip(fresh, sizes, strict=True):
+                for key, nbytes in zip(entries, fresh.sizes, strict=True):
                     insert(key, nbytes)
             except BaseException:  # a policy that fails, or Ctrl-C: whoever asked frees what it brought
-                self._retract(fresh, key)
+                self._retract(entries, key)
                 raise
-            self._raw_bytes += raw_bytes
-            self._record_bytes += sum(sizes)
-            self._leavable += leavable
+            self._raw_bytes += fresh.raw_bytes
+            self._record_bytes += fresh.record_bytes
+            self._leavable += fresh.extent_bytes
 
     def _retract(self, fresh: Mapping[bytes, Entry], failed: bytes) -> None:
         """Undo a `publish` whose policy refused a key, those before it accepted."""

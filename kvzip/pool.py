@@ -191,6 +191,17 @@ class Room:
         else:
             self.runs = tuple([(start * extent, length * extent) for start, length in taken])
 
+    def split(self, nbytes: int) -> Room:
+        """Make a room of the first bytes of this one, which is left with the others.
+
+        Args:
+            nbytes: at least 1; rounded up to extents.
+
+        Raises:
+            ConfigError: it has fewer bytes or several runs, or was divided or closed before. Nothing was changed.
+        """
+        return self._pool._split_room(self, _positive(nbytes, "nbytes"))
+
     def divide(self, sizes: Sequence[int]) -> list[Allocation]:
         """Make allocations of it, one behind the other in the order of `runs`; what is left returns to the pool.
 
@@ -609,8 +620,8 @@ class HostPool:
         state = "closed" if self.closed else f"{self.free_bytes} free"
         return f"HostPool({self.capacity_bytes} bytes, {state}, {'pinned' if self.pinned else 'pageable'})"
 
-    # Everything below expects the lock to be held, but _commit, _close_reservation, _divide_room, _cut_room and
-    # _close_room, which take it.
+    # Everything below expects the lock to be held, but _commit, _close_reservation, _divide_room, _cut_room,
+    # _split_room and _close_room, which take it.
 
     def _free_bytes(self) -> int:
         return (self._extents - self._used - self._reserved) * self._extent
@@ -745,6 +756,26 @@ class HostPool:
                     self._return_run(start + extents, length - extents)
                 return made
         return self._divide_room(room, [nbytes])[0]  # in several runs; or it says what is wrong
+
+    def _split_room(self, room: Room, nbytes: int) -> Room:
+        extents = -(-nbytes // self._extent)
+        with self._lock:
+            self._memory()
+            if room._taken is None:
+                raise ConfigError("this room was divided or closed before: take another")
+            if len(room._taken) != 1 or room._taken[0][1] < extents:
+                raise ConfigError(
+                    f"{extents * self._extent} bytes cannot be split from a room of {room.nbytes} bytes in "
+                    f"{len(room._taken)} runs: split fewer from one run"
+                )
+            start, length = room._taken[0]
+            made = Room(self, [(start, extents)], extents)
+            self._rooms.add(made)
+            left = length - extents
+            room._taken = [(start + extents, left)] if left else []
+            room.runs = tuple([(first * self._extent, count * self._extent) for first, count in room._taken])
+            room.nbytes = left * self._extent
+            return made
 
     def _close_room(self, room: Room) -> None:
         if room._taken is None:  # as a rule it was divided

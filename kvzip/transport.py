@@ -18,7 +18,7 @@ is by events.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,11 +51,13 @@ class Wait(NamedTuple):
         event: an event; 0 = for nothing.
         spin_us: how long a wait for the event spins, before it only looks now and then.
         blocks: the next step may block for long, as for memory: it is not for a thread of the caller.
+        until: waits, as `Driver.event_wait` does for an event, for something else that can be called again.
     """
 
     event: int = 0
     spin_us: int = 0
     blocks: bool = False
+    until: Callable[[int, int], bool] | None = None
 
 
 Steps: TypeAlias = Generator[Wait, None, T]
@@ -67,6 +69,9 @@ MOST_TABLES = 1024  # channel tables of a direction on a device, unless one requ
 SPIN_US = 50
 MOST_BEGUN = 64  # blocks whose records a load looks up before the first copy
 _EDGE_SPIN_US = 400  # at a transfer's ends, where the link is idle until the wait is over
+_FIRST_US = 40  # that the first step waits for an encoder that has nothing to wait for itself
+_NOTE_BYTES = 8 << 20  # queued copies that take the link longer than the host takes to note what it knows of a chunk
+_END_SPIN_US = 1500  # for the last chunk's copy, which takes no longer
 
 
 class Driver(Protocol):
@@ -95,8 +100,12 @@ class Driver(Protocol):
     def workspace_bytes(self, num_segments: int, num_blocks: int) -> int: ...  # noqa: D102
 
     def encode_call(  # noqa: D102
-        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int
+        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int, copied: int, copies: int
     ) -> Callable[[], None]: ...
+
+    def outgoing(  # noqa: D102
+        self, calls: Sequence[Any], stream: int
+    ) -> OutgoingChunks: ...
 
     def decode_call(  # noqa: D102
         self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int
@@ -225,6 +234,42 @@ class SwapCall(Protocol):
         ...
 
 
+class OutgoingChunks(Protocol):
+    """Chunks that are encoded, and copied to one run of host memory, without a step of the interpreter in between.
+
+    Each is copied as soon as its size is known, right behind the one before. An encoder is launched before the one in
+    front of it is waited for. Made by `Driver.outgoing`, and used again and again:
+
+    Args:
+        calls: launches of the chunks, from `Driver.encode_call`.
+        stream: stream of the encoders. A copy goes to the stream that its call was made with, and the event of that is
+            recorded behind it.
+
+    Attributes:
+        copied: bytes of each copy, multiples of `RECORD_ALIGNMENT`; 0 where it is not queued.
+    """
+
+    @property
+    def copied(self) -> Iterable[int]: ...  # noqa: D102
+
+    def begin(self, to: int, room_bytes: int) -> None:
+        """The first of `calls` was called, and all are to be copied.
+
+        Args:
+            to: host address.
+            room_bytes: bytes that there are.
+        """
+        ...
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        """Go on until all copies are queued, or an encoder has failed, or has said what cannot be.
+
+        Returns:
+            False: not yet, within the time. To be called again.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class EncodedChunk:
     """What an encoder said about a chunk of blocks, in host memory that is used again when the chunk has landed.
@@ -259,6 +304,27 @@ class EncodedChunk:
             raise self._contradicts_itself()
         return nbytes
 
+    def check_copied(self, nbytes: int) -> None:
+        """So many bytes of the arena were copied.
+
+        Raises:
+            NativeError: the records do not take that many.
+        """
+        if nbytes != self.arena_bytes:
+            raise self._contradicts_itself()
+
+    def kept(self) -> EncodedChunk:
+        """A copy in memory of its own."""
+        return EncodedChunk(
+            self.first,
+            self.offsets.copy(),
+            self.tables.copy(),
+            self.payload_bytes.copy(),
+            self.payload_crc32c.copy(),
+            self.header_bytes,
+            self.most_bytes,
+        )
+
     def verify(self) -> None:
         """Copies are made by these numbers, so they must not lead out of the arena, or records into one another.
 
@@ -275,6 +341,26 @@ class EncodedChunk:
 
     def _contradicts_itself(self) -> NativeError:
         return NativeError(f"the table of sizes of {len(self.offsets)} blocks encoded on the GPU contradicts itself")
+
+
+class Ahead(Protocol):
+    """Host memory for the first chunks of a store, whatever they become.
+
+    Attributes:
+        address: where it begins.
+        nbytes: its bytes; copies may go to all of them.
+    """
+
+    address: int
+    nbytes: int
+
+    def keep(self, chunk: EncodedChunk) -> None:
+        """The next `EncodedChunk.arena_bytes` of it are a chunk's records. The chunk is not verified yet."""
+        ...
+
+    def close(self) -> None:
+        """Give back what no chunk has."""
+        ...
 
 
 def _aligned(nbytes: int) -> int:
@@ -379,7 +465,7 @@ class _Slot:
 
     def fit(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> None:
         """Grow what is too small for a chunk. The slot must not be in use."""
-        needed = {"arena": arena_bytes, "workspace": self._driver.workspace_bytes(pages, blocks), "meta": meta_bytes}
+        needed = self._needed(arena_bytes, meta_bytes, pages, blocks)
         if not self.memory.fits(**needed):
             self.bound.clear()
             self.memory.fit(**needed)
@@ -590,7 +676,10 @@ def chunk_bounds(blocks: int, largest: int) -> list[tuple[int, int]]:
     eighth, quarter, half = (max(1, largest // n) for n in (8, 4, 2))
     up = [quarter, quarter, half]
     left = blocks - sum(up)
-    sizes = up + [largest] * (left // largest) + [left % largest] * (left % largest > 0)
+    rest = left % largest
+    if half + rest <= largest:  # no chunk for what is left over
+        up, rest = [quarter, quarter, half + rest], 0
+    sizes = [*up, *[largest] * (left // largest), *[rest] * (rest > 0)]
     if left < 0:  # few: halves of what is left
         sizes, left = [], blocks
         while left > eighth:
@@ -755,6 +844,10 @@ class _Pipeline:
 class EncodePipeline(_Pipeline):
     """The way out. One transfer at a time."""
 
+    def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
+        super().__init__(driver, staging, resource)
+        self._bound: dict[tuple[int, ...], tuple[list[Any], OutgoingChunks]] = {}
+
     def sizes(self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int) -> Steps[Words]:
         """Steps that find the bytes of every block's record; nothing leaves the device.
 
@@ -776,12 +869,14 @@ class EncodePipeline(_Pipeline):
 
         yield BLOCKS
         try:
-            launch = self._launcher(blocks, bound, coding, after)
+            prepare = self._preparer(blocks, bound, coding, after)
             for first, last in chunk_bounds(len(blocks), self._most_blocks(blocks.layout)):
                 slot = self._next_slot()
                 while slot.busy:
                     yield from collect()
-                ahead.append((slot, launch(slot, first, last)))
+                call = prepare(slot, first, last)
+                call.launch()
+                ahead.append((slot, call))
             while ahead:
                 yield from collect()
         finally:
@@ -798,6 +893,7 @@ class EncodePipeline(_Pipeline):
         landed: Callable[[EncodedChunk], None],
         copying: Callable[[EncodedChunk], None] = lambda chunk: None,
         queued: Callable[[int], None] = lambda stream: None,
+        ahead_of: Callable[[int], Ahead | None] = lambda blocks: None,
     ) -> Steps[None]:
         """Steps that encode blocks and copy their records to host memory; the first one launches the first encoder.
 
@@ -808,10 +904,12 @@ class EncodePipeline(_Pipeline):
             after: event that the pages are ready at.
             place: called once a chunk is encoded; says which bytes of the arena go where. The link may be idle until it
                 returns. The chunk is not verified yet. The header of a record is undefined there.
-            landed: called once a chunk's records are in host memory, in the order of the chunks.
-            copying: called while a chunk's copy is under way.
+            landed: called after `copying`, once a chunk's records are in host memory, in the order of the chunks.
+            copying: called when a chunk's copy was queued, and the link has enough to do for a while.
             queued: called with the stream of the kernels once all of them are queued: what is recorded there now comes
                 after the last page was read.
+            ahead_of: called with the number of blocks of the first chunks, whose copies begin soonest where it gives
+                host memory for them, in place of `place`.
 
         Raises:
             NativeError: what the encoder said cannot be.
@@ -822,27 +920,74 @@ class EncodePipeline(_Pipeline):
         moving: deque[tuple[_Slot, EncodedChunk]] = deque()  # their copies are queued
         noted: deque[EncodedChunk] = deque()  # of these, what `copying` was not called with yet
 
+        def first_chunks() -> Steps[None]:
+            """The first chunks, whose slots are all free: copied by one call where there is room."""
+            least = [(self._next_slot(), *chunk) for chunk in chunks[: len(self._slots)]]
+            fit = (self._fits(slot, pages, last - first, header, worst) for slot, first, last in least)
+            if not next(fit):
+                yield BLOCKS
+            call = prepare(*least[0])
+            call.launch()
+            ahead.append((least[0][0], call, 0))
+            if len(chunks) == 1:
+                queued(self._kernels)
+            if not all(fit):
+                yield BLOCKS
+            ahead.extend([(slot, prepare(slot, first, last), first) for slot, first, last in least[1:]])
+            launches, end = [call.launch for _, call, _ in ahead], least[-1][2]
+            memory = ahead_of(end)
+            if memory is None:
+                yield HAND_OVER
+                for launch in launches[1:]:
+                    launch()
+            else:
+                outgoing = self._outgoing(launches)
+                outgoing.begin(memory.address, memory.nbytes)
+                done = outgoing.wait(_FIRST_US, _FIRST_US)
+                yield HAND_OVER if done else Wait(spin_us=_EDGE_SPIN_US, until=outgoing.wait)
+            if end == len(blocks) and len(chunks) > 1:
+                queued(self._kernels)
+            if memory is None:
+                while ahead:
+                    yield from copy()
+                return
+            for nbytes in outgoing.copied:
+                slot, call, first = ahead.popleft()
+                chunk = call.chunk(first)
+                chunk.check_copied(nbytes)
+                memory.keep(chunk)
+                moving.append((slot, chunk))
+                noted.append(chunk)
+            memory.close()
+
         def copy() -> Steps[None]:
             slot, call, first = ahead.popleft()
             yield Wait(slot.kernel_done, SPIN_US if len(moving) > 1 else _EDGE_SPIN_US)
             chunk, arena = call.chunk(first), slot.arena
             pieces = [(address, arena + at, nbytes) for at, address, nbytes in place(chunk)]
-            self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies[0])
+            self._driver.copy_between(pieces, slot.kernel_done, slot.copy_done, self._copies_of(slot))
             moving.append((slot, chunk))
             noted.append(chunk)
 
         def note() -> None:
+            has_landed = len(noted) > len(moving)
             chunk = noted.popleft()
             chunk.verify()
             copying(chunk)
+            if has_landed:
+                landed(chunk)
 
         def land() -> Steps[None]:
-            slot, chunk = moving.popleft()
-            if len(noted) > len(moving):
+            slot, chunk = moving[0]
+            if noted and sum([other.arena_bytes for _, other in moving]) - chunk.arena_bytes > _NOTE_BYTES:
                 note()
-            yield Wait(slot.copy_done, SPIN_US if moving else _EDGE_SPIN_US)
+            yield Wait(slot.copy_done, SPIN_US if len(moving) > 1 else _END_SPIN_US)
+            moving.popleft()
             slot.busy = False
-            landed(chunk)
+            if len(noted) <= len(moving):
+                landed(chunk)
+            else:
+                noted[len(noted) - len(moving) - 1] = chunk.kept()  # its tables are used again
 
         def next_is_free() -> bool:
             slot = self._slots[self._turn]
@@ -854,25 +999,23 @@ class EncodePipeline(_Pipeline):
         if self._key(blocks, bound, coding)[1] not in self._known:
             yield BLOCKS
         try:
-            launch = self._launcher(blocks, bound, coding, after)
-            for first, last in chunks:
+            prepare = self._preparer(blocks, bound, coding, after)
+            if chunks:
+                yield from first_chunks()
+            for first, last in chunks[len(self._slots) :]:
                 slot = self._next_slot()
                 while slot.busy:
                     yield from land() if moving and moving[0][0] is slot else copy()
-                if (pages, last - first, header, worst) not in slot.bound:
+                if not self._fits(slot, pages, last - first, header, worst):
                     yield BLOCKS
-                ahead.append((slot, launch(slot, first, last), first))
+                call = prepare(slot, first, last)
+                call.launch()
+                ahead.append((slot, call, first))
                 if last == len(blocks):
                     queued(self._kernels)
-                if first == 0:
-                    yield HAND_OVER
-                # What the host notes of a chunk has time while later ones move.
-                if len(noted) > 1:
-                    note()
-                # Where the encoder is slower than the link, beside a busy model, it has the next chunk at once. But the
-                # link begins with two: to launch an encoder takes the host as long as the link takes for a short chunk.
-                link_waits = bool(first) and not moving
-                while ahead and (link_waits or len(ahead) > next_is_free()):
+                # Where the encoder is slower than the link, beside a busy model, it has the next chunk at once; but the
+                # link has two. What the host notes of a chunk has time while later ones move.
+                while ahead and (len(moving) < 2 or len(ahead) > next_is_free()):
                     yield from copy()
             while ahead:
                 yield from copy()
@@ -883,24 +1026,44 @@ class EncodePipeline(_Pipeline):
         finally:
             self.drain()
 
-    def _launcher(
+    def _preparer(
         self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int
     ) -> Callable[[_Slot, int, int], _EncodeCall]:
-        """What launches the encoder of blocks first to last - 1 in a slot."""
+        """What prepares the encoder of blocks first to last - 1 in a slot, which is in use from then on."""
         segments = self._segments(blocks, bound, coding)
         pages, worst, header = len(segments), blocks.layout.padded_nbytes, header_nbytes(blocks.layout)
         block_ids = blocks.block_ids
         self._driver.stream_wait_event(self._kernels, after)
 
-        def launch(slot: _Slot, first: int, last: int) -> _EncodeCall:
+        def prepare(slot: _Slot, first: int, last: int) -> _EncodeCall:
             call = self._call(slot, pages, last - first, header, worst)
             slot.give_segments(call.segments, segments)
             call.block_ids[:] = block_ids[first:last]
             slot.busy = True
-            call.launch()
             return call
 
-        return launch
+        return prepare
+
+    def _outgoing(self, launches: list[Any]) -> OutgoingChunks:
+        """The same launches as one call; kept, as a swap asks for the same ones again and again."""
+        key = tuple(map(id, launches))
+        found = self._bound.get(key)
+        if found is None:
+            if len(self._bound) >= MOST_KNOWN:
+                self._bound.clear()
+            found = self._bound[key] = launches, self._driver.outgoing(launches, self._kernels)
+        return found[1]
+
+    def _copies_of(self, slot: _Slot) -> int:
+        """The stream of a slot's copies."""
+        return self._copies[self._slots.index(slot) % len(self._copies)]
+
+    @staticmethod
+    def _fits(slot: _Slot, pages: int, count: int, header: int, worst: int) -> bool:
+        """Whether a slot needs no memory for a chunk."""
+        if (pages, count, header, worst) in slot.bound:
+            return True
+        return slot.fits(count * _aligned(header + worst), _encode_fields(pages, count).nbytes, pages, count)
 
     def _call(self, slot: _Slot, pages: int, count: int, header: int, worst: int) -> _EncodeCall:
         key = (pages, count, header, worst)
@@ -908,7 +1071,7 @@ class EncodePipeline(_Pipeline):
         if found is not None:
             return found
         fields = _encode_fields(pages, count)
-        slot.fit(count * (-(-(header + worst) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT), fields.nbytes, pages, count)
+        slot.fit(count * _aligned(header + worst), fields.nbytes, pages, count)
         host, host_at, device_at, memory = slot.host_meta, slot.host_meta_address, slot.device_meta, slot.memory
         arrays = {name: fields.array(host, name) for name in fields.names}
         arrays["table"] = arrays["table"].reshape(count, pages)
@@ -936,6 +1099,8 @@ class EncodePipeline(_Pipeline):
             (host_at + results, device_at + results, fields.nbytes - results),
             slot.kernel_done,
             self._kernels,
+            slot.copy_done,
+            self._copies_of(slot),
         )
         made = slot.bound[key] = _EncodeCall(launch=launch, header_bytes=header, most_bytes=worst, **arrays)
         return made

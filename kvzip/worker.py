@@ -4,7 +4,10 @@
 
 A job is a generator of steps, with what has to be waited for between them. The thread that submits a job takes the
 first step, if it is the job's turn, so that the device has work at once; the others are taken by the worker's thread,
-or by the thread that waits for the transfer, whoever comes first: who waits anyway need not be woken.
+or by the thread that waits for the transfer, whoever comes first: who waits anyway need not be woken. Where somebody
+waited for the last transfer, the worker's thread is not woken for this one: it looks now and then whether the transfer
+was left alone, until nobody has come for a while. Two threads at the same objects and the same interpreter lock take
+longer than one.
 
 No thread dies of an error: a job that fails, in whatever way, is the end of its transfer alone.
 """
@@ -18,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvzip.errors import ConfigError, KvzipError, TransferError
 from kvzip.transfer import OnDevice, Transfer, TransferQueue, TransferResult, transfer_error
@@ -26,6 +30,8 @@ from kvzip.transport import BLOCKS, Driver, Steps, Wait
 _log = logging.getLogger("kvzip")
 
 _PATIENCE_SECONDS = 1.0  # between looks at the interpreter's signals
+_LOOK_SECONDS = 5e-4  # between looks at jobs that threads wait for
+_IDLE_LOOKS = 100  # after which the worker's thread sleeps, if there is no job
 _abandoned: list[object] = []  # steps of a parent's jobs in a forked child: to end them would touch its GPU
 
 
@@ -85,6 +91,8 @@ class Worker:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._waited_for = False  # the last job, while it was under way
+        self._looks = False  # the thread looks for jobs now and then
 
     def submit(self, job: Job) -> None:
         """Queue a job, and take its first step if no other is before it. Its device is the thread's current one.
@@ -113,7 +121,8 @@ class Worker:
                 if at_once:
                     job.lock.release()
             finally:
-                self._wake.put(None)
+                if not self._looks:
+                    self._wake.put(None)
 
     def _start_thread(self, what: str) -> threading.Thread:
         thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
@@ -131,15 +140,49 @@ class Worker:
             try:
                 while self._open:
                     job = self._open[0]
-                    with job.lock:
+                    if not job.lock.acquire(blocking=False):  # whoever has it wakes this thread, if there is a need to
+                        break
+                    try:
                         if self._is_first(job):
+                            self._waited_for = False
                             self._drive(job)
-                    del job  # an idle thread keeps nobody's transfer
+                    finally:
+                        job.lock.release()
+                        del job  # an idle thread keeps nobody's transfer
                 if self._closed and not self._open:
                     return
-                self._wake.get()
+                if self._waited_for:
+                    self._look()
+                else:
+                    self._wake.get()
             except BaseException as error:  # raised into the thread from outside
                 _log.error("%s goes on after %s: %s", self._name, type(error).__name__, str(error))
+
+    def _look(self) -> None:
+        """Sleep until this thread is woken, or a job was left alone from one look to the next."""
+        self._looks = True
+        last = 0
+        try:
+            for _ in range(_IDLE_LOOKS):
+                with contextlib.suppress(queue.Empty):
+                    self._wake.get(timeout=_LOOK_SECONDS)
+                    return
+                now = self._left_alone()
+                if now and now == last:
+                    return
+                last = now
+        finally:
+            self._looks = False  # who submits from here on wakes this thread
+        if not self._open:
+            self._wake.get()
+
+    def _left_alone(self) -> int:
+        """Which job is first, if nobody takes its steps, else 0. No reference: a thread that sleeps keeps nothing."""
+        try:
+            job = self._open[0]
+        except IndexError:
+            return 0
+        return 0 if job.lock.locked() else id(job)
 
     def _is_first(self, job: Job) -> bool:
         """Whether it is this job's turn; while its lock is held that stays so."""
@@ -151,6 +194,7 @@ class Worker:
     def _help(self, job: Job, timeout_seconds: float | None) -> None:
         """Take the steps of a job in the thread that waits for it, if it is the job's turn and nobody does."""
         driver = self._driver
+        self._waited_for = True
         if driver is None or not self._is_first(job) or not job.lock.acquire(blocking=False):
             return
         try:
@@ -159,6 +203,8 @@ class Worker:
                 self._drive(job, end, helps=True)
         finally:
             job.lock.release()
+            if self._open or self._closed:  # the worker's thread may have passed the job over meanwhile
+                self._wake.put(None)
 
     def _drive(self, job: Job, end: float | None = None, *, helps: bool = False) -> None:
         """Take steps until a job has ended, or until a time; none that may block if it `helps`. Its lock is held."""
@@ -172,7 +218,7 @@ class Worker:
             if helps and due is not None and due.blocks:
                 return
             try:
-                if due is not None and due.event and not self._wait(due, end):
+                if due is not None and not self._wait(due, end):
                     return
             except Exception as error:  # of the device: the steps clean up
                 if helps and not isinstance(error, KvzipError):  # of this thread, as from a signal: the job goes on
@@ -182,11 +228,16 @@ class Worker:
                 self._step(job)
 
     def _wait(self, due: Wait, end: float | None) -> bool:
-        """Wait for an event, at most until a time."""
-        assert self._driver is not None
+        """Wait for what is due, at most until a time."""
+        wait = due.until
+        if wait is None:
+            if not due.event:
+                return True
+            assert self._driver is not None
+            wait = partial(self._driver.event_wait, due.event)
         while True:
             left = _PATIENCE_SECONDS if end is None else min(_PATIENCE_SECONDS, max(0.0, end - time.monotonic()))
-            if self._driver.event_wait(due.event, due.spin_us, int(left * 1e6)):
+            if wait(due.spin_us, int(left * 1e6)):
                 return True
             if end is not None and time.monotonic() >= end:
                 return False

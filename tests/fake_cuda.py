@@ -214,20 +214,14 @@ class FakeDriver:
             elif crcs[b] != crc:
                 sizes[b] = 0
 
-    def encode_call(self, encode: Any, inputs: Any, results: Any, done: int, stream: int) -> Any:
-        def call() -> None:
-            self._called("encode_call", held=False)
-            assert done in self.events
-            assert stream in self.streams
+    def encode_call(
+        self, encode: Any, inputs: Any, results: Any, done: int, stream: int, copied: int, copies: int
+    ) -> Any:
+        return FakeEncodeCall(self, encode, inputs, results, done, stream, copied, copies)
 
-            def work() -> None:
-                ctypes.memmove(*inputs)
-                self.encode(encode, stream)
-                ctypes.memmove(*results)
-
-            self._do(work)
-
-        return call
+    def outgoing(self, calls: Any, stream: int) -> Any:
+        assert stream in self.streams
+        return FakeOutgoingChunks(self, calls)
 
     def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, stream: int) -> Any:
         def call() -> None:
@@ -335,6 +329,86 @@ class FakeDriver:
             except CorruptRecordError:
                 status = 2
             at(a.block_status, np.uint32, a.num_blocks)[b] = status
+
+
+class FakeEncodeCall:
+    """A launch, and what it says when it is done."""
+
+    def __init__(
+        self,
+        driver: FakeDriver,
+        encode: Any,
+        inputs: Any,
+        results: Any,
+        done: int,
+        stream: int,
+        copied: int,
+        copies: int,
+    ) -> None:
+        self._driver, self._encode, self._inputs, self._results = driver, encode, inputs, results
+        self._stream, self._copies, self.done, self.copied = stream, copies, done, copied
+        self._marks = (0, 0)
+
+    def mark(self, begins: int, ends: int) -> None:
+        self._marks = (begins, ends)
+
+    def __call__(self) -> None:
+        self._driver._called("encode_call", held=False)
+        assert {self.done, self.copied} <= self._driver.events
+        assert {self._stream, self._copies} <= self._driver.streams
+
+        def work() -> None:
+            ctypes.memmove(*self._inputs)
+            self._driver.encode(self._encode, self._stream)
+            ctypes.memmove(*self._results)
+
+        self._driver._do(work)
+
+    def copy(self, to: int, room_bytes: int) -> int:
+        """As kvz_cuda_encode_and_copy, for one chunk that is encoded; 0 where it cannot be."""
+        a, to_host = self._encode, self._results[0] - self._results[1]
+        offset, size = (
+            int(at(address + to_host, np.uint64, a.num_blocks)[-1]) for address in (a.record_offsets, a.payload_bytes)
+        )
+        nbytes = -(-(offset + a.header_bytes + size) // 256) * 256
+        if at(a.status + to_host, np.uint32, 1)[0] or nbytes > min(room_bytes, a.arena_bytes):
+            return 0
+        for event in filter(None, self._marks):
+            self._driver.event_record(event, self._stream)
+        self._driver._do(lambda: ctypes.memmove(to, a.arena, nbytes))
+        return nbytes
+
+
+class FakeOutgoingChunks:
+    """As kvz_cuda_encode_and_copy: an encoder is launched before the one in front of it is waited for."""
+
+    def __init__(self, driver: FakeDriver, calls: Any) -> None:
+        self._driver, self._calls = driver, list(calls)
+
+    def begin(self, to: int, room_bytes: int) -> None:
+        self._to, self._room_bytes, self._launched = to, room_bytes, 1
+        self.copied = [0] * len(self._calls)
+
+    def _launch(self, last: int) -> None:
+        while self._launched < len(self._calls) and self._launched <= last:
+            self._calls[self._launched]()
+            self._launched += 1
+
+    def wait(self, spin_us: int, timeout_us: int) -> bool:
+        for i, call in enumerate(self._calls):
+            if self.copied[i]:
+                continue
+            self._launch(i)
+            if not self._driver.hold.is_set():
+                self._launch(i + 1)
+            if not self._driver.event_wait(call.done, spin_us, timeout_us):
+                return False
+            self._driver._called("outgoing", held=False)
+            self.copied[i] = nbytes = call.copy(self._to, self._room_bytes)
+            if not nbytes:
+                break
+            self._to, self._room_bytes = self._to + nbytes, self._room_bytes - nbytes
+        return True
 
 
 class FakeSwapCall:

@@ -126,11 +126,13 @@ class OrderedDriver(FakeDriver):
                 self._called("copy_between", held=False)  # may fail half-way
             self.event_record(done, stream)
 
-    def encode_call(self, encode: Any, inputs: Any, results: Any, done: int, *streams: int) -> Any:
-        return OrderedEncodeCall(self, encode, inputs, results, done, *streams)
+    def encode_call(
+        self, encode: Any, inputs: Any, results: Any, done: int, stream: int, copied: int, copies: int
+    ) -> Any:
+        return OrderedEncodeCall(self, encode, inputs, results, done, stream, copied, copies)
 
-    def outgoing(self, calls: Any, launched: int, to: int, room_bytes: int, *streams: int) -> Any:
-        return OrderedOutgoing(self, calls, launched, to, room_bytes)
+    def outgoing(self, calls: Any, stream: int) -> Any:
+        return OrderedOutgoing(self, calls)
 
     def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, stream: int) -> Any:
         def call() -> None:
@@ -157,10 +159,18 @@ class OrderedEncodeCall:
     """A chunk's launch, and its copy where `OrderedOutgoing` makes that."""
 
     def __init__(
-        self, driver: OrderedDriver, encode: Any, inputs: Any, results: Any, done: int, stream: int, *copy: int
+        self,
+        driver: OrderedDriver,
+        encode: Any,
+        inputs: Any,
+        results: Any,
+        done: int,
+        stream: int,
+        copied: int,
+        copies: int,
     ) -> None:
         self.driver, self.encode, self.inputs, self.results = driver, encode, inputs, results
-        self.done, self.stream, self.copy_marks = done, stream, copy
+        self.done, self.stream, self.copied, self.copies = done, stream, copied, copies
 
     def mark(self, begins: int, ends: int) -> None:
         """Nobody measures here."""
@@ -178,9 +188,11 @@ class OrderedEncodeCall:
 class OrderedOutgoing:
     """As kvz_cuda_encode_and_copy."""
 
-    def __init__(self, driver: OrderedDriver, calls: Any, launched: int, to: int, room_bytes: int) -> None:
-        self._driver, self._calls, self._launched = driver, list(calls), launched
-        self._to, self._room_bytes = to, room_bytes
+    def __init__(self, driver: OrderedDriver, calls: Any) -> None:
+        self._driver, self._calls = driver, list(calls)
+
+    def begin(self, to: int, room_bytes: int) -> None:
+        self._to, self._room_bytes, self._launched = to, room_bytes, 1
         self.copied = [0] * len(self._calls)
 
     def wait(self, spin_us: int, timeout_us: int) -> bool:
@@ -200,7 +212,7 @@ class OrderedOutgoing:
             nbytes = -(-(offset + a.header_bytes + size) // _ALIGNMENT) * _ALIGNMENT
             if at(a.status + to_host, np.uint32, 1)[0] or nbytes > min(self._room_bytes, a.arena_bytes):
                 break
-            copied, stream = call.copy_marks
+            copied, stream = call.copied, call.copies
             self._driver.copy_between([(self._to, a.arena, nbytes)], 0, copied, stream)
             self.copied[i] = nbytes
             self._to, self._room_bytes = self._to + nbytes, self._room_bytes - nbytes

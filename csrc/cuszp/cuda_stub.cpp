@@ -19,6 +19,7 @@ int32_t kvz_cuda_store_wait(const kvz_cuda_store_args*, uint64_t, uint64_t, int3
 int32_t kvz_cuda_load_wait(const kvz_cuda_load_args*, uint64_t, uint64_t, int32_t*) { return KVZ_NO_CUDA; }
 uint64_t kvz_cuda_few_bytes(void) { return 0; }
 int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args*, void*) { return KVZ_NO_CUDA; }
+int32_t kvz_cuda_encode_and_copy(kvz_cuda_outgoing_args*, uint64_t, uint64_t, int32_t*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args*, void*) { return KVZ_NO_CUDA; }
 int32_t kvz_cuda_copy_between(const uint64_t*, const uint64_t*, const uint64_t*, uint64_t, void*, void*, void*) {
   return KVZ_NO_CUDA;

@@ -9,6 +9,9 @@
 
 #include <stdint.h>
 
+#include <algorithm>
+#include <chrono>
+
 #include "cuda_few.h"
 #include "cuda_row_crc.inl"
 #include "cuda_transport.inl"
@@ -207,6 +210,46 @@ int32_t wait_for_swap(const kvz_cuda_few& few, uint32_t num_blocks, void* event,
   return *done ? KVZ_OK : kvz_cuda_event_wait(event, 0, 0, done);
 }
 
+// What an encoder wrote into the table that a chunk's results are copied from, in host memory.
+template <typename T>
+const T& result_of(const kvz_cuda_encode_chunk_args& chunk, const T* on_device, uint64_t index) {
+  const uint8_t* at = reinterpret_cast<const uint8_t*>(on_device + index);
+  const uint8_t* host = static_cast<const uint8_t*>(chunk.results_to);
+  return *reinterpret_cast<const T*>(host + (at - static_cast<const uint8_t*>(chunk.results_from)));
+}
+
+// Bytes of the arena that an encoder's records take; 0 where its table cannot be.
+uint64_t encoded_bytes(const kvz_cuda_encode_chunk_args& chunk) {
+  const kvz_cuda_encode_args& a = chunk.encode;
+  const uint64_t offset = result_of(chunk, a.record_offsets, a.num_blocks - 1);
+  const uint64_t payload = result_of(chunk, a.payload_bytes, a.num_blocks - 1);
+  constexpr uint64_t kMost = UINT64_C(1) << 48;  // no sum below runs over
+  constexpr uint64_t kUnit = kRecordUnits * 16;
+  if (offset > kMost || payload > kMost) return 0;
+  return (offset + a.header_bytes + payload + kUnit - 1) / kUnit * kUnit;
+}
+
+// Launch encoders up to that of chunk `last`, if there is one.
+int32_t launch_outgoing(kvz_cuda_outgoing_args& args, uint64_t last) {
+  while (args.launched < args.count && args.launched <= last) {
+    const int32_t status = kvz_cuda_encode_chunk(args.chunks[args.launched]->encode, args.kernels);
+    if (status != KVZ_OK) return status;
+    ++args.launched;
+  }
+  return KVZ_OK;
+}
+
+cudaError_t copy_records(const kvz_cuda_outgoing& chunk, uint64_t to, uint64_t bytes) {
+  const cudaStream_t stream = stream_of(chunk.stream);
+  cudaError_t error = chunk.begins == nullptr ? cudaSuccess : cudaEventRecord(event_of(chunk.begins), stream);
+  if (error == cudaSuccess) {
+    const void* arena = chunk.encode->encode.arena;
+    error = cudaMemcpyAsync(reinterpret_cast<void*>(to), arena, bytes, cudaMemcpyDeviceToHost, stream);
+  }
+  if (error == cudaSuccess && chunk.ends != nullptr) error = cudaEventRecord(event_of(chunk.ends), stream);
+  return error == cudaSuccess ? cudaEventRecord(event_of(chunk.copied), stream) : error;
+}
+
 }  // namespace
 }  // namespace gpu
 }  // namespace kvz
@@ -270,6 +313,41 @@ int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stre
   if (status == KVZ_OK)
     status = kvz_cuda_mapped_copy(args->results_to, args->results_from, args->results_bytes, stream);
   return status == KVZ_OK ? kvz_cuda_event_record(args->done, stream) : status;
+}
+
+int32_t kvz_cuda_encode_and_copy(kvz_cuda_outgoing_args* args, uint64_t spin_us, uint64_t timeout_us, int32_t* done) {
+  using namespace kvz::gpu;
+  if (args == nullptr || args->chunks == nullptr || args->bytes == nullptr || done == nullptr) {
+    return KVZ_INVALID_ARGUMENT;
+  }
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  const auto left_of = [begin](uint64_t us) {
+    const auto waited = std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - begin).count();
+    return us - std::min(us, static_cast<uint64_t>(waited));
+  };
+  *done = 0;
+  uint64_t at = 0;
+  for (uint64_t i = 0; i < args->count; at += args->bytes[i++]) {
+    if (args->bytes[i] != 0) continue;
+    const kvz_cuda_encode_chunk_args& chunk = *args->chunks[i]->encode;
+    int32_t status = launch_outgoing(*args, i);
+    int32_t encoded = 0;
+    if (status == KVZ_OK) status = kvz_cuda_event_query(chunk.done, &encoded);
+    if (status == KVZ_OK && !encoded) {  // there is time for the next one's launch
+      status = launch_outgoing(*args, i + 1);
+      if (status == KVZ_OK) status = kvz_cuda_event_wait(chunk.done, spin_us, left_of(timeout_us), &encoded);
+    }
+    if (status != KVZ_OK || !encoded) return status;
+    const bool failed = result_of(chunk, chunk.encode.status, 0) != KVZ_OK;
+    const uint64_t bytes = failed ? 0 : encoded_bytes(chunk);
+    if (bytes == 0 || bytes > chunk.encode.arena_bytes || bytes > args->room_bytes - at) break;
+    const cudaError_t error = copy_records(*args->chunks[i], args->to + at, bytes);
+    if (error != cudaSuccess) return status_of(error);
+    args->bytes[i] = bytes;
+  }
+  *done = 1;
+  return KVZ_OK;
 }
 
 int32_t kvz_cuda_decode_chunk(const kvz_cuda_decode_chunk_args* args, void* stream) {

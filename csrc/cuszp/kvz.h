@@ -293,6 +293,32 @@ typedef struct kvz_cuda_encode_chunk_args {
 } kvz_cuda_encode_chunk_args;
 KVZ_API int32_t kvz_cuda_encode_chunk(const kvz_cuda_encode_chunk_args* args, void* stream);
 
+// A chunk, and how it is copied.
+typedef struct kvz_cuda_outgoing {
+  const kvz_cuda_encode_chunk_args* encode;
+  void* stream;  // of the copy
+  void* copied;  // event that is recorded behind the copy
+  void* begins;  // events before and behind the copy for who measures, or null
+  void* ends;
+} kvz_cuda_outgoing;
+
+// Encodes chunks, and copies the records of each to `to` as soon as their size is known, one chunk right behind the
+// other. An encoder is launched before the one in front of it is waited for, as kvz_cuda_event_wait does.
+typedef struct kvz_cuda_outgoing_args {
+  const kvz_cuda_outgoing* const* chunks;
+  uint64_t count;
+  uint64_t launched;  // chunks whose encoder was launched; counted on
+  uint64_t to;        // host address
+  uint64_t room_bytes;
+  uint64_t* bytes;  // [count]: becomes the size of each copy, a multiple of 256; 0 = not queued yet
+  void* kernels;    // stream of the encoders
+} kvz_cuda_outgoing_args;
+
+// *done: all copies are queued, or an encoder failed or what it said cannot be: then the sizes from its own on are 0.
+// If not *done, call it again.
+KVZ_API int32_t kvz_cuda_encode_and_copy(kvz_cuda_outgoing_args* args, uint64_t spin_us, uint64_t timeout_us,
+                                         int32_t* done);
+
 // A chunk of a large load whose records are copied in another stream (kvz_cuda_copy_between): inputs come by a kernel,
 // and behind the copies all is decoded.
 typedef struct kvz_cuda_decode_chunk_args {

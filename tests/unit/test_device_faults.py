@@ -161,7 +161,7 @@ def test_a_fault_at_any_call_of_the_device(small: bool, error: str) -> None:
     else:
         raise AssertionError("the scenario makes more calls than were tried")
     if error == "transient":
-        wanted = {"store_call"} if small else {"encode_call", "decode_call", "copy_between", "event_wait"}
+        wanted = {"store_call"} if small else {"encode_call", "decode_call", "outgoing", "copy_between", "event_wait"}
         assert {"malloc", "event_create", "allocate", *wanted} <= failed_calls
 
 
@@ -222,6 +222,52 @@ def test_half_queued_copies_end_before_their_place_is_given_away() -> None:
     assert rig.driver.calls.count("stream_synchronize") == synchronized + 2  # both streams, before the bytes are free
     check_whole(rig)
     rig.driver.copy_between = real  # type: ignore[method-assign]
+    rig.close()
+
+
+def test_first_copies_end_before_their_place_is_given_away() -> None:
+    """The device has the copy of the first chunk when the second one's fails."""
+    rig = exact_rig(False, chunk_blocks=4)
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.engine.discard(rig.keys)
+    called, copies = rig.driver._called, []
+
+    def second_fails(name: str, *, held: bool = True) -> None:
+        called(name, held=held)
+        if name == "outgoing":
+            copies.append(name)
+            if len(copies) == 2:
+                raise cuda_error()
+
+    rig.driver._called = second_fails  # type: ignore[method-assign]
+    synchronized = rig.driver.calls.count("stream_synchronize")
+    with pytest.raises(CudaError):
+        rig.engine.store(rig.keys, rig.view).wait(10)
+    assert len(copies) == 2
+    assert rig.driver.calls.count("stream_synchronize") == synchronized + 2
+    check_whole(rig)
+    assert rig.pool.stats().free_bytes == rig.pool.capacity_bytes
+    rig.driver._called = called  # type: ignore[method-assign]
+    rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.close()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_thread_that_stops_waiting_hands_the_transfer_on(waits: bool) -> None:
+    """Whoever takes a transfer's steps wakes the worker when it leaves before the end, as at a timeout."""
+    rig = exact_rig(False)
+    for _ in range(4):  # somebody waited for the last one: the worker's thread leaves the next one to it
+        rig.engine.store(rig.keys, rig.view).wait(10)
+    rig.driver.hold.clear()
+    transfer = rig.engine.store(rig.keys, rig.view)
+    if waits:
+        assert not transfer.wait(0.05)
+    rig.driver.hold.set()
+    deadline = time.monotonic() + 10
+    while not transfer.done() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert transfer.done()
+    del transfer
     rig.close()
 
 

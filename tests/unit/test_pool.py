@@ -646,6 +646,38 @@ def test_a_room_is_divided_when_sizes_are_known() -> None:
         pool.check()
 
 
+def test_a_room_is_split_where_its_parts_are_filled_one_by_one() -> None:
+    with HostPool(64 * 1024) as pool:
+        room = pool.take(40 * 256)
+        start = room.runs[0][0]
+        first, second = room.split(1000), room.split(256)
+        assert [r.runs for r in (first, second, room)] == [
+            ((start, 1024),),
+            ((start + 1024, 256),),
+            ((start + 1280, 35 * 256),),
+        ]
+        assert [r.nbytes for r in (first, second, room)] == [1024, 256, 35 * 256]
+        assert pool.stats().reserved_bytes == 40 * 256
+        pool.check()
+        with pytest.raises(ConfigError, match="9216 bytes cannot be split from a room of 8960 bytes in 1 runs"):
+            room.split(36 * 256)
+        with pytest.raises(ConfigError, match="at least 1"):
+            room.split(0)
+        made = first.divide([500, 400])
+        with pytest.raises(ConfigError, match="divided or closed before"):
+            first.split(1)
+        last = room.split(35 * 256)
+        assert (room.runs, room.nbytes) == ((), 0)
+        pool.check()
+        for part in (room, second, last):
+            part.close()
+        assert pool.stats().reserved_bytes == 0
+        for allocation in made:
+            pool.free(allocation)
+        assert pool.stats().largest_free_run_bytes == 64 * 1024
+        pool.check()
+
+
 def test_a_room_that_is_too_small_stays_as_it_is() -> None:
     with HostPool(64 * 1024) as pool:
         with pytest.raises(PoolExhaustedError):
