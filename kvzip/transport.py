@@ -465,7 +465,7 @@ class _Slot:
 
     def fit(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> None:
         """Grow what is too small for a chunk. The slot must not be in use."""
-        needed = self._needed(arena_bytes, meta_bytes, pages, blocks)
+        needed = {"arena": arena_bytes, "workspace": self._driver.workspace_bytes(pages, blocks), "meta": meta_bytes}
         if not self.memory.fits(**needed):
             self.bound.clear()
             self.memory.fit(**needed)
