@@ -891,22 +891,24 @@ class DeviceSwap:
         max_error = 0.0
 
         rooms: deque[Room] = deque()  # of chunks that were not entered yet
-        opened: list[_RoomAhead] = []
+        opened: list[Room | None] = []  # rooms of first chunks, whatever they become
 
         def ahead_of(blocks: int) -> _RoomAhead | None:
-            room = index.take_ahead(blocks * most_bytes, keys) if self._packed else None
-            if room is None or len(room.runs) > 1:
-                if room is not None:
-                    room.close()
+            if not self._packed:
                 return None
-            opened.append(_RoomAhead(pool, room, rooms))
-            return opened[-1]
+            opened.append(index.take_ahead(blocks * most_bytes, keys))  # in one step, or Ctrl-C leaves it taken
+            room = opened[-1]
+            if room is not None and len(room.runs) > 1:
+                room.close()
+            elif room is not None:
+                return _RoomAhead(pool, room, rooms)
+            return None
 
         def enter(plan: _StorePlan, chunk: EncodedChunk) -> list[Entry]:
             count, joined = len(chunk.tables), chunk.tables.tobytes()
             size = len(joined) // count
             entries = index.enter(
-                rooms.popleft(),
+                rooms[0],
                 chunk.payload_bytes.tolist(),
                 chunk.payload_crc32c.tolist(),
                 [joined[at : at + size] for at in range(0, len(joined), size)],
@@ -914,6 +916,7 @@ class DeviceSwap:
                 plan.header_of,
             )
             fresh.extend(entries)
+            rooms.popleft()  # only now: until it is divided it is what gives its bytes back
             return entries
 
         def place(plan: _StorePlan, chunk: EncodedChunk) -> list[Run]:
@@ -970,10 +973,9 @@ class DeviceSwap:
                 )
             index.publish(ready)
         except BaseException:
-            for room in rooms:
-                room.close()
-            for memory in opened:
-                memory.close()
+            for room in (*rooms, *opened):
+                if room is not None:
+                    room.close()
             index.cancel(fresh, keys)
             raise
         return TransferResult(

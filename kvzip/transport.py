@@ -844,6 +844,8 @@ class _Pipeline:
 class EncodePipeline(_Pipeline):
     """The way out. One transfer at a time."""
 
+    COPY_STREAMS = 3  # one a slot, as a rule: the copy engine has the next chunk when one ends
+
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         super().__init__(driver, staging, resource)
         self._bound: dict[tuple[int, ...], tuple[list[Any], OutgoingChunks]] = {}
@@ -979,9 +981,10 @@ class EncodePipeline(_Pipeline):
 
         def land() -> Steps[None]:
             slot, chunk = moving[0]
-            if noted and sum([other.arena_bytes for _, other in moving]) - chunk.arena_bytes > _NOTE_BYTES:
-                note()
-            yield Wait(slot.copy_done, SPIN_US if len(moving) > 1 else _END_SPIN_US)
+            if not self._driver.event_wait(slot.copy_done, 0, 0):
+                if noted and sum([other.arena_bytes for _, other in moving]) - chunk.arena_bytes > _NOTE_BYTES:
+                    note()
+                yield Wait(slot.copy_done, SPIN_US if len(moving) > 1 else _END_SPIN_US)
             moving.popleft()
             slot.busy = False
             if len(noted) <= len(moving):
