@@ -294,22 +294,28 @@ def test_measured_error_is_within_the_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("link_has_enough", "wanted"),
+    ("link_is_slow", "wanted"),
     [
-        (True, "encode copy encode copy encode copy note encode note encode copy copy note note note"),
+        (True, "encode copy encode copy encode copy note encode copy note encode copy note note note"),
         (False, "encode copy encode copy encode copy encode encode copy copy note note note note note"),
     ],
 )
 def test_the_link_gets_its_chunks_before_the_host_notes_them(
-    monkeypatch: pytest.MonkeyPatch, link_has_enough: bool, wanted: str
+    monkeypatch: pytest.MonkeyPatch, link_is_slow: bool, wanted: str
 ) -> None:
     """Out: the first chunks go without a step of the host in between, each as soon as it is encoded; what the host
     notes of one waits until the link has enough to do, or all of it. In: a chunk's copy is queued before its
     decoder."""
     rig = Rig(bound=ErrorBound.lossless(), chunk_blocks=4)
     steps: list[str] = []
-    called, enter = rig.driver._called, RecordIndex.enter
-    monkeypatch.setattr("kvzip.transport._NOTE_BYTES", 1 if link_has_enough else 1 << 40)
+    called, enter, event_wait = rig.driver._called, RecordIndex.enter, rig.driver.event_wait
+    if link_is_slow:  # the host finds no copy ended before it waits for it, and enough behind it
+
+        def waited(event: int, spin_us: int, timeout_us: int) -> bool:
+            return timeout_us > 0 and event_wait(event, spin_us, timeout_us)
+
+        monkeypatch.setattr(rig.driver, "event_wait", waited)
+        monkeypatch.setattr("kvzip.transport._NOTE_BYTES", 1)
 
     def note(name: str, *, held: bool = True) -> None:
         if name in ("encode_call", "copy_between", "outgoing", "decode_call"):
