@@ -979,10 +979,14 @@ class EncodePipeline(_Pipeline):
             if has_landed:
                 landed(chunk)
 
+        def link_has_enough() -> bool:
+            """Whether it moves for longer than a note takes, even if the first copy has ended."""
+            return sum([chunk.arena_bytes for _, chunk in list(moving)[1:]]) > _NOTE_BYTES
+
         def land() -> Steps[None]:
             slot, chunk = moving[0]
             if not self._driver.event_wait(slot.copy_done, 0, 0):
-                if noted and sum([other.arena_bytes for _, other in moving]) - chunk.arena_bytes > _NOTE_BYTES:
+                if noted and link_has_enough():
                     note()
                 yield Wait(slot.copy_done, SPIN_US if len(moving) > 1 else _END_SPIN_US)
             moving.popleft()
@@ -1020,6 +1024,8 @@ class EncodePipeline(_Pipeline):
                 # link has two. What the host notes of a chunk has time while later ones move.
                 while ahead and (len(moving) < 2 or len(ahead) > next_is_free()):
                     yield from copy()
+                if len(noted) > 1 and link_has_enough():
+                    note()
             while ahead:
                 yield from copy()
             while noted:

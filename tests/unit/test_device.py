@@ -296,7 +296,7 @@ def test_measured_error_is_within_the_bound() -> None:
 @pytest.mark.parametrize(
     ("link_is_slow", "wanted"),
     [
-        (True, "encode copy encode copy encode copy note encode copy note encode copy note note note"),
+        (True, "encode copy encode copy encode copy note encode copy note note encode copy note note"),
         (False, "encode copy encode copy encode copy encode encode copy copy note note note note note"),
     ],
 )
