@@ -652,7 +652,7 @@ class Staging:
 
     Attributes:
         chunk_bytes: raw bytes of one chunk. A block that is larger is a chunk by itself.
-        slots: chunks in flight, for each direction.
+        slots: chunks in device memory at a time, for each direction.
         max_ctas: most thread blocks of a codec kernel at a time; 0 = as many as fit. Fewer leave more of the GPU to the
             model.
         small_bytes: most raw bytes of a transfer that is queued whole in the caller's thread, without a worker and
