@@ -71,10 +71,11 @@ from kvzip.benchmark import (
     repeat,
     transfer_row,
 )
+from kvzip.driver import CrcArgs, DecodeArgs, EncodeArgs
 from kvzip.errors import KvzipError
 from kvzip.memory import PinnedMemory, Region
 from kvzip.record import header_nbytes
-from kvzip.transport import CrcArgs, DecodeArgs, EncodeArgs, Staging
+from kvzip.staging import Staging
 
 SECTIONS = ("pool", "transport", "small", "timeline", "both", "codec", "interference")
 MAX_CTAS = (0, 16, 24, 32, 48, 64, 96)

@@ -25,7 +25,7 @@ from kvzip.calibration import CalibrationTable
 from kvzip.coding import compare_blocks, on_host
 from kvzip.errors import KvzipError
 from kvzip.memory import PinnedMemory
-from kvzip.transport import Staging
+from kvzip.staging import Staging
 
 MOST_PAGES_OF_BLOCK = 64
 CHECKED_BLOCKS = 4  # that are compared value by value on the host

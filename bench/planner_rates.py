@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kvzip.planner import Curve, Line, Model
-from kvzip.transport import Staging
+from kvzip.staging import Staging
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parents[1] / "kvzip" / "data" / "planner.json"

@@ -4,7 +4,7 @@
 
 Handles and addresses are integers, sizes are bytes, streams are ``cudaStream_t`` (0 = the legacy default stream). Calls
 act on the thread's current device and block the host only where their docstring says so. ``csrc/cuszp/kvz.h`` documents
-the interface; `kvzip.transport` says what it needs of it (``Driver``).
+the interface; `kvzip.driver` says what it needs of it (``Driver``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvzip._process import watch
 from kvzip.errors import BackendUnavailableError, CudaError
 
 if TYPE_CHECKING:
-    from kvzip.transport import Copy, CrcArgs, DecodeArgs, EncodeArgs, FewArgs, MoveArgs
+    from kvzip.driver import Copy, CrcArgs, DecodeArgs, EncodeArgs, FewArgs, MoveArgs
 
 Words = npt.NDArray[np.uint64]
 
@@ -622,7 +622,7 @@ class CudaDriver:
         return _EncodeCall(self, encode, inputs, results, done, stream, copied, copies)
 
     def outgoing(self, calls: Sequence[_EncodeCall], stream: int) -> _OutgoingChunks:
-        """Bind ``kvz_cuda_encode_and_copy``; see `kvzip.transport.OutgoingChunks`."""
+        """Bind ``kvz_cuda_encode_and_copy``; see `kvzip.driver.OutgoingChunks`."""
         return _OutgoingChunks(self, calls, stream)
 
     def decode_call(self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int) -> Callable[[], None]:
@@ -656,7 +656,7 @@ class CudaDriver:
     def store_call(
         self, encode: EncodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
     ) -> _SwapCall:
-        """Bind a store (``kvz_cuda_store``); see `kvzip.transport.SwapCall`."""
+        """Bind a store (``kvz_cuda_store``); see `kvzip.driver.SwapCall`."""
         native = _StoreArgs(encode=_encode_args(encode), move=_move_args(move), few=_few_args(few))
         native.order, native.device = order, device
         call, wait = self._library.kvz_cuda_store, self._library.kvz_cuda_store_wait
@@ -665,7 +665,7 @@ class CudaDriver:
     def load_call(
         self, decode: DecodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
     ) -> _SwapCall:
-        """Bind a load (``kvz_cuda_load``); see `kvzip.transport.SwapCall`."""
+        """Bind a load (``kvz_cuda_load``); see `kvzip.driver.SwapCall`."""
         native = _LoadArgs(decode=_decode_args(decode), move=_move_args(move), few=_few_args(few))
         native.order, native.device = order, device
         call, wait = self._library.kvz_cuda_load, self._library.kvz_cuda_load_wait
@@ -719,7 +719,7 @@ class _EncodeCall:
 
 
 class _OutgoingChunks:
-    """`kvzip.transport.OutgoingChunks`: the native arguments are made once."""
+    """`kvzip.driver.OutgoingChunks`: the native arguments are made once."""
 
     def __init__(self, driver: CudaDriver, calls: Sequence[_EncodeCall], stream: int) -> None:
         self._driver = driver
@@ -751,7 +751,7 @@ class _OutgoingChunks:
 
 
 class _SwapCall:
-    """`kvzip.transport.SwapCall`: the native arguments are made once."""
+    """`kvzip.driver.SwapCall`: the native arguments are made once."""
 
     def __init__(
         self,

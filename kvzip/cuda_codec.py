@@ -20,10 +20,10 @@ from kvzip.backends.base import Bytes, Codec, EncodeRequest, Table
 from kvzip.backends.cuszp import Extended, coding_of, encodes_on_gpu
 from kvzip.backends.portable import PortableCodec
 from kvzip.bounds import PageBounds
+from kvzip.driver import DecodeArgs, EncodeArgs
 from kvzip.errors import CorruptRecordError
 from kvzip.interop.torch import device_bytes, download, stream_handle, upload
 from kvzip.record import ALIGNMENT, ENTRY_DTYPE, Coding
-from kvzip.transport import DecodeArgs, EncodeArgs
 from kvzip.types import BlockView, ErrorBound
 
 

@@ -31,6 +31,7 @@ from kvzip.backends.base import Codec, EncodeRequest
 from kvzip.backends.cuszp import Extended, coding_of, encodes_on_gpu, extended_by
 from kvzip.bounds import NamedTables, PageBounds, named_tables, summary
 from kvzip.coding import Part, check_geometry, max_record_bytes, measure_errors
+from kvzip.driver import RECORD_ALIGNMENT, Driver
 from kvzip.errors import CorruptRecordError, CudaError, KvzipError, NativeError
 from kvzip.index import Contents, Entry, Fresh, RecordIndex, contents_of
 from kvzip.interop.torch import stream_handle
@@ -45,20 +46,9 @@ from kvzip.record import (
     pack_headers,
 )
 from kvzip.small import Plan, SmallLoads, SmallStores, Ticket, arena_runs
+from kvzip.staging import BLOCKS, MOST_KNOWN, Staging, Steps
 from kvzip.transfer import OnDevice, QueuedTransfer, Transfer, TransferQueue, TransferResult
-from kvzip.transport import (
-    BLOCKS,
-    MOST_KNOWN,
-    RECORD_ALIGNMENT,
-    CudaTransport,
-    DecodePipeline,
-    Driver,
-    EncodedChunk,
-    Records,
-    Run,
-    Staging,
-    Steps,
-)
+from kvzip.transport import CudaTransport, DecodePipeline, EncodedChunk, Records, Run
 from kvzip.types import BlockLayout, BlockView, ErrorBound, empty_view
 from kvzip.worker import Job, Reaper, Worker
 

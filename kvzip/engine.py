@@ -52,8 +52,8 @@ from kvzip.policy import EvictionPolicy, make_policy
 from kvzip.pool import HostPool, PoolStats
 from kvzip.pressure import BoundPressure, PressureGauge
 from kvzip.record import ENTRY_DTYPE, Reason, crc32c, header_is_intact
+from kvzip.staging import Staging
 from kvzip.transfer import Transfer, TransferResult
-from kvzip.transport import Staging
 from kvzip.types import BlockLayout, BlockView, DType, ErrorBound
 
 if TYPE_CHECKING:

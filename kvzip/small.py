@@ -25,24 +25,12 @@ import numpy.typing as npt
 from kvzip import _native
 from kvzip.backends.base import EncodeRequest
 from kvzip.bounds import PageBounds
+from kvzip.driver import RECORD_ALIGNMENT, DecodeArgs, Driver, EncodeArgs, FewArgs, MoveArgs, SwapCall
 from kvzip.errors import KvzipError
 from kvzip.memory import MemoryResource
 from kvzip.record import ENTRY_DTYPE, header_nbytes
-from kvzip.transport import (
-    RECORD_ALIGNMENT,
-    ChannelTables,
-    DecodeArgs,
-    DeviceMemory,
-    Driver,
-    EncodeArgs,
-    FewArgs,
-    Fields,
-    MoveArgs,
-    Records,
-    Run,
-    Staging,
-    SwapCall,
-)
+from kvzip.staging import ChannelTables, DeviceMemory, Fields, Staging
+from kvzip.transport import Records, Run
 from kvzip.types import BlockView
 
 TICKETS = 16  # transfers of a direction under way
@@ -98,7 +86,7 @@ class Plan:
         device_segments: the same in device memory.
         header_bytes: bytes of a record before its payload.
         record_bytes: most bytes of a record in the arena.
-        extended: what pages may have, to decode them (`kvzip.transport.DecodeArgs`).
+        extended: what pages may have, to decode them (`kvzip.driver.DecodeArgs`).
         tickets: calls with their memory, by its number and the number of blocks.
         context: what the engine keeps with it.
     """
@@ -137,7 +125,7 @@ class Ticket:
     Attributes:
         number: of the memory.
         call: queues the work.
-        wait: waits for its end, as `kvzip.transport.SwapCall.wait`.
+        wait: waits for its end, as `kvzip.driver.SwapCall.wait`.
         words: numbers for the kernels. Views are quicker to the touch than arrays where they are short.
         runs: for more than one run of host memory.
         arrays: the results, to be read when `wait` has said so: see `SmallStores` and `SmallLoads`.
@@ -420,7 +408,7 @@ class SmallLoads(_Direction):
             blocks: what `plan_for` is asked for.
             contents: the same.
             view: `blocks` with the groups and the bounds that the records were encoded with.
-            extended: what their pages may have (`kvzip.transport.DecodeArgs`).
+            extended: what their pages may have (`kvzip.driver.DecodeArgs`).
         """
         keep = (blocks.addresses, blocks.layout, contents, view.bounds)
         segments = _native.segments_array(view)

@@ -25,8 +25,8 @@ from kvzip.device import HostPaths
 from kvzip.errors import CorruptRecordError, KvzipError
 from kvzip.index import Entry, RecordIndex
 from kvzip.interop.torch import Lane, record_event
+from kvzip.staging import Staging
 from kvzip.transfer import Transfer, TransferResult
-from kvzip.transport import Staging
 from kvzip.types import BlockView
 from kvzip.worker import Job, Worker, in_one_step
 

@@ -25,7 +25,7 @@ _PATIENCE_US = int(_PATIENCE_SECONDS * 1e6)
 
 
 class StreamDriver(Protocol):
-    """The device functions that a transfer needs (see `kvzip.transport.Driver`)."""
+    """The device functions that a transfer needs (see `kvzip.driver.Driver`)."""
 
     def get_device(self) -> int: ...  # noqa: D102
     def set_device(self, device: int) -> None: ...  # noqa: D102

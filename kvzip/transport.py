@@ -18,256 +18,45 @@ is by events.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvzip import _native
 from kvzip.bounds import PageBounds
+from kvzip.driver import RECORD_ALIGNMENT, DecodeArgs, Driver, EncodeArgs, OutgoingChunks
 from kvzip.errors import NativeError
-from kvzip.memory import MemoryResource, PinnedMemory, Region
+from kvzip.memory import MemoryResource, PinnedMemory
 from kvzip.record import ENTRY_DTYPE, Coding, header_nbytes
-from kvzip.types import BlockLayout, BlockView, ChannelBounds, ErrorBound
+from kvzip.staging import (
+    BLOCKS,
+    HAND_OVER,
+    MOST_KNOWN,
+    SPIN_US,
+    Arena,
+    Fields,
+    Pipeline,
+    Slot,
+    Staging,
+    Steps,
+    Wait,
+    chunk_bounds,
+    tapered_bounds,
+)
+from kvzip.types import BlockView
 
-RECORD_ALIGNMENT = 256  # bytes: records begin at multiples of it in the arena (csrc/cuszp/kvz.h)
-
-Words = npt.NDArray[np.uint64]
-Run = tuple[int, int, int]  # (place in the arena, host address, bytes)
-Copy = tuple[int, int, int]  # (to, from, bytes)
-
-T = TypeVar("T")
-
-
-class Wait(NamedTuple):
-    """What a step waits for.
-
-    Attributes:
-        event: an event; 0 = for nothing.
-        spin_us: how long a wait for the event spins, before it only looks now and then.
-        blocks: the next step may block for long, as for memory: it is not for a thread of the caller.
-        until: waits, as `Driver.event_wait` does for an event, for something else that can be called again.
-    """
-
-    event: int = 0
-    spin_us: int = 0
-    blocks: bool = False
-    until: Callable[[int, int], bool] | None = None
-
-
-Steps: TypeAlias = Generator[Wait, None, T]
-HAND_OVER = Wait()  # the device has work: whoever comes first goes on
-BLOCKS = Wait(blocks=True)
-
-MOST_KNOWN = 64  # descriptors of pages that a pipeline keeps
-MOST_TABLES = 1024  # channel tables of a direction on a device, unless one request has more
-SPIN_US = 50
-MOST_BEGUN = 64  # blocks whose records a load looks up before the first copy
 _EDGE_SPIN_US = 400  # at a transfer's ends, where the link is idle until the wait is over
 _FIRST_US = 40  # that the first step waits for an encoder that has nothing to wait for itself
 _NOTE_BYTES = 8 << 20  # queued copies that take the link longer than the host takes to note what it knows of a chunk
 _END_SPIN_US = 1500  # for the last chunk's copy, which takes no longer
 
-
-class Driver(Protocol):
-    """The device functions that the pipeline needs; `kvzip._cuda` has the real ones.
-
-    Handles and addresses are integers. Freeing address 0 does nothing.
-    """
-
-    def get_device(self) -> int: ...  # noqa: D102
-    def set_device(self, device: int) -> None: ...  # noqa: D102
-    def malloc(self, nbytes: int) -> int: ...  # noqa: D102
-    def free(self, address: int) -> None: ...  # noqa: D102
-    def memset(self, address: int, byte: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
-    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
-    def copy_between(self, pieces: Sequence[Copy], after: int, done: int, stream: int) -> None: ...  # noqa: D102
-    def mapped_copy(self, to: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
-    def stream_create(self, priority: int = 0) -> int: ...  # noqa: D102
-    def stream_destroy(self, stream: int) -> None: ...  # noqa: D102
-    def stream_wait_event(self, stream: int, event: int) -> None: ...  # noqa: D102
-    def stream_synchronize(self, stream: int) -> None: ...  # noqa: D102
-    def event_create(self, *, timing: bool = False) -> int: ...  # noqa: D102
-    def event_destroy(self, event: int) -> None: ...  # noqa: D102
-    def event_record(self, event: int, stream: int) -> None: ...  # noqa: D102
-    def event_synchronize(self, event: int) -> None: ...  # noqa: D102
-    def event_wait(self, event: int, spin_us: int, timeout_us: int) -> bool: ...  # noqa: D102
-    def workspace_bytes(self, num_segments: int, num_blocks: int) -> int: ...  # noqa: D102
-
-    def encode_call(  # noqa: D102
-        self, encode: EncodeArgs, inputs: Copy, results: Copy, done: int, stream: int, copied: int, copies: int
-    ) -> Callable[[], None]: ...
-
-    def outgoing(  # noqa: D102
-        self, calls: Sequence[Any], stream: int
-    ) -> OutgoingChunks: ...
-
-    def decode_call(  # noqa: D102
-        self, decode: DecodeArgs, inputs: Copy, copied: int, done: int, stream: int
-    ) -> Callable[[], None]: ...
-
-    def few_bytes(self) -> int: ...  # noqa: D102
-
-    def store_call(  # noqa: D102
-        self, encode: EncodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
-    ) -> SwapCall: ...
-
-    def load_call(  # noqa: D102
-        self, decode: DecodeArgs, move: MoveArgs, few: FewArgs, order: int, device: int, stream: int
-    ) -> SwapCall: ...
-
-
-@dataclass(frozen=True)
-class EncodeArgs:
-    """Arguments of one encode launch: device-addressable addresses, sizes in bytes (see ``kvz_cuda_encode_args``).
-
-    With `crc32c`, the checksums of the payloads are written there.
-    """
-
-    segments: npt.NDArray[Any]
-    device_segments: int
-    block_ids: int
-    num_blocks: int
-    arena: int
-    arena_bytes: int
-    header_bytes: int
-    table: int
-    payload_bytes: int
-    record_offsets: int
-    status: int
-    workspace: int
-    workspace_bytes: int
-    max_ctas: int
-    crc32c: int = 0
-
-
-@dataclass(frozen=True)
-class DecodeArgs:
-    """Arguments of one decode launch (see ``kvz_cuda_decode_args``).
-
-    With `crc32c`, payloads that have other checksums than those there are refused. `extended` says what pages may have
-    beside one bound each and codings other than Rice's (`kvzip.backends.cuszp.Extended`).
-    """
-
-    segments: npt.NDArray[Any]
-    device_segments: int
-    block_ids: int
-    num_blocks: int
-    payloads: int
-    payload_bytes: int
-    table: int
-    block_status: int
-    workspace: int
-    workspace_bytes: int
-    max_ctas: int
-    crc32c: int = 0
-    extended: int = 0
-
-
-@dataclass(frozen=True)
-class CrcArgs:
-    """Arguments of one checksum launch (see ``kvz_cuda_crc_args``)."""
-
-    base: int
-    offsets: int
-    skip: int
-    payload_bytes: int
-    crc32c: int
-    scratch: int
-    max_payload_bytes: int
-    count: int
-    check: bool
-    max_ctas: int
-
-
-@dataclass(frozen=True)
-class MoveArgs:
-    """What carries records between an arena and mapped host memory (see ``kvz_cuda_move_args``)."""
-
-    arena: int
-    record_offsets: int
-    payload_bytes: int
-    checked_bytes: int
-    crc32c: int
-    scratch: int
-    runs: int
-    beside_to: int
-    beside_from: int
-    beside_bytes: int
-    max_payload_bytes: int
-    num_blocks: int
-    header_bytes: int
-
-
-@dataclass(frozen=True)
-class FewArgs:
-    """What kernels for few pages need besides (see ``kvz_cuda_few``): device memory, and places in host memory."""
-
-    memory: int
-    ends: int
-    table: int
-    block_ids: int
-    payload_bytes: int = 0
-    status: int = 0
-
-
-class SwapCall(Protocol):
-    """A whole transfer, bound to its memory: each call queues it on its stream behind the work of another.
-
-    Args:
-        after: stream whose queued work comes before.
-        done: event that is recorded behind everything.
-        num_runs: runs of host memory; more than one stand where `MoveArgs.runs` says.
-        address: where the only run lies.
-        nbytes: its size.
-    """
-
-    def __call__(self, after: int, done: int, num_runs: int, address: int, nbytes: int) -> None: ...  # noqa: D102
-
-    def wait(self, spin_us: int, timeout_us: int) -> bool:
-        """Wait for the end of the last one, as `Driver.event_wait` does for its event; may see it earlier."""
-        ...
-
-
-class OutgoingChunks(Protocol):
-    """Chunks that are encoded, and copied to one run of host memory, without a step of the interpreter in between.
-
-    Each is copied as soon as its size is known, right behind the one before. An encoder is launched before the one in
-    front of it is waited for. Made by `Driver.outgoing`, and used again and again:
-
-    Args:
-        calls: launches of the chunks, from `Driver.encode_call`.
-        stream: stream of the encoders. A copy goes to the stream that its call was made with, and the event of that is
-            recorded behind it.
-
-    Attributes:
-        copied: bytes of each copy, multiples of `RECORD_ALIGNMENT`; 0 where it is not queued.
-    """
-
-    @property
-    def copied(self) -> Iterable[int]: ...  # noqa: D102
-
-    def begin(self, to: int, room_bytes: int) -> None:
-        """The first of `calls` was called, and all are to be copied.
-
-        Args:
-            to: host address.
-            room_bytes: bytes that there are.
-        """
-        ...
-
-    def wait(self, spin_us: int, timeout_us: int) -> bool:
-        """Go on until all copies are queued, or an encoder has failed, or has said what cannot be.
-
-        Returns:
-            False: not yet, within the time. To be called again.
-        """
-        ...
+Words = npt.NDArray[np.uint64]
+Run = tuple[int, int, int]  # (place in the arena, host address, bytes)
 
 
 @dataclass(frozen=True)
@@ -389,185 +178,6 @@ class Records(NamedTuple):
     tables: bytes
 
 
-class DeviceMemory:
-    """Named pieces of device memory: they grow, never shrink.
-
-    Args:
-        driver: device functions.
-        stream: stream whose order the first use of new memory follows.
-    """
-
-    ZEROED = ("workspace", "crc_scratch", "few")
-
-    def __init__(self, driver: Driver, stream: int) -> None:
-        self._driver = driver
-        self._stream = stream
-        self._taken: dict[str, tuple[int, int]] = {}
-
-    def fits(self, **nbytes: int) -> bool:
-        """Whether every piece is large enough."""
-        return all(wanted <= self.size(name) for name, wanted in nbytes.items())
-
-    def fit(self, **nbytes: int) -> None:
-        """Grow the pieces that are too small. They must not be in use."""
-        for name, wanted in nbytes.items():
-            if wanted <= self.size(name):
-                continue
-            self._driver.free(self.address(name))
-            self._taken[name] = (0, 0)
-            self._taken[name] = (self._driver.malloc(wanted), wanted)
-            if name in self.ZEROED:
-                self._driver.memset(self.address(name), 0, wanted, self._stream)
-
-    def address(self, name: str) -> int:
-        """Address of a piece; 0 before it was needed."""
-        return self._taken.get(name, (0, 0))[0]
-
-    def size(self, name: str) -> int:
-        """Bytes of it."""
-        return self._taken.get(name, (0, 0))[1]
-
-    def close(self) -> None:
-        """Free everything; it must not be in use."""
-        with ExitStack() as each:
-            for address, _ in self._taken.values():
-                each.callback(self._driver.free, address)
-            self._taken.clear()
-
-
-class _Slot:
-    """Staging of one chunk: device memory, tables in pinned host memory, two events."""
-
-    def __init__(self, driver: Driver, resource: MemoryResource, stream: int) -> None:
-        self._driver = driver
-        self._resource = resource
-        self.stream = stream  # of its kernels
-        self.memory = DeviceMemory(driver, stream)
-        self._region: Region | None = None
-        self.kernel_done = driver.event_create()
-        try:
-            self.copy_done = driver.event_create()
-        except BaseException:
-            driver.event_destroy(self.kernel_done)
-            raise
-        self.busy = False
-        self.bound: dict[tuple[int, ...], Any] = {}  # calls that know the slot's addresses
-        self._segments: object = None  # what stands in front of the tables
-
-    def fits(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> bool:
-        """Whether there is room for a chunk."""
-        workspace = self._driver.workspace_bytes(pages, blocks)
-        return (
-            self._region is not None
-            and meta_bytes <= self._region.nbytes
-            and self.memory.fits(arena=arena_bytes, workspace=workspace, meta=meta_bytes)
-        )
-
-    def fit(self, arena_bytes: int, meta_bytes: int, pages: int, blocks: int) -> None:
-        """Grow what is too small for a chunk. The slot must not be in use."""
-        needed = {"arena": arena_bytes, "workspace": self._driver.workspace_bytes(pages, blocks), "meta": meta_bytes}
-        if not self.memory.fits(**needed):
-            self.bound.clear()
-            self.memory.fit(**needed)
-        if self._region is None or meta_bytes > self._region.nbytes:
-            self.bound.clear()
-            if self._region is not None:
-                self._region.close()
-                self._region = None
-            self._region = self._resource.allocate(meta_bytes)
-            self._segments = None
-
-    def give_segments(self, table: npt.NDArray[Any], segments: npt.NDArray[Any]) -> None:
-        """Put descriptors of the pages in front of the tables, where they are not there already."""
-        if self._segments is not segments:
-            table[:] = segments
-            self._segments = segments
-
-    @property
-    def arena(self) -> int:
-        """Address of the arena."""
-        return self.memory.address("arena")
-
-    @property
-    def device_meta(self) -> int:
-        """Address of the tables in device memory."""
-        return self.memory.address("meta")
-
-    @property
-    def host_meta(self) -> npt.NDArray[np.uint8]:
-        """The pinned tables, uint8."""
-        assert self._region is not None
-        return self._region.array
-
-    @property
-    def host_meta_address(self) -> int:
-        """Their address; mapped, so that kernels can read and write there."""
-        assert self._region is not None
-        return self._region.address
-
-    def close(self) -> None:
-        with ExitStack() as each:
-            if self._region is not None:
-                each.callback(self._region.close)
-            each.callback(self.memory.close)
-            for event in (self.kernel_done, self.copy_done):
-                each.callback(self._driver.event_destroy, event)
-
-
-class _Arena:
-    """Device memory that the records of one chunk pass through on the way in."""
-
-    def __init__(self, driver: Driver, stream: int) -> None:
-        self._memory = DeviceMemory(driver, stream)
-        self.user: _Slot | None = None  # whose kernels read it last
-
-    @property
-    def address(self) -> int:
-        """Its address; 0 before it was needed."""
-        return self._memory.address("arena")
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self._memory.size("arena")
-
-    def fit(self, nbytes: int) -> None:
-        """Grow it where it is too small. It must not be in use."""
-        self._memory.fit(arena=nbytes)
-
-    def close(self) -> None:
-        self._memory.close()
-
-
-class Fields:
-    """Lays arrays out one after another in a slot's tables, each at a multiple of 16 bytes."""
-
-    def __init__(self, **fields: tuple[np.dtype[Any], int]) -> None:
-        self.nbytes = 0
-        self._at: dict[str, tuple[int, np.dtype[Any], int]] = {}
-        for name, (dtype, count) in fields.items():
-            self._at[name] = (self.nbytes, dtype, count)
-            self.nbytes += -(-dtype.itemsize * count // 16) * 16
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the arrays."""
-        return list(self._at)
-
-    def array(self, memory: npt.NDArray[np.uint8], name: str) -> npt.NDArray[Any]:
-        """A view of one array in the memory that holds them all."""
-        at, dtype, count = self._at[name]
-        return memory[at : at + dtype.itemsize * count].view(dtype)
-
-    def address(self, base: int, name: str) -> int:
-        """Its address, when they begin at `base`."""
-        return base + self.offset(name)
-
-    def offset(self, name: str) -> int:
-        """Bytes before it."""
-        return self._at[name][0]
-
-
 _U32, _U64, _I64 = (np.dtype(t) for t in (np.uint32, np.uint64, np.int64))
 
 
@@ -646,202 +256,7 @@ class _DecodeCall:
     block_status: npt.NDArray[np.uint32]
 
 
-@dataclass(frozen=True)
-class Staging:
-    """Bounds of a transfer's memory and of its use of the GPU.
-
-    Attributes:
-        chunk_bytes: raw bytes of one chunk. A block that is larger is a chunk by itself.
-        slots: chunks in device memory at a time, for each direction.
-        max_ctas: most thread blocks of a codec kernel at a time; 0 = as many as fit. Fewer leave more of the GPU to the
-            model.
-        small_bytes: most raw bytes of a transfer that is queued whole in the caller's thread, without a worker and
-            without the copy engine; 0 = none.
-    """
-
-    chunk_bytes: int = 64 << 20
-    slots: int = 3
-    max_ctas: int = 0
-    small_bytes: int = 8 << 20
-
-
-@lru_cache(maxsize=64)
-def chunk_bounds(blocks: int, largest: int) -> list[tuple[int, int]]:
-    """Cut a batch that is stored into chunks: a short one first, so that the link need not wait, then twice as long.
-
-    Args:
-        blocks: blocks of the batch.
-        largest: most blocks of a chunk.
-    """
-    eighth, quarter, half = (max(1, largest // n) for n in (8, 4, 2))
-    up = [quarter, quarter, half]
-    left = blocks - sum(up)
-    rest = left % largest
-    if half + rest <= largest:  # no chunk for what is left over
-        up, rest = [quarter, quarter, half + rest], 0
-    sizes = [*up, *[largest] * (left // largest), *[rest] * (rest > 0)]
-    if left < 0:  # few: halves of what is left
-        sizes, left = [], blocks
-        while left > eighth:
-            sizes.append(max(1, min(largest, left // 2)))
-            left -= sizes[-1]
-        sizes += [left] * (left > 0)
-        sizes.reverse()
-    return _bounds(sizes)
-
-
-@lru_cache(maxsize=64)
-def tapered_bounds(blocks: int, largest: int) -> list[tuple[int, int]]:
-    """Cut a batch that is loaded into chunks which get shorter towards the end.
-
-    What follows the last copy is hidden behind no other: it should be short. Each chunk is about two thirds of the one
-    before, so that its copy takes as long as a slow decoder does for that one; a decoder is not faster for less than an
-    eighth of the largest. The first one waits for nothing but the look-up of its records: of these it has few.
-
-    Args:
-        blocks: blocks of the batch.
-        largest: most blocks of a chunk.
-    """
-    least, left = max(1, largest // 8), blocks
-    sizes: list[int] = []
-    while left > 0:
-        size = min(largest if sizes else min(largest, MOST_BEGUN), max(least, -(-left * 35 // 100)))
-        sizes.append(left if left < size + least and left <= largest else size)
-        left -= sizes[-1]
-    return _bounds(sizes)
-
-
-def _bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    ends = list(accumulate(sizes))
-    return list(zip([0, *ends], ends, strict=False))
-
-
-class ChannelTables:
-    """Channel tables on a device, each once.
-
-    They stay until there are `MOST_TABLES`; then whoever uses them lets the device finish and forgets all of them.
-    """
-
-    def __init__(self, driver: Driver, stream: int) -> None:
-        self._driver = driver
-        self._stream = stream
-        self._tables: dict[bytes, tuple[int, ChannelBounds]] = {}  # address and what is there, by its digest
-
-    def fit(self, bounds: PageBounds) -> bool:
-        """Whether there is room for the tables of these bounds beside those that are here."""
-        missing = {table.digest for table in _channel_tables(bounds)} - self._tables.keys()
-        return not self._tables or not missing or len(self._tables) + len(missing) <= MOST_TABLES
-
-    def place(self, bounds: PageBounds, segments: npt.NDArray[Any]) -> None:
-        """Set the addresses of the tables of descriptors; copies in stream order those that are not here."""
-        for page, bound in enumerate((bounds,) * len(segments) if isinstance(bounds, ErrorBound) else bounds):
-            if (table := bound.channels) is not None:
-                if table.digest not in self._tables:
-                    address = self._driver.malloc(table.values.nbytes)
-                    try:
-                        self._driver.copy(address, table.values.ctypes.data, table.values.nbytes, self._stream)
-                    except BaseException:
-                        self._driver.free(address)
-                        raise
-                    self._tables[table.digest] = (address, table)
-                segments["channel_bounds"][page] = self._tables[table.digest][0]
-
-    def clear(self) -> None:
-        """Free all of them. The device must be done with them."""
-        with ExitStack() as each:
-            while self._tables:
-                each.callback(self._driver.free, self._tables.popitem()[1][0])
-
-
-def _channel_tables(bounds: PageBounds) -> list[ChannelBounds]:
-    each = (bounds,) if isinstance(bounds, ErrorBound) else bounds
-    return [bound.channels for bound in each if bound.channels is not None]
-
-
-class _Pipeline:
-    """What both directions share: slots in turn, streams of kernels and of copies."""
-
-    KERNEL_STREAMS: ClassVar[int] = 1
-    COPY_STREAMS: ClassVar[int] = 1
-
-    def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource, slots: int = 0) -> None:
-        self._driver = driver
-        self._staging = staging
-        self._slots: list[_Slot] = []
-        with ExitStack() as undo:  # a GPU that is full must not get fuller at every try
-            streams: list[int] = []
-            kernel_streams = 1 if staging.max_ctas else self.KERNEL_STREAMS  # which bounds one kernel, of one at a time
-            for _ in range(kernel_streams + self.COPY_STREAMS):
-                streams.append(driver.stream_create())
-                undo.callback(driver.stream_destroy, streams[-1])
-            self._kernel_streams, self._copies = streams[:kernel_streams], streams[kernel_streams:]
-            self._kernels = streams[0]
-            for number in range(slots or staging.slots):
-                self._slots.append(_Slot(driver, resource, streams[number % kernel_streams]))
-                undo.callback(self._slots[-1].close)
-            undo.pop_all()
-        self._turn = 0
-        self._known: dict[tuple[Any, ...], tuple[tuple[object, ...], npt.NDArray[Any]]] = {}
-        self._tables = ChannelTables(driver, self._kernels)
-
-    def _segments(self, blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]) -> npt.NDArray[Any]:
-        """Descriptors of the pages; kept, as a swap asks for the same ones again and again."""
-        keep, key = self._key(blocks, bound, coding)
-        if key not in self._known:
-            if len(self._known) >= MOST_KNOWN:
-                self._known.clear()
-            segments = _native.segments_array(blocks, bound, coding)
-            bounds = blocks.bounds if bound is None else bound
-            if not self._tables.fit(bounds):
-                self.drain()
-                self._known.clear()  # which has their addresses
-                self._tables.clear()
-            self._tables.place(bounds, segments)
-            self._known[key] = (keep, segments)
-        return self._known[key][1]
-
-    @staticmethod
-    def _key(
-        blocks: BlockView, bound: PageBounds | None, coding: int | Sequence[int]
-    ) -> tuple[tuple[object, ...], tuple[int, ...]]:
-        """What descriptors of pages are kept by: objects, and their identities."""
-        keep = (blocks.addresses, blocks.layout, blocks.bounds, bound, coding)
-        return keep, tuple(map(id, keep))
-
-    def _most_blocks(self, layout: BlockLayout) -> int:
-        """Most blocks of a chunk."""
-        return max(1, self._staging.chunk_bytes // layout.nbytes)
-
-    def _next_slot(self) -> _Slot:
-        slot = self._slots[self._turn]
-        self._turn = (self._turn + 1) % len(self._slots)
-        return slot
-
-    def drain(self) -> None:
-        """Wait until every slot is free: for the streams, as a call that failed may have queued half of its work.
-
-        Blocks the host.
-        """
-        if not any(slot.busy for slot in self._slots):
-            return
-        for slot in self._slots:  # even where the device fails: the next transfer asks it anew
-            slot.busy = False
-        with ExitStack() as each:
-            for stream in (*self._copies, *self._kernel_streams):
-                each.callback(self._driver.stream_synchronize, stream)
-
-    def close(self) -> None:
-        """Wait for the device and free everything, also where the device fails meanwhile. Blocks the host."""
-        with ExitStack() as each:
-            for stream in (*self._copies, *self._kernel_streams):
-                each.callback(self._driver.stream_destroy, stream)
-            each.callback(self._tables.clear)
-            for slot in self._slots:
-                each.callback(slot.close)
-            self.drain()
-
-
-class EncodePipeline(_Pipeline):
+class EncodePipeline(Pipeline):
     """The way out. One transfer at a time."""
 
     COPY_STREAMS = 3  # one a slot, as a rule: the copy engine has the next chunk when one ends
@@ -860,7 +275,7 @@ class EncodePipeline(_Pipeline):
             after: event that the pages are ready at.
         """
         header = np.uint64(header_nbytes(blocks.layout))
-        ahead: deque[tuple[_Slot, _EncodeCall]] = deque()
+        ahead: deque[tuple[Slot, _EncodeCall]] = deque()
         found = [np.zeros(0, np.uint64)]
 
         def collect() -> Steps[None]:
@@ -918,8 +333,8 @@ class EncodePipeline(_Pipeline):
             CudaError: the device failed; chunks that had landed did.
             Exception: what the callbacks raise; the device is idle then.
         """
-        ahead: deque[tuple[_Slot, _EncodeCall, int]] = deque()  # launched
-        moving: deque[tuple[_Slot, EncodedChunk]] = deque()  # their copies are queued
+        ahead: deque[tuple[Slot, _EncodeCall, int]] = deque()  # launched
+        moving: deque[tuple[Slot, EncodedChunk]] = deque()  # their copies are queued
         noted: deque[EncodedChunk] = deque()  # of these, what `copying` was not called with yet
 
         def first_chunks() -> Steps[None]:
@@ -1037,14 +452,14 @@ class EncodePipeline(_Pipeline):
 
     def _preparer(
         self, blocks: BlockView, bound: PageBounds, coding: int | Sequence[int], after: int
-    ) -> Callable[[_Slot, int, int], _EncodeCall]:
+    ) -> Callable[[Slot, int, int], _EncodeCall]:
         """What prepares the encoder of blocks first to last - 1 in a slot, which is in use from then on."""
         segments = self._segments(blocks, bound, coding)
         pages, worst, header = len(segments), blocks.layout.padded_nbytes, header_nbytes(blocks.layout)
         block_ids = blocks.block_ids
         self._driver.stream_wait_event(self._kernels, after)
 
-        def prepare(slot: _Slot, first: int, last: int) -> _EncodeCall:
+        def prepare(slot: Slot, first: int, last: int) -> _EncodeCall:
             call = self._call(slot, pages, last - first, header, worst)
             slot.give_segments(call.segments, segments)
             call.block_ids[:] = block_ids[first:last]
@@ -1063,18 +478,18 @@ class EncodePipeline(_Pipeline):
             found = self._bound[key] = launches, self._driver.outgoing(launches, self._kernels)
         return found[1]
 
-    def _copies_of(self, slot: _Slot) -> int:
+    def _copies_of(self, slot: Slot) -> int:
         """The stream of a slot's copies."""
         return self._copies[self._slots.index(slot) % len(self._copies)]
 
     @staticmethod
-    def _fits(slot: _Slot, pages: int, count: int, header: int, worst: int) -> bool:
+    def _fits(slot: Slot, pages: int, count: int, header: int, worst: int) -> bool:
         """Whether a slot needs no memory for a chunk."""
         if (pages, count, header, worst) in slot.bound:
             return True
         return slot.fits(count * _aligned(header + worst), _encode_fields(pages, count).nbytes, pages, count)
 
-    def _call(self, slot: _Slot, pages: int, count: int, header: int, worst: int) -> _EncodeCall:
+    def _call(self, slot: Slot, pages: int, count: int, header: int, worst: int) -> _EncodeCall:
         key = (pages, count, header, worst)
         found: _EncodeCall | None = slot.bound.get(key)
         if found is not None:
@@ -1115,7 +530,7 @@ class EncodePipeline(_Pipeline):
         return made
 
 
-class DecodePipeline(_Pipeline):
+class DecodePipeline(Pipeline):
     """The way in. One transfer at a time.
 
     The host queues copies and kernels well ahead of the link: a chunk's tables have a slot of their own, of which there
@@ -1128,7 +543,7 @@ class DecodePipeline(_Pipeline):
 
     def __init__(self, driver: Driver, staging: Staging, resource: MemoryResource) -> None:
         super().__init__(driver, staging, resource, max(self.AHEAD, staging.slots))
-        self._arenas = [_Arena(driver, self._kernels) for _ in range(staging.slots)]
+        self._arenas = [Arena(driver, self._kernels) for _ in range(staging.slots)]
         try:
             self._ended = driver.event_create()
         except BaseException:
@@ -1156,7 +571,7 @@ class DecodePipeline(_Pipeline):
         self._copy(self._slots[0], self._arenas[0], records, self._copies[0])
         return True
 
-    def _copy(self, slot: _Slot, arena: _Arena, records: Records, stream: int) -> None:
+    def _copy(self, slot: Slot, arena: Arena, records: Records, stream: int) -> None:
         """Queue the copies of a chunk behind the kernels that read the arena last."""
         after = arena.user.kernel_done if arena.user is not None and arena.user.busy else 0
         slot.busy, arena.user = True, slot
@@ -1196,8 +611,8 @@ class DecodePipeline(_Pipeline):
             CudaError: the device failed.
         """
         damaged: list[int] = []
-        copying: deque[tuple[_Slot, int, Records, int, int]] = deque()  # their kernels are not queued yet
-        pending: deque[tuple[_Slot, _DecodeCall, int, int]] = deque()
+        copying: deque[tuple[Slot, int, Records, int, int]] = deque()  # their kernels are not queued yet
+        pending: deque[tuple[Slot, _DecodeCall, int, int]] = deque()
         started: list[int] = []  # streams of kernels that are behind `after`
 
         def note() -> None:
@@ -1287,11 +702,11 @@ class DecodePipeline(_Pipeline):
             raise
         return damaged
 
-    def _has_room(self, slot: _Slot, pages: int, most: int) -> bool:
+    def _has_room(self, slot: Slot, pages: int, most: int) -> bool:
         """Whether a chunk of so many blocks fits into a slot's tables."""
         return slot.fits(0, _decode_fields(pages, most).nbytes, pages, most)
 
-    def _bind(self, slot: _Slot, pages: int, count: int, most: int, extended: int, checked: bool) -> _DecodeCall:
+    def _bind(self, slot: Slot, pages: int, count: int, most: int, extended: int, checked: bool) -> _DecodeCall:
         """The launch for a chunk of so many blocks; the slot gets room for the most of a chunk."""
         fields = _decode_fields(pages, count)
         slot.fit(0, _decode_fields(pages, most).nbytes, pages, most)

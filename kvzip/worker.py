@@ -23,9 +23,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from kvzip.driver import Driver
 from kvzip.errors import ConfigError, KvzipError, TransferError
+from kvzip.staging import BLOCKS, Steps, Wait
 from kvzip.transfer import OnDevice, Transfer, TransferQueue, TransferResult, transfer_error
-from kvzip.transport import BLOCKS, Driver, Steps, Wait
 
 _log = logging.getLogger("kvzip")
 

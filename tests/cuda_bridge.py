@@ -264,7 +264,7 @@ class GpuEncode:
         guard: int = 0,
         checksums: bool = False,
     ):
-        from kvzip.transport import EncodeArgs
+        from kvzip.driver import EncodeArgs
 
         torch, blocks = batch.torch, len(batch.block_ids)
         self.batch, self.header = batch, -(-header // 16) * 16
@@ -322,7 +322,7 @@ class GpuDecode:
         crc32c: Array | None = None,
         extended: int | None = None,
     ):
-        from kvzip.transport import DecodeArgs
+        from kvzip.driver import DecodeArgs
 
         torch = batch.torch
         self.batch = batch

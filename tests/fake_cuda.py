@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: The kvzip authors
-"""A GPU made of host memory: the device functions of `kvzip.transport.Driver`, with the CPU codec behind them.
+"""A GPU made of host memory: the device functions of `kvzip.driver.Driver`, with the CPU codec behind them.
 
 Streams run at once, in order; events and the use of freed memory are checked. With it the pipelines, the workers and
 the engine's GPU side run where there is no GPU.

@@ -23,7 +23,7 @@ from kvzip.integrity import Integrity
 from kvzip.memory import memory_for
 from kvzip.policy import LRU
 from kvzip.pool import HostPool
-from kvzip.transport import Staging
+from kvzip.staging import Staging
 
 _log = logging.getLogger("kvzip")
 _PROGRESS_BYTES = 16 << 30  # of pinned memory between two lines in the log

@@ -25,7 +25,8 @@ from kvzip.adapters.vllm.worker import KvzipOffloadingWorker
 from kvzip.device import DeviceSwap
 from kvzip.memory import PageableMemory
 from kvzip.policy import LRU
-from kvzip.transport import CudaTransport, Staging
+from kvzip.staging import Staging
+from kvzip.transport import CudaTransport
 
 BLOCKS = 12
 

@@ -19,8 +19,8 @@ from kvzip.controller import Controller
 from kvzip.integrity import Integrity
 from kvzip.memory import PinnedMemory
 from kvzip.small import TICKETS
+from kvzip.staging import Staging
 from kvzip.transfer import QueuedTransfer, Transfer
-from kvzip.transport import Staging
 
 torch = pytest.importorskip("torch", reason="needs torch")
 pytestmark = [

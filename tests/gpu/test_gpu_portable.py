@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from kvzip import BlockView, CorruptRecordError, ErrorBound, HostPool, SwapEngine, _cuda, decode, encode  # noqa: E402
 from kvzip.backends.portable import device_codec  # noqa: E402
 from kvzip.memory import PinnedMemory  # noqa: E402
+from kvzip.staging import Staging  # noqa: E402
 from kvzip.torch_swap import TorchSwap  # noqa: E402
-from kvzip.transport import Staging  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -26,7 +26,7 @@ import torch
 from kvzip import BlockView, ConfigError, CudaError, ErrorBound, HostPool, SwapEngine, TransferError
 from kvzip.errors import BackendUnavailableError
 from kvzip.memory import PinnedMemory
-from kvzip.transport import Staging
+from kvzip.staging import Staging
 pages = torch.randn((64, 2, 16, 4, 64), device="cuda").to(torch.bfloat16)
 before = pages.clone()
 keys = [b"%d" % i for i in range(64)]

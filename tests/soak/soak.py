@@ -60,8 +60,9 @@ from kvzip.coding import compare_pages
 from kvzip.device import DeviceSwap
 from kvzip.errors import NativeError
 from kvzip.memory import PageableMemory, Region
+from kvzip.staging import Staging
 from kvzip.transfer import TransferResult
-from kvzip.transport import CudaTransport, Staging
+from kvzip.transport import CudaTransport
 from kvzip.types import DType
 
 EPISODE = 1000  # operations

@@ -45,7 +45,8 @@ from kvzip.pool import Room
 from kvzip.pressure import BoundPressure
 from kvzip.record import Reason, read_header
 from kvzip.small import MOST_PLANS, TICKETS, SmallLoads, SmallStores
-from kvzip.transport import CudaTransport, Staging, chunk_bounds, tapered_bounds
+from kvzip.staging import Staging, chunk_bounds, tapered_bounds
+from kvzip.transport import CudaTransport
 from kvzip.types import DType
 
 BLOCKS = 12
@@ -195,7 +196,7 @@ def test_more_bounds_by_token_than_the_kernels_take_are_coded_on_the_host(
 
 @pytest.mark.parametrize("small", [False, True])
 def test_channel_tables_on_the_device_are_bounded(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvzip.transport.MOST_TABLES", 5)
+    monkeypatch.setattr("kvzip.staging.MOST_TABLES", 5)
     rig = Rig(small=small)
     rng = np.random.default_rng(3)
     for _ in range(6):

@@ -42,8 +42,8 @@ from kvzip import (
 from kvzip.errors import NativeError
 from kvzip.policy import LRU
 from kvzip.small import TICKETS, Ticket
+from kvzip.staging import Staging
 from kvzip.transfer import TransferResult
-from kvzip.transport import Staging
 from kvzip.worker import Job, in_one_step
 
 WAYS = pytest.mark.parametrize("small", [False, True], ids=["worker", "small"])

@@ -22,7 +22,8 @@ from test_device import Mapped, given_away
 from kvzip import BlockView, CudaError, ErrorBound, HostPool, SwapEngine, Transfer
 from kvzip.device import DeviceSwap
 from kvzip.memory import PageableMemory
-from kvzip.transport import CudaTransport, Staging
+from kvzip.staging import Staging
+from kvzip.transport import CudaTransport
 
 BLOCKS = 48
 STREAMS = (0, 1)  # of the caller

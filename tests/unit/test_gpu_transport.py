@@ -22,7 +22,8 @@ from fake_cuda import FakeDriver, FakeTensor, Mapped
 from kvzip import BlockView, ErrorBound, HostPool, SwapEngine, _cuda
 from kvzip.device import DeviceSwap
 from kvzip.memory import PageableMemory
-from kvzip.transport import CudaTransport, Staging
+from kvzip.staging import Staging
+from kvzip.transport import CudaTransport
 
 torch = pytest.importorskip("torch", reason="torch is not installed: the benchmark needs it")
 

@@ -31,7 +31,15 @@ LAYERS: list[set[str]] = [
         "kvzip.adapters",
     },
     {"kvzip.engine", "kvzip.planner", "kvzip.device", "kvzip.torch_swap", "kvzip.worker"},
-    {"kvzip.transport", "kvzip.small", "kvzip.index", "kvzip.transfer", "kvzip.coding", "kvzip.cuda_codec"},
+    {
+        "kvzip.transport",
+        "kvzip.staging",
+        "kvzip.small",
+        "kvzip.index",
+        "kvzip.transfer",
+        "kvzip.coding",
+        "kvzip.cuda_codec",
+    },
     {
         "kvzip.pool",
         "kvzip.memory",
@@ -42,7 +50,15 @@ LAYERS: list[set[str]] = [
         "kvzip.integrity",
         "kvzip.backends",
     },
-    {"kvzip.record", "kvzip._native", "kvzip._cuda", "kvzip.interop", "kvzip.calibration", "kvzip.extents"},
+    {
+        "kvzip.record",
+        "kvzip._native",
+        "kvzip._cuda",
+        "kvzip.driver",
+        "kvzip.interop",
+        "kvzip.calibration",
+        "kvzip.extents",
+    },
     {"kvzip.bounds"},
     {"kvzip.types", "kvzip.errors", "kvzip._config", "kvzip._log", "kvzip._process"},
 ]

@@ -37,8 +37,8 @@ from kvzip.backends.cuszp import CuszpCodec
 from kvzip.backends.portable import PortableCodec, codec_for, device_codec
 from kvzip.cuda_codec import CudaCodec
 from kvzip.interop.torch import to_device, to_host
+from kvzip.staging import Staging
 from kvzip.torch_swap import TorchSwap
-from kvzip.transport import Staging
 from kvzip.types import empty_view
 
 pytestmark = [
