@@ -140,7 +140,7 @@ KVZ_DEV float fast_token_bounds(const Geometry& g, double r, float scale, TokenT
       return sum;
     };
     const auto any = [&]() { return any_magnitude<DTYPE>(g, vector / heads * 16 + t, vector % heads); };
-    float bound, sum = add_up();
+    float bound, sum = exists ? add_up() : 0.0f;  // another warp may be writing sums of the first vector
     const bool sure = token_bound_about(factor, sum, scale, bound) || !exists;
     const bool zero = exists && sum == 0.0f && !any();
     // Rare: a bound near the next one.
