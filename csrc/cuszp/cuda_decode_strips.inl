@@ -522,7 +522,8 @@ KVZ_DEV void decode_fast(const DecodeParams& p, uint8_t* memory) {
       if (thread == 0) ticket = atomicAdd(&p.counters->ticket, 1u);
     }
     const uint32_t here = words_of(now), follows = words_of(next);
-    const bool together = here + follows <= p.room_bytes;
+    // What is read of words behind this page is masked; yet the next one is not being written there meanwhile.
+    const bool together = here + kBehindRoom + follows <= p.room_bytes;
     const uint32_t next_at = together && at == 0 ? p.room_bytes - follows : 0;
     if (together) fetch(next, follows, next_at);
     if (here != 0 || (now.refused == 0 && now.entry.coding < KVZ_FIXED)) decode_page(slot, room + at);
