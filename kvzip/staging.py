@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: The kvzip authors
 """What the pipelines of both directions are made of (`kvzip.transport`): staging memory, chunks, and steps.
 
-A batch is cut into chunks. Each needs *slots* and arenas, of which a pipeline owns a few, so that the kernel of one
-chunk runs while the copy engine moves another. One that is still in use holds the next chunk back: staging memory is
-bounded.
+A chunk of a batch needs an arena, for its records, and a *slot*, which has its tables and events. A pipeline owns a few
+of each; one that is still in use holds the next chunk back: staging memory is bounded.
 """
 
 from __future__ import annotations

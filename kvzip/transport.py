@@ -3,9 +3,8 @@
 """Moves encoded blocks between one GPU and host memory: a staged pipeline in each direction.
 
 Out: encode kernel -> staging arena in device memory -> exact-size copies by the copy engine. In: copy engine ->
-staging arena -> decode kernel. The work is cut into chunks; each direction owns a few *slots* (arena, tables, events)
-and a pair of streams, so that the kernel of one chunk runs while the copy engine moves another. A slot that is still
-in use holds the next chunk back: staging memory is bounded.
+staging arena -> decode kernel. The work is cut into chunks, and each direction has streams of its own for kernels and
+for copies, so that the kernel of one chunk runs while the copy engine moves another (`kvzip.staging`).
 
 Tables go to mapped host memory, and block numbers come from there, by small kernels: a copy would queue behind the
 chunk before, or behind what the other direction moves.

@@ -302,6 +302,11 @@ class FakeDriver:
                 done += last - first
         assert done == size
 
+    @property
+    def late(self) -> bool:
+        """Whether work that is queued now has not ended when the call returns."""
+        return not self.hold.is_set()
+
     def _do(self, work: Callable[[], object]) -> None:
         """At once, or when somebody waits for an event and the device is not held."""
         with self._working:
@@ -345,38 +350,41 @@ class FakeEncodeCall:
         copied: int,
         copies: int,
     ) -> None:
-        self._driver, self._encode, self._inputs, self._results = driver, encode, inputs, results
-        self._stream, self._copies, self.done, self.copied = stream, copies, done, copied
+        self.driver, self.encode, self.inputs, self.results = driver, encode, inputs, results
+        self.stream, self.copies, self.done, self.copied = stream, copies, done, copied
         self._marks = (0, 0)
 
     def mark(self, begins: int, ends: int) -> None:
         self._marks = (begins, ends)
 
     def __call__(self) -> None:
-        self._driver._called("encode_call", held=False)
-        assert {self.done, self.copied} <= self._driver.events
-        assert {self._stream, self._copies} <= self._driver.streams
+        self.driver._called("encode_call", held=False)
+        assert {self.done, self.copied} <= self.driver.events
+        assert {self.stream, self.copies} <= self.driver.streams
 
         def work() -> None:
-            ctypes.memmove(*self._inputs)
-            self._driver.encode(self._encode, self._stream)
-            ctypes.memmove(*self._results)
+            ctypes.memmove(*self.inputs)
+            self.driver.encode(self.encode, self.stream)
+            ctypes.memmove(*self.results)
 
-        self._driver._do(work)
+        self.driver._do(work)
 
     def copy(self, to: int, room_bytes: int) -> int:
         """As kvz_cuda_encode_and_copy, for one chunk that is encoded; 0 where it cannot be."""
-        a, to_host = self._encode, self._results[0] - self._results[1]
+        a, to_host = self.encode, self.results[0] - self.results[1]
         offset, size = (
             int(at(address + to_host, np.uint64, a.num_blocks)[-1]) for address in (a.record_offsets, a.payload_bytes)
         )
         nbytes = -(-(offset + a.header_bytes + size) // 256) * 256
         if at(a.status + to_host, np.uint32, 1)[0] or nbytes > min(room_bytes, a.arena_bytes):
             return 0
-        for event in filter(None, self._marks):
-            self._driver.event_record(event, self._stream)
-        self._driver._do(lambda: ctypes.memmove(to, a.arena, nbytes))
+        self._copy(to, nbytes)
         return nbytes
+
+    def _copy(self, to: int, nbytes: int) -> None:
+        for event in filter(None, self._marks):
+            self.driver.event_record(event, self.stream)
+        self.driver._do(lambda: ctypes.memmove(to, self.encode.arena, nbytes))
 
 
 class FakeOutgoingChunks:
@@ -399,7 +407,7 @@ class FakeOutgoingChunks:
             if self.copied[i]:
                 continue
             self._launch(i)
-            if not self._driver.hold.is_set():
+            if self._driver.late:
                 self._launch(i + 1)
             if not self._driver.event_wait(call.done, spin_us, timeout_us):
                 return False

@@ -15,10 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from fake_cuda import FakeDriver, at
-
-_ALIGNMENT = 256  # of records in an arena
+from fake_cuda import FakeDriver, FakeEncodeCall
 
 
 class OrderedDriver(FakeDriver):
@@ -131,9 +128,6 @@ class OrderedDriver(FakeDriver):
     ) -> Any:
         return OrderedEncodeCall(self, encode, inputs, results, done, stream, copied, copies)
 
-    def outgoing(self, calls: Any, stream: int) -> Any:
-        return OrderedOutgoing(self, calls)
-
     def decode_call(self, decode: Any, inputs: Any, copied: int, done: int, stream: int) -> Any:
         def call() -> None:
             with self.lock:
@@ -151,29 +145,18 @@ class OrderedDriver(FakeDriver):
     def load_call(self, decode: Any, move: Any, few: Any, order: int, device: int, stream: int) -> Any:
         return OrderedSwapCall(self, super().load_call(decode, move, few, order, device, stream), order, stream)
 
+    @property
+    def late(self) -> bool:
+        return True
+
     def _do(self, work: Callable[[], object]) -> None:
         work()
 
 
-class OrderedEncodeCall:
-    """A chunk's launch, and its copy where `OrderedOutgoing` makes that."""
+class OrderedEncodeCall(FakeEncodeCall):
+    """A chunk's launch, and its copy, in the streams that they were made for."""
 
-    def __init__(
-        self,
-        driver: OrderedDriver,
-        encode: Any,
-        inputs: Any,
-        results: Any,
-        done: int,
-        stream: int,
-        copied: int,
-        copies: int,
-    ) -> None:
-        self.driver, self.encode, self.inputs, self.results = driver, encode, inputs, results
-        self.done, self.stream, self.copied, self.copies = done, stream, copied, copies
-
-    def mark(self, begins: int, ends: int) -> None:
-        """Nobody measures here."""
+    driver: OrderedDriver
 
     def __call__(self) -> None:
         driver, stream = self.driver, self.stream
@@ -184,39 +167,8 @@ class OrderedEncodeCall:
             driver.queue(stream, lambda: ctypes.memmove(*self.results))
             driver.event_record(self.done, stream)
 
-
-class OrderedOutgoing:
-    """As kvz_cuda_encode_and_copy."""
-
-    def __init__(self, driver: OrderedDriver, calls: Any) -> None:
-        self._driver, self._calls = driver, list(calls)
-
-    def begin(self, to: int, room_bytes: int) -> None:
-        self._to, self._room_bytes, self._launched = to, room_bytes, 1
-        self.copied = [0] * len(self._calls)
-
-    def wait(self, spin_us: int, timeout_us: int) -> bool:
-        for i, call in enumerate(self._calls):
-            if self.copied[i]:
-                continue
-            while self._launched < min(len(self._calls), i + 2):
-                self._calls[self._launched]()
-                self._launched += 1
-            if not self._driver.event_wait(call.done, spin_us, timeout_us):
-                return False
-            a, to_host = call.encode, call.results[0] - call.results[1]
-            offset, size = (
-                int(at(address + to_host, np.uint64, a.num_blocks)[-1])
-                for address in (a.record_offsets, a.payload_bytes)
-            )
-            nbytes = -(-(offset + a.header_bytes + size) // _ALIGNMENT) * _ALIGNMENT
-            if at(a.status + to_host, np.uint32, 1)[0] or nbytes > min(self._room_bytes, a.arena_bytes):
-                break
-            copied, stream = call.copied, call.copies
-            self._driver.copy_between([(self._to, a.arena, nbytes)], 0, copied, stream)
-            self.copied[i] = nbytes
-            self._to, self._room_bytes = self._to + nbytes, self._room_bytes - nbytes
-        return True
+    def _copy(self, to: int, nbytes: int) -> None:
+        self.driver.copy_between([(to, self.encode.arena, nbytes)], 0, self.copied, self.copies)
 
 
 class OrderedSwapCall:

